@@ -1,0 +1,276 @@
+/* blackmamba.h - the whole public API of BlackMamba in C.
+ *
+ *   device     where arithmetic happens            "cpu"
+ *   model      configuration and weights           immutable once open
+ *   session    recurrent state of some sequences   what changes while text is read or written
+ *   stream     one text in one slot of a session   prompt in, text out, saved and rewound
+ *
+ * Every call that can fail returns bm_status: 0 is success, the words of this thread's last
+ * failure are in bm_error().  On failure *out is NULL, nothing leaks and the object keeps the
+ * state it had.  No call exits, aborts or prints, whatever a file or a text says.
+ *
+ * Letters in shape comments: T tokens  M rows  D d_model  I d_inner  N d_state  K d_conv
+ * R dt_rank  F d_ff  X experts  V vocabulary.  Matrices are row-major, outermost first.
+ *
+ * Threads: a device, and all that was opened on it, computes one call at a time; a second
+ * caller waits.  A session or stream belongs to one thread at a time. */
+#ifndef BLACKMAMBA_H
+#define BLACKMAMBA_H
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define BM_VERSION "0.1.0"
+#define BM_API __attribute__((visibility("default")))
+
+/* ---- errors and log ------------------------------------------------------------------ */
+
+typedef enum bm_status {
+    BM_OK = 0,
+    BM_EARG = -1,       /* the caller passed something impossible              */
+    BM_EIO = -2,        /* the operating system refused a file                 */
+    BM_EFORMAT = -3,    /* a file is not what it claims to be                  */
+    BM_ESHAPE = -4,     /* a tensor's shape contradicts the configuration      */
+    BM_EMEMORY = -5,    /* memory ran out                                      */
+    BM_EDEVICE = -6,    /* the device or its driver failed                     */
+    BM_ENOSUPPORT = -7, /* known, but not built in or not possible here        */
+    BM_ECANCELLED = -8  /* a callback asked to stop                            */
+} bm_status;
+
+BM_API const char *bm_version(void);
+BM_API const char *bm_error(void);                  /* one sentence, this thread's, never NULL */
+BM_API const char *bm_status_name(bm_status s);     /* "BM_EFORMAT" */
+/* Lines of the library go to fn; level 0 warning, 1 note, 2 detail.  NULL: nowhere (the start). */
+BM_API void bm_log_to(void (*fn)(void *user, int level, const char *line), void *user);
+/* Progress of anything long: done of total, in bytes or tokens.  Return false to stop it. */
+typedef bool (*bm_progress_fn)(void *user, uint64_t done, uint64_t total);
+
+/* ---- types --------------------------------------------------------------------------- */
+
+typedef int32_t bm_token;
+
+typedef enum bm_dtype { BM_F32, BM_BF16, BM_F16, BM_Q8_0, BM_Q4_0, BM_DTYPE_COUNT } bm_dtype;
+BM_API const char *bm_dtype_name(bm_dtype t);                      /* "bf16"; "?" when out of range */
+BM_API bm_status   bm_dtype_parse(const char *name, bm_dtype *out);
+BM_API size_t      bm_dtype_bytes(bm_dtype t, size_t n);           /* bytes of n elements; n % 32 == 0 for q8_0, q4_0 */
+
+/* f32: activations in f32, weights widened.  native: bf16 weights times activations rounded to
+ * bf16, quantized weights times 8-bit activations; f32 and f16 weights as in f32. */
+typedef enum bm_arith { BM_ARITH_NATIVE, BM_ARITH_F32 } bm_arith;
+
+/* ---- configuration ------------------------------------------------------------------- */
+
+typedef enum bm_mixer { BM_MIXER_NONE, BM_MIXER_MAMBA } bm_mixer;
+typedef enum bm_ffn { BM_FFN_NONE, BM_FFN_DENSE, BM_FFN_MOE } bm_ffn;
+typedef enum bm_activation { BM_GELU, BM_SILU } bm_activation;            /* GELU: exact, with erf */
+typedef enum bm_routing { BM_ROUTE_SIGMOID, BM_ROUTE_SOFTMAX } bm_routing;
+typedef enum bm_norm { BM_RMSNORM, BM_LAYERNORM } bm_norm;
+typedef enum bm_family { BM_BLACKMAMBA, BM_MAMBA } bm_family;             /* names and files; the arithmetic is one */
+
+enum { BM_MAX_LAYERS = 512, BM_MAX_EXPERTS = 1024 };
+
+/* Both a mixer and an ffn: parallel, each with its own norm of the same residual, outputs added. */
+typedef struct bm_layer_config {
+    uint8_t mixer, ffn;             /* bm_mixer, bm_ffn */
+    int32_t n_experts, d_ff;        /* n_experts: 1 for a dense ffn, 0 without one */
+} bm_layer_config;
+
+typedef struct bm_config {
+    bm_family family;
+    int32_t n_layers, n_vocab, d_model, d_inner, d_state, d_conv, dt_rank;
+    int32_t max_len;                /* informs; nothing refuses or truncates at it */
+    bm_activation activation;
+    bm_routing routing;
+    bm_norm final_norm;
+    float norm_eps;
+    bool gated;                     /* ffn is down(act(gate x) * up x), else down(act(up x)) */
+    bool bias;                      /* biases of in, out, experts and (BlackMamba) head */
+    bool conv_bias;
+    bool tied_head;                 /* logits use the embedding */
+    bm_layer_config layer[BM_MAX_LAYERS];
+} bm_config;
+
+/* name: blackmamba-1.5b, blackmamba-2.8b, mamba-130m, -370m, -790m, -1.4b, -2.8b. */
+BM_API bm_status bm_config_preset(bm_config *out, const char *name);
+BM_API bm_status bm_config_read(bm_config *out, const char *path);   /* a config.json, either family */
+/* The i-th preset's name, NULL past the end. */
+BM_API const char *bm_config_preset_name(int i);
+
+typedef struct bm_info {
+    uint64_t parameters;            /* tied embedding counted once */
+    uint64_t parameters_per_token;  /* one expert of each MoE layer, embedding included */
+    uint64_t weight_bytes;          /* all tensors, as stored */
+    uint64_t weight_bytes_per_token;/* read to decode one token */
+    uint64_t state_bytes;           /* of one slot */
+    uint64_t flops_per_token;       /* forward, head included; docs/MODEL.md has the formulas */
+    uint64_t tensors;
+} bm_info;
+BM_API void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out);   /* as if all matrices were `type` */
+
+/* ---- device and model ---------------------------------------------------------------- */
+
+typedef struct bm_device bm_device;
+typedef struct bm_model bm_model;
+
+/* name "cpu"; threads 0: one per processor this process may use (BM_THREADS overrides). */
+BM_API bm_status   bm_device_open(bm_device **out, const char *name, int threads);
+BM_API const char *bm_device_name(const bm_device *d);      /* "cpu avx512, 2 threads" */
+BM_API int         bm_device_threads(const bm_device *d);
+BM_API void        bm_device_close(bm_device *d);
+/* Reading bandwidth in bytes a second over `bytes` of memory (>= 1 GiB for a useful number),
+ * same threads and page kind as mapped weights; median of `repeats`. */
+BM_API bm_status   bm_device_bandwidth(bm_device *d, size_t bytes, int repeats, double *out);
+
+/* path: a folder (config.json with pytorch_model.bin, model.safetensors or a sharded
+ * model.safetensors.index.json) or a .gguf file.  GGUF and safetensors are used as mapped. */
+BM_API bm_status        bm_model_open(bm_model **out, bm_device *d, const char *path);
+BM_API const bm_config *bm_model_config(const bm_model *m);
+BM_API void             bm_model_info(const bm_model *m, bm_info *out);
+BM_API const char      *bm_model_format(const bm_model *m);     /* "GGUF", "safetensors", "PyTorch" */
+/* One tensor as the file names it, i < info.tensors. */
+typedef struct bm_tensor_info { const char *name; bm_dtype type; int n_dims; int64_t dim[4]; } bm_tensor_info;
+BM_API bm_status        bm_model_tensor(const bm_model *m, uint64_t i, bm_tensor_info *out);
+BM_API void             bm_model_close(bm_model *m);
+
+/* in: as bm_model_open.  out: ends in .gguf, or a folder that does not exist yet (safetensors).
+ * Tensor by tensor, never the whole model in memory; out appears whole or not at all. */
+typedef struct bm_convert_options {
+    int type;                       /* bm_dtype of the matrices; -1: as they are */
+    int embedding_type;             /* bm_dtype of embedding and head; -1: as `type` */
+    const char *tokenizer;          /* tokenizer.json to put in; NULL: the one of `in`, if any */
+    bm_progress_fn progress; void *user;
+} bm_convert_options;
+BM_API bm_status bm_convert(const char *in, const char *out, const bm_convert_options *opt);
+/* Random weights by the training initialisation (docs/MODEL.md), written to out. */
+BM_API bm_status bm_init(const bm_config *c, uint64_t seed, bm_dtype type, const char *out,
+                         const char *tokenizer, bm_progress_fn progress, void *user);
+
+/* ---- text ---------------------------------------------------------------------------- */
+
+typedef struct bm_tokenizer bm_tokenizer;
+
+/* path: tokenizer.json (tokenizer_config.json beside it is honoured), a model folder, or a .gguf. */
+BM_API bm_status bm_tokenizer_open(bm_tokenizer **out, const char *path);
+/* Texts are n bytes, U+0000 included; bytes that are not UTF-8 become U+FFFD, as Hugging Face's
+ * library receives them.  *ids is malloc'ed by the library, free it with bm_free. */
+BM_API bm_status bm_tokenize(const bm_tokenizer *t, const char *text, size_t n, bool add_bos, bm_token **ids, size_t *n_ids);
+/* The bytes of one token (not NUL-terminated); n 0 for ids without a token.  Special tokens give their text. */
+BM_API const char *bm_token_bytes(const bm_tokenizer *t, bm_token id, size_t *n);
+/* Whole text of ids, bytes as the tokens say (invalid UTF-8 replaced by U+FFFD when `valid`). */
+BM_API bm_status bm_detokenize(const bm_tokenizer *t, const bm_token *ids, size_t n_ids, bool skip_special, bool valid,
+                               char **text, size_t *n);
+BM_API bool     bm_token_known(const bm_tokenizer *t, bm_token id);
+BM_API bool     bm_token_special(const bm_tokenizer *t, bm_token id);
+BM_API bm_token bm_tokenizer_bos(const bm_tokenizer *t);        /* -1: none */
+BM_API bm_token bm_tokenizer_eos(const bm_tokenizer *t);        /* -1: none */
+BM_API bool     bm_tokenizer_adds_bos(const bm_tokenizer *t);
+BM_API size_t   bm_tokenizer_size(const bm_tokenizer *t);       /* largest id + 1 */
+BM_API void     bm_tokenizer_close(bm_tokenizer *t);
+BM_API void     bm_free(void *p);                               /* frees what the library returned */
+
+/* ---- session ------------------------------------------------------------------------- */
+
+typedef struct bm_session bm_session;
+
+typedef struct bm_session_options {
+    int slots;                      /* independent sequences; 0: 1 */
+    int chunk;                      /* rows computed together; 0: 512.  Changes speed, never a bit of the result */
+    bm_arith arith;
+} bm_session_options;
+BM_API bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_options *opt);
+BM_API void      bm_session_close(bm_session *s);
+
+/* Called for each row whose logits were asked for: logits (V), of the token after tokens[index].
+ * Return anything but BM_OK to stop. */
+typedef bm_status (*bm_logits_fn)(void *user, size_t index, const float *logits);
+typedef enum bm_want { BM_WANT_NONE, BM_WANT_LAST, BM_WANT_ALL } bm_want;
+
+typedef struct bm_input {           /* tokens to feed to one slot */
+    int slot;
+    const bm_token *tokens; size_t n;
+    bm_want want;                   /* LAST: read with bm_logits.  ALL: every row goes to fn */
+    bm_logits_fn fn; void *user;
+} bm_input;
+/* Feeds n inputs of distinct slots, any lengths, no padding: prefill, decode and anything between.
+ * Every id is checked before the first is computed.  On failure after that (BM_ECANCELLED by
+ * fn, BM_EDEVICE) the slots named here are reset to the empty text. */
+BM_API bm_status    bm_forward(bm_session *s, const bm_input *in, int n);
+BM_API const float *bm_logits(const bm_session *s, int slot);   /* (V) after the last token fed; NULL unless asked for */
+/* nll (n-1): -ln p(tokens[i+1] | what the slot held, tokens[0..i]); feeds the first n-1 tokens. */
+BM_API bm_status    bm_score(bm_session *s, int slot, const bm_token *tokens, size_t n, float *nll);
+
+BM_API size_t    bm_state_bytes(const bm_session *s);           /* of one slot, constant */
+BM_API bm_status bm_state_get(const bm_session *s, int slot, void *buf);
+BM_API bm_status bm_state_set(bm_session *s, int slot, const void *buf);   /* NULL: the empty text */
+BM_API bm_status bm_state_copy(bm_session *s, int dst, int src);
+
+/* ---- sampling ------------------------------------------------------------------------ */
+
+typedef struct bm_logit_bias { bm_token id; float bias; } bm_logit_bias;
+
+typedef struct bm_sampling {        /* bm_sampling_default() turns every filter off */
+    float temperature;              /* 0: greedy */
+    int32_t top_k;                  /* 0: off */
+    float top_p, min_p, typical_p;  /* 1, 0, 1: off */
+    float repetition_penalty;       /* 1: off; divides positive and multiplies negative logits (CTRL, 1909.05858) */
+    float presence_penalty, frequency_penalty;      /* 0: off; subtracted once, and per occurrence */
+    int32_t penalty_window;         /* tokens looked back at; at most 65536 */
+    uint64_t seed;
+    size_t n_bias; const bm_logit_bias *bias;       /* copied */
+} bm_sampling;
+
+BM_API bm_sampling bm_sampling_default(void);
+
+/* ---- stream: one text ---------------------------------------------------------------- */
+
+typedef struct bm_stream bm_stream;
+
+/* t may be NULL: tokens only.  Session, slot and tokenizer outlive the stream, which owns the slot. */
+BM_API bm_status bm_stream_open(bm_stream **out, bm_session *s, int slot, const bm_tokenizer *t, const bm_sampling *p);
+BM_API void      bm_stream_close(bm_stream *g);
+BM_API bm_status bm_stream_sampling(bm_stream *g, const bm_sampling *p);   /* new settings, counter back to 0 */
+/* Appends to the text; nothing is computed until bm_stream_next asks. */
+BM_API bm_status bm_stream_add_tokens(bm_stream *g, const bm_token *tokens, size_t n);
+BM_API bm_status bm_stream_add_text(bm_stream *g, const char *text, size_t n, bool add_bos);
+/* Stop strings, copied; matched in the bytes that come out, across tokens. */
+BM_API bm_status bm_stream_stops(bm_stream *g, const char *const *stops, int n);
+
+typedef enum bm_finish { BM_FINISH_NONE, BM_FINISH_EOS, BM_FINISH_STOP } bm_finish;
+typedef struct bm_piece {
+    bm_token token;
+    const char *text; size_t n;     /* whole UTF-8 characters ready to print; valid until the next call */
+    bm_finish finish;               /* STOP: text ends before the stop string */
+} bm_piece;
+/* Feeds what was added (progress may be NULL), samples one token. */
+BM_API bm_status bm_stream_next(bm_stream *g, bool ignore_eos, bm_piece *out, bm_progress_fn progress, void *user);
+/* Bytes held back for a stop string or an unfinished character; the text's end. */
+BM_API bm_status bm_stream_flush(bm_stream *g, bm_piece *out);
+
+BM_API const bm_token *bm_stream_tokens(const bm_stream *g, size_t *n);    /* all, fed or not */
+/* A turn ends here; bm_stream_back(g, n) returns to where the n-th last turn began. */
+BM_API bm_status bm_stream_turn(bm_stream *g);
+BM_API int       bm_stream_turns(const bm_stream *g);
+BM_API bm_status bm_stream_back(bm_stream *g, int turns);
+BM_API bm_status bm_stream_rewind(bm_stream *g, size_t n_tokens);          /* keep the first n tokens */
+BM_API bm_status bm_stream_reset(bm_stream *g);                            /* the empty text */
+/* Session file: everything needed to go on with the same bits.  load verifies the whole file
+ * (checksum, model) before it changes anything. */
+BM_API bm_status bm_stream_save(const bm_stream *g, const char *path);
+BM_API bm_status bm_stream_load(bm_stream *g, const char *path);
+
+/* ---- tensors to a file --------------------------------------------------------------- */
+
+/* A safetensors file, data given in the order of the list; appears whole at finish or not at all. */
+typedef struct bm_writer bm_writer;
+BM_API bm_status bm_writer_open(bm_writer **out, const char *path, const bm_tensor_info *list, size_t n);
+BM_API bm_status bm_writer_put(bm_writer *w, const void *bytes, size_t n);
+BM_API bm_status bm_writer_finish(bm_writer **w);       /* closes; *w becomes NULL either way */
+BM_API void      bm_writer_abort(bm_writer *w);         /* leaves no file */
+
+#ifdef __cplusplus
+}
+#endif
+#endif
