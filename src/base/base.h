@@ -28,7 +28,7 @@ bm_status bm_alloc(void *out, size_t bytes, const char *what);
 /* Doubles *array (of `size`-byte elements, capacity *cap) until it holds need elements. */
 bm_status bm_grow(void *array, size_t *cap, size_t need, size_t size, const char *what);
 char *bm_strndup(const char *s, size_t n);                     /* NULL on failure, sentence set; NUL added */
-char *bm_format(const char *fmt, ...) __attribute__((format(printf, 1, 2)));   /* malloc'ed; NULL as above */
+char *bm_strf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));   /* malloc'ed; NULL as above */
 
 static inline bool bm_mul(uint64_t a, uint64_t b, uint64_t *out) { return !__builtin_mul_overflow(a, b, out); }
 static inline bool bm_add(uint64_t a, uint64_t b, uint64_t *out) { return !__builtin_add_overflow(a, b, out); }

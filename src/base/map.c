@@ -118,7 +118,7 @@ bm_status bm_out_open(bm_out **out, const char *path) {
     BM_TRY(bm_alloc(&o, sizeof *o, "an output file"));
     o->fd = -1;
     o->path = bm_strndup(path, strlen(path));
-    o->temp = o->path ? bm_format("%s.XXXXXX", path) : NULL;
+    o->temp = o->path ? bm_strf("%s.XXXXXX", path) : NULL;
     bm_status s = o->temp ? BM_OK : BM_EMEMORY;
     if (!s && bm_path_is_folder(path)) s = bm_fail(BM_EARG, "%s: found a folder, expected the name of a file to write", path);
     if (!s) {
@@ -196,7 +196,7 @@ bm_status bm_folder_open(bm_folder **out, const char *path) {
     bm_folder *f;
     BM_TRY(bm_alloc(&f, sizeof *f, "an output folder"));
     f->path = bm_strndup(path, n);
-    f->temp = f->path ? bm_format("%s.XXXXXX", f->path) : NULL;
+    f->temp = f->path ? bm_strf("%s.XXXXXX", f->path) : NULL;
     bm_status s = f->temp ? BM_OK : BM_EMEMORY;
     if (!s && bm_path_exists(f->path))
         s = bm_fail(BM_EARG, "%s: exists already, expected a new name; remove it first or choose another", f->path);
@@ -210,7 +210,7 @@ bm_status bm_folder_open(bm_folder **out, const char *path) {
 }
 
 bm_status bm_folder_path(const bm_folder *f, const char *name, char **out) {
-    *out = bm_format("%s/%s", f->temp, name);
+    *out = bm_strf("%s/%s", f->temp, name);
     return *out ? BM_OK : BM_EMEMORY;
 }
 

@@ -47,7 +47,7 @@ char *bm_strndup(const char *s, size_t n) {
     return p;
 }
 
-char *bm_format(const char *fmt, ...) {
+char *bm_strf(const char *fmt, ...) {
     char *p = NULL;
     va_list ap;
     va_start(ap, fmt);
