@@ -28,7 +28,8 @@ enum {                          /* what a row of the table says beside names and
     BM_P_TRANSPOSED = 8,        /* held (cols, rows) for the kernels */
     BM_P_JOINED = 16,           /* released files hold the next row's tensor behind this one, in one tensor */
     BM_P_CONV = 32,             /* (rows, 1, cols) in released and Hugging Face files */
-    BM_P_DECAY = 64             /* weight decay applies */
+    BM_P_DECAY = 64,            /* weight decay applies */
+    BM_P_TENSOR = 128           /* held as a bm_tensor, though always f32 */
 };
 typedef enum bm_param_init { BM_INIT_EMBED, BM_INIT_ONE, BM_INIT_ZERO, BM_INIT_LINEAR, BM_INIT_OUT, BM_INIT_CONV, BM_INIT_DT_WEIGHT,
                        BM_INIT_DT_BIAS, BM_INIT_ALOG } bm_param_init;
