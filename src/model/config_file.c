@@ -281,7 +281,9 @@ bm_status bm_config_of(bm_config *out, const bm_source *s) {
 
 /* ---- the other way ------------------------------------------------------------------------------------------- */
 
-static bm_status json_layers(const bm_config *c, json_t *o, int32_t *d_ff) {
+static void put(json_t *o, bool *ok, const char *key, json_t *value) { *ok &= !json_object_set_new(o, key, value); }
+
+static bm_status json_layers(const bm_config *c, json_t *o, bool *ok, int32_t *d_ff) {
     json_t *list = json_array();
     bool dense = true;
     *d_ff = 0;
@@ -289,7 +291,7 @@ static bm_status json_layers(const bm_config *c, json_t *o, int32_t *d_ff) {
         const bm_layer_config *k = &c->layer[l];
         char code[16] = "r";
         if (k->ffn) snprintf(code, sizeof code, "%s%d", k->mixer ? "r" : "", k->n_experts);
-        json_array_append_new(list, json_string(code));
+        *ok &= !json_array_append_new(list, json_string(code));
         dense &= k->ffn == BM_FFN_NONE;
         if (k->ffn && *d_ff && *d_ff != k->d_ff) {
             json_decref(list);
@@ -302,49 +304,49 @@ static bm_status json_layers(const bm_config *c, json_t *o, int32_t *d_ff) {
         json_decref(list);
         list = json_string("");
     }
-    json_object_set_new(o, "mamba_moe_layers", list);
+    put(o, ok, "mamba_moe_layers", list);
     return BM_OK;
 }
 
-static bm_status released_json(const bm_config *c, json_t *o) {
+static bm_status released_json(const bm_config *c, json_t *o, bool *ok) {
     int32_t d_ff;
     if (c->d_inner % c->d_model)
         return bm_fail(BM_ENOSUPPORT, "config.json needs an inner size that is a multiple of the hidden size: found %d and %d; "
                        "write a .gguf instead", c->d_inner, c->d_model);
-    json_object_set_new(o, "num_layers", json_integer(c->n_layers));
-    json_object_set_new(o, "hidden_size", json_integer(c->d_model));
-    json_object_set_new(o, "state_size", json_integer(c->d_state));
-    json_object_set_new(o, "conv_dimension", json_integer(c->d_conv));
-    json_object_set_new(o, "vocab_size", json_integer(c->n_vocab));
-    json_object_set_new(o, "expansion_factor", json_integer(c->d_inner / c->d_model));
-    BM_TRY(json_layers(c, o, &d_ff));
-    json_object_set_new(o, "ffn_hidden_size", json_integer(d_ff));
-    json_object_set_new(o, "add_bias_linear", json_boolean(c->bias));
-    json_object_set_new(o, "swiglu", json_boolean(c->gated));
-    json_object_set_new(o, "max_sequence_length", json_integer(c->max_len));
-    if (c->activation != BM_GELU) json_object_set_new(o, "activation", json_string("silu"));
-    if (c->routing != BM_ROUTE_SIGMOID) json_object_set_new(o, "routing", json_string("softmax"));
-    if (c->norm_eps != 1e-5f) json_object_set_new(o, "layernorm_epsilon", json_real((double)c->norm_eps));
-    if (c->dt_rank != (c->d_model + 15) / 16) json_object_set_new(o, "dt_rank", json_integer(c->dt_rank));
+    put(o, ok, "num_layers", json_integer(c->n_layers));
+    put(o, ok, "hidden_size", json_integer(c->d_model));
+    put(o, ok, "state_size", json_integer(c->d_state));
+    put(o, ok, "conv_dimension", json_integer(c->d_conv));
+    put(o, ok, "vocab_size", json_integer(c->n_vocab));
+    put(o, ok, "expansion_factor", json_integer(c->d_inner / c->d_model));
+    BM_TRY(json_layers(c, o, ok, &d_ff));
+    put(o, ok, "ffn_hidden_size", json_integer(d_ff));
+    put(o, ok, "add_bias_linear", json_boolean(c->bias));
+    put(o, ok, "swiglu", json_boolean(c->gated));
+    put(o, ok, "max_sequence_length", json_integer(c->max_len));
+    if (c->activation != BM_GELU) put(o, ok, "activation", json_string("silu"));
+    if (c->routing != BM_ROUTE_SIGMOID) put(o, ok, "routing", json_string("softmax"));
+    if (c->norm_eps != 1e-5f) put(o, ok, "layernorm_epsilon", json_real((double)c->norm_eps));
+    if (c->dt_rank != (c->d_model + 15) / 16) put(o, ok, "dt_rank", json_integer(c->dt_rank));
     return BM_OK;
 }
 
-static void hf_json(const bm_config *c, json_t *o) {
-    json_object_set_new(o, "architectures", json_pack("[s]", "MambaForCausalLM"));
-    json_object_set_new(o, "model_type", json_string("mamba"));
-    json_object_set_new(o, "num_hidden_layers", json_integer(c->n_layers));
-    json_object_set_new(o, "hidden_size", json_integer(c->d_model));
-    json_object_set_new(o, "intermediate_size", json_integer(c->d_inner));
-    json_object_set_new(o, "state_size", json_integer(c->d_state));
-    json_object_set_new(o, "conv_kernel", json_integer(c->d_conv));
-    json_object_set_new(o, "time_step_rank", json_integer(c->dt_rank));
-    json_object_set_new(o, "layer_norm_epsilon", json_real((double)c->norm_eps));
-    json_object_set_new(o, "use_bias", json_boolean(c->bias));
-    json_object_set_new(o, "use_conv_bias", json_boolean(c->conv_bias));
-    json_object_set_new(o, "hidden_act", json_string("silu"));
-    json_object_set_new(o, "vocab_size", json_integer(c->n_vocab));
-    json_object_set_new(o, "tie_word_embeddings", json_boolean(c->tied_head));
-    if (c->max_len) json_object_set_new(o, "max_sequence_length", json_integer(c->max_len));
+static void hf_json(const bm_config *c, json_t *o, bool *ok) {
+    put(o, ok, "architectures", json_pack("[s]", "MambaForCausalLM"));
+    put(o, ok, "model_type", json_string("mamba"));
+    put(o, ok, "num_hidden_layers", json_integer(c->n_layers));
+    put(o, ok, "hidden_size", json_integer(c->d_model));
+    put(o, ok, "intermediate_size", json_integer(c->d_inner));
+    put(o, ok, "state_size", json_integer(c->d_state));
+    put(o, ok, "conv_kernel", json_integer(c->d_conv));
+    put(o, ok, "time_step_rank", json_integer(c->dt_rank));
+    put(o, ok, "layer_norm_epsilon", json_real((double)c->norm_eps));
+    put(o, ok, "use_bias", json_boolean(c->bias));
+    put(o, ok, "use_conv_bias", json_boolean(c->conv_bias));
+    put(o, ok, "hidden_act", json_string("silu"));
+    put(o, ok, "vocab_size", json_integer(c->n_vocab));
+    put(o, ok, "tie_word_embeddings", json_boolean(c->tied_head));
+    if (c->max_len) put(o, ok, "max_sequence_length", json_integer(c->max_len));
 }
 
 bm_status bm_config_to_json(const bm_config *c, json_t **out) {
@@ -352,11 +354,10 @@ bm_status bm_config_to_json(const bm_config *c, json_t **out) {
     *out = NULL;
     if (!o) return bm_fail_memory(64, "config.json");
     bm_status s = BM_OK;
-    if (c->family == BM_MAMBA) hf_json(c, o);
-    else s = released_json(c, o);
-    /* jansson's setters fail only without memory; the file must hold every key */
-    const size_t keys = json_object_size(o), least = c->family == BM_MAMBA ? 14 : 11;
-    if (!s && keys < least) s = bm_fail_memory(64, "config.json");
+    bool ok = true;
+    if (c->family == BM_MAMBA) hf_json(c, o, &ok);
+    else s = released_json(c, o, &ok);
+    if (!s && !ok) s = bm_fail_memory(64, "config.json");
     if (s) json_decref(o);
     else *out = o;
     return s;

@@ -89,6 +89,8 @@ bm_layout bm_layout_of(const bm_config *c, bm_format f) {
 
 static bool of_model(const bm_param *p) { return p->where <= FINAL_BIAS; }
 
+bool bm_part_of_model(const bm_part *p) { return of_model(p->param); }
+
 static bool model_has(const bm_config *c, const bm_param *p) {
     switch (p->where) {
     case HEAD: return !c->tied_head;

@@ -1,0 +1,298 @@
+/* src/model/weights.c - opens a model: every tensor of the table from its source to its place.
+ * Room: model.  In: a device and a path.  Out: bm_model, immutable.
+ *
+ * Matrices stay where a file is mapped when the device reads host memory; small tensors are widened
+ * to f32 once, A = -exp(A_log) among them, so every layout of equal weights gives equal bits. */
+#include "model/model.h"
+#include <stdlib.h>
+#include <string.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+/* ---- device ----------------------------------------------------------------------------------- */
+
+bm_status bm_device_open(bm_device **out, const char *name, int threads) {
+    *out = NULL;
+    if (strcmp(name, "cpu")) return bm_fail(BM_ENOSUPPORT, "device: found '%.40s', expected cpu", name);
+    bm_device *d;
+    BM_TRY(bm_alloc(&d, sizeof *d, "a device"));
+    const bm_status s = bm_backend_open_cpu(&d->be, threads);
+    if (s) {
+        free(d);
+        return s;
+    }
+    pthread_mutex_init(&d->lock, NULL);
+    *out = d;
+    return BM_OK;
+}
+
+void bm_device_close(bm_device *d) {
+    if (!d) return;
+    d->be->close(d->be);
+    pthread_mutex_destroy(&d->lock);
+    free(d);
+}
+
+const char *bm_device_name(const bm_device *d) { return d->be->name; }
+int bm_device_threads(const bm_device *d) { return d->be->threads; }
+
+bm_status bm_device_bandwidth(bm_device *d, size_t bytes, int repeats, double *out) {
+    pthread_mutex_lock(&d->lock);
+    const bm_status s = d->be->bandwidth(d->be, bytes, repeats, out);
+    pthread_mutex_unlock(&d->lock);
+    return s;
+}
+
+/* ---- loading ------------------------------------------------------------------------------------ */
+
+static bm_status own(bm_model *m, void *out, size_t bytes, const char *what) {
+    void *p;
+    memset(out, 0, sizeof p);
+    BM_TRY(bm_grow(&m->owned, &m->cap_owned, m->n_owned + 1, sizeof *m->owned, "a list of tensors"));
+    BM_TRY(m->be->alloc(m->be, &p, bytes, what));
+    m->owned[m->n_owned++] = p;
+    memcpy(out, &p, sizeof p);
+    return BM_OK;
+}
+
+static void *field_of(bm_model *m, const bm_part *p) {
+    char *base = bm_part_of_model(p) ? (char *)&m->w : (char *)&m->w.layer[p->layer];
+    return base + p->param->field;
+}
+
+/* A matrix: a view of the file's bytes on the device. */
+static void place_matrix(bm_model *m, const bm_part *p, bm_dtype type, const void *data) {
+    const bm_tensor t = { data, type, p->rows, p->cols };
+    void *f = field_of(m, p);
+    if (p->param->flags & BM_P_EXPERT) (*(bm_tensor **)f)[p->expert] = t;
+    else *(bm_tensor *)f = t;
+}
+
+/* A small tensor: f32, perhaps transposed, -exp for A_log.  scratch holds rows*cols floats twice. */
+static bm_status place_small(bm_model *m, const bm_part *p, bm_layout layout, bm_dtype type, const void *host, float *scratch) {
+    const size_t n = (size_t)p->rows * (size_t)p->cols;
+    const bool stacked = p->param->flags & BM_P_EXPERT;
+    float *x = scratch, *y = scratch + n, *at;
+    bm_widen(x, type, host, n);
+    if (p->param->flags & BM_P_ALOG && layout != BM_LAYOUT_GGUF)
+        for (size_t i = 0; i < n; i++) x[i] = bm_A_from_log(x[i]);
+    if (p->param->flags & BM_P_TRANSPOSED) {
+        for (int32_t r = 0; r < p->rows; r++)
+            for (int32_t c = 0; c < p->cols; c++) y[(size_t)c * (size_t)p->rows + (size_t)r] = x[(size_t)r * (size_t)p->cols + (size_t)c];
+        x = y;
+    }
+    void *f = field_of(m, p);
+    if (stacked && p->expert > 0) at = *(float **)f + (size_t)p->expert * n;
+    else {
+        const size_t copies = stacked ? (size_t)m->config.layer[p->layer].n_experts : 1;
+        BM_TRY(own(m, &at, n * copies * sizeof *at, "weights"));
+        if (p->param->flags & BM_P_TENSOR) *(bm_tensor *)f = (bm_tensor){ at, BM_F32, p->rows, p->cols };
+        else *(float **)f = at;
+    }
+    m->be->put(m->be, at, x, n * sizeof *x);
+    return BM_OK;
+}
+
+/* Host bytes of an entry: mapped, or read into *temp. */
+static bm_status host_bytes(const bm_source *s, const bm_entry *e, void **temp, const void **data) {
+    *temp = NULL;
+    *data = e->data;
+    if (e->data) return BM_OK;
+    BM_TRY(bm_alloc(temp, e->bytes, e->name));
+    const bm_status st = bm_source_read(s, e, *temp);
+    if (st) {
+        free(*temp);
+        *temp = NULL;
+    }
+    *data = *temp;
+    return st;
+}
+
+static bm_status load_matrix(bm_model *m, const bm_file_tensor *t, const bm_entry *e) {
+    const void *data = e->data;
+    if (!data || !m->be->reads_host) {
+        void *mine;
+        BM_TRY(own(m, &mine, e->bytes, e->name));
+        if (m->be->reads_host) BM_TRY(bm_source_read(m->source, e, mine));
+        else {
+            void *temp;
+            BM_TRY(host_bytes(m->source, e, &temp, &data));
+            m->be->put(m->be, mine, data, e->bytes);
+            const bm_status s = m->be->sync(m->be);
+            free(temp);
+            BM_TRY(s);
+        }
+        data = mine;
+    }
+    const size_t part_bytes = bm_dtype_bytes(e->type, (size_t)t->first.rows * (size_t)t->first.cols);
+    for (int i = 0; i < t->n_parts; i++) {
+        const bm_part p = bm_file_tensor_part(t, i);
+        place_matrix(m, &p, e->type, (const char *)data + (size_t)i * part_bytes);
+    }
+    return BM_OK;
+}
+
+static bm_status load_small(bm_model *m, bm_layout layout, const bm_file_tensor *t, const bm_entry *e) {
+    const size_t n = (size_t)t->first.rows * (size_t)t->first.cols, part_bytes = bm_dtype_bytes(e->type, n);
+    void *temp;
+    const void *data;
+    float *scratch = NULL;
+    BM_TRY(host_bytes(m->source, e, &temp, &data));
+    bm_status s = bm_alloc(&scratch, 2 * n * sizeof *scratch, e->name);
+    for (int i = 0; !s && i < t->n_parts; i++) {
+        const bm_part p = bm_file_tensor_part(t, i);
+        s = place_small(m, &p, layout, e->type, (const char *)data + (size_t)i * part_bytes, scratch);
+    }
+    if (!s) s = m->be->sync(m->be);
+    free(scratch);
+    free(temp);
+    return s;
+}
+
+/* The arrays of experts' matrices, empty. */
+static bm_status make_layers(bm_model *m) {
+    const bm_config *c = &m->config;
+    BM_TRY(bm_alloc(&m->w.layer, sizeof *m->w.layer * (size_t)c->n_layers, "layers"));
+    for (int l = 0; l < c->n_layers; l++) {
+        const size_t bytes = sizeof(bm_tensor) * (size_t)c->layer[l].n_experts;
+        bm_layer *w = &m->w.layer[l];
+        if (!c->layer[l].ffn) continue;
+        if (c->gated) BM_TRY(bm_alloc(&w->gate, bytes, "experts"));
+        BM_TRY(bm_alloc(&w->up, bytes, "experts"));
+        BM_TRY(bm_alloc(&w->down, bytes, "experts"));
+    }
+    return BM_OK;
+}
+
+static bm_status load(bm_model *m) {
+    const bm_layout layout = bm_layout_of(&m->config, bm_source_format(m->source));
+    const bm_entry **entry;
+    size_t n, i = 0;
+    bm_file_tensor t;
+    BM_TRY(bm_params_match(&m->config, m->source, &entry, &n));
+    bm_status s = make_layers(m);
+    for (bm_walk w = bm_params_walk(&m->config, layout); !s && bm_walk_next(&w, &t); i++) {
+        const bool matrix = t.first.param->flags & BM_P_MATRIX;
+        s = matrix ? load_matrix(m, &t, entry[i]) : load_small(m, layout, &t, entry[i]);
+        m->weight_bytes += entry[i]->bytes;
+    }
+    free(entry);
+    if (!s && m->config.tied_head) m->w.head = m->w.embedding;
+    return s;
+}
+
+bm_status bm_model_open(bm_model **out, bm_device *d, const char *path) {
+    *out = NULL;
+    bm_model *m;
+    BM_TRY(bm_alloc(&m, sizeof *m, "a model"));
+    m->device = d;
+    m->be = d->be;
+    pthread_mutex_lock(&d->lock);
+    bm_status s = bm_source_open(&m->source, path);
+    if (!s) s = bm_config_of(&m->config, m->source);
+    if (!s) s = load(m);
+    pthread_mutex_unlock(&d->lock);
+    if (s) bm_model_close(m);
+    else *out = m;
+    return s;
+}
+
+void bm_model_close(bm_model *m) {
+    if (!m) return;
+    pthread_mutex_lock(&m->device->lock);
+    for (size_t i = 0; i < m->n_owned; i++) m->be->release(m->be, m->owned[i]);
+    pthread_mutex_unlock(&m->device->lock);
+    free(m->owned);
+    for (int l = 0; m->w.layer && l < m->config.n_layers; l++) {
+        free(m->w.layer[l].gate);
+        free(m->w.layer[l].up);
+        free(m->w.layer[l].down);
+    }
+    free(m->w.layer);
+    bm_source_close(m->source);
+    free(m);
+}
+
+/* ---- what it is ---------------------------------------------------------------------------------- */
+
+const bm_config *bm_model_config(const bm_model *m) { return &m->config; }
+
+const char *bm_model_format(const bm_model *m) {
+    static const char *const name[] = { "PyTorch", "safetensors", "GGUF" };
+    return name[bm_source_format(m->source)];
+}
+
+/* Bytes as this file's types have them; small tensors are read in f32, their form in memory. */
+void bm_model_info(const bm_model *m, bm_info *out) {
+    bm_config_info(&m->config, BM_F32, out);
+    out->weight_bytes = m->weight_bytes;
+    out->tensors = bm_source_count(m->source);
+    out->weight_bytes_per_token = 0;
+    bm_file_tensor t;
+    for (bm_walk w = bm_params_walk(&m->config, bm_layout_of(&m->config, bm_source_format(m->source))); bm_walk_next(&w, &t); ) {
+        const bool per_expert = bm_layout_of(&m->config, bm_source_format(m->source)) != BM_LAYOUT_GGUF;
+        if (per_expert && t.first.expert > 0) continue;
+        const bm_entry *e = bm_source_find(m->source, t.name);
+        const bool matrix = t.first.param->flags & BM_P_MATRIX, looked_up = t.first.param->init == BM_INIT_EMBED && !m->config.tied_head;
+        const size_t n = looked_up ? (size_t)m->config.d_model : (size_t)t.first.rows * (size_t)t.first.cols * (t.joined ? 2 : 1);
+        out->weight_bytes_per_token += bm_dtype_bytes(matrix && e ? e->type : BM_F32, n);
+    }
+}
+
+bm_status bm_model_tensor(const bm_model *m, uint64_t i, bm_tensor_info *out) {
+    if (i >= bm_source_count(m->source))
+        return bm_fail(BM_EARG, "tensor: found index %llu, expected less than %zu", (unsigned long long)i, bm_source_count(m->source));
+    const bm_entry *e = bm_source_entry(m->source, i);
+    *out = (bm_tensor_info){ .name = e->name, .type = e->type, .n_dims = e->n_dims };
+    memcpy(out->dim, e->dim, sizeof out->dim);
+    return BM_OK;
+}
+
+/* ---- hash ------------------------------------------------------------------------------------------- */
+
+enum { SAMPLE = 4096 };
+
+static const void *part_data(const bm_model *m, const bm_part *p, bm_dtype *type) {
+    const char *f = field_of((bm_model *)m, p);
+    *type = BM_F32;
+    if (p->param->flags & BM_P_TENSOR) return ((const bm_tensor *)f)->data;
+    if (!(p->param->flags & BM_P_MATRIX))
+        return *(float *const *)f + (p->param->flags & BM_P_EXPERT ? (size_t)p->expert * (size_t)p->rows * (size_t)p->cols : 0);
+    const bm_tensor *t = p->param->flags & BM_P_EXPERT ? *(bm_tensor *const *)f + p->expert : (const bm_tensor *)f;
+    *type = t->type;
+    return t->data;
+}
+
+bm_status bm_model_hash(const bm_model *m, uint64_t out[2]) {
+    XXH3_state_t *h = XXH3_createState();
+    char *sample;
+    if (!h) return bm_fail_memory(sizeof *h, "a hash");
+    bm_status s = bm_alloc(&sample, SAMPLE, "a hash");
+    XXH3_128bits_reset(h);
+    const bm_config *c = &m->config;
+    const int32_t numbers[] = { c->family, c->n_layers, c->n_vocab, c->d_model, c->d_inner, c->d_state, c->d_conv, c->dt_rank,
+                                c->activation, c->routing, c->final_norm, c->gated, c->bias, c->conv_bias, c->tied_head };
+    XXH3_128bits_update(h, numbers, sizeof numbers);
+    XXH3_128bits_update(h, &c->norm_eps, sizeof c->norm_eps);
+    bm_file_tensor t;
+    for (bm_walk w = bm_params_walk(c, BM_LAYOUT_GGUF); !s && bm_walk_next(&w, &t); ) {
+        for (int i = 0; i < t.n_parts; i++) {
+            const bm_part p = bm_file_tensor_part(&t, i);
+            bm_dtype type;
+            const void *data = part_data(m, &p, &type);
+            const size_t bytes = bm_dtype_bytes(type, (size_t)p.rows * (size_t)p.cols), n = bytes < SAMPLE ? bytes : SAMPLE;
+            const int32_t head[] = { (int32_t)type, p.rows, p.cols, p.expert };
+            m->be->get(m->be, sample, data, n);
+            XXH3_128bits_update(h, t.name, strlen(t.name));
+            XXH3_128bits_update(h, head, sizeof head);
+            XXH3_128bits_update(h, sample, n);
+        }
+        s = m->be->sync(m->be);
+    }
+    const XXH128_hash_t v = XXH3_128bits_digest(h);
+    out[0] = v.low64;
+    out[1] = v.high64;
+    XXH3_freeState(h);
+    free(sample);
+    return s;
+}
