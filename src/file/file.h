@@ -44,6 +44,7 @@ typedef struct bm_entry {
     int64_t dim[4];         /* all > 0 */
     uint64_t n, bytes;      /* elements; bytes as stored in `type`, contiguous */
     const void *data;       /* mapped, aligned for its type; NULL: read with bm_source_read */
+    const void *raw;        /* the file room's: mapped bytes, aligned or not; NULL inside a zip */
 } bm_entry;
 
 typedef enum bm_format { BM_FORMAT_TORCH, BM_FORMAT_SAFETENSORS, BM_FORMAT_GGUF } bm_format;
@@ -65,6 +66,9 @@ const bm_meta *bm_source_meta(const bm_source *s);             /* keys of a GGUF
 /* Formats, each opened by bm_source_open; parse works on bytes (fuzzers), which must outlive it. */
 typedef struct bm_entries { bm_entry *e; size_t n, cap; } bm_entries;
 bm_status bm_safetensors_parse(bm_entries *out, const uint8_t *data, size_t size, const char *path);
+/* Any one tensor, whatever its type: dtype and bytes as in the file, n_dims up to 4. */
+bm_status bm_safetensors_find(const uint8_t *data, size_t size, const char *path, const char *name,
+                              const char **dtype, int64_t dim[4], int *n_dims, const void **bytes, uint64_t *n_bytes);
 bm_status bm_gguf_parse(bm_entries *out, bm_meta **meta, const uint8_t *data, size_t size, const char *path);
 void bm_entries_free(bm_entries *list);
 
