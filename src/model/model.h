@@ -123,6 +123,8 @@ struct bm_session {
     float *head_in, *head_out, *head_loss;  /* (H,D) (H,V) (H) for H rows at a time */
     bm_token *head_target;
     float *logits; bool *has_logits;        /* host: (S,V) (S) */
+    int32_t *host;                          /* host: token (M) | start (M+1) | slot (M) of a chunk */
+    struct bm_feed *feeds;                  /* (S) */
 };
 /* forward.c: out, sum of M rows through every layer. */
 void bm_forward_layers(bm_session *s, int M, int Q);

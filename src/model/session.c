@@ -9,7 +9,7 @@
 enum { HEAD_ROWS = 64, MAX_SLOTS = 4096, MAX_CHUNK = 8192 };
 
 /* An input on its way: what of it was fed, and where scores go. */
-typedef struct feed {
+typedef struct bm_feed {
     const bm_input *in;
     size_t fed;
     float *nll;                 /* bm_score: one per fed token */
@@ -60,6 +60,8 @@ static bm_status session_init(bm_session *s) {
         s->state_at[l] = s->stride;
         if (c->layer[l].mixer) s->stride += (size_t)c->d_inner * (size_t)(c->d_conv - 1 + c->d_state);
     }
+    BM_TRY(bm_alloc(&s->host, sizeof *s->host * (3 * (size_t)s->chunk + 1), "a session"));
+    BM_TRY(bm_alloc(&s->feeds, sizeof *s->feeds * (size_t)s->slots, "a session"));
     BM_TRY(bm_alloc(&s->has_logits, sizeof *s->has_logits * (size_t)s->slots, "a session"));
     BM_TRY(bm_alloc(&s->logits, sizeof *s->logits * (size_t)s->slots * (size_t)c->n_vocab, "logits"));
     return work_alloc(s);
@@ -92,6 +94,8 @@ void bm_session_close(bm_session *s) {
     work_free(s);
     pthread_mutex_unlock(&s->m->device->lock);
     free(s->state_at);
+    free(s->host);
+    free(s->feeds);
     free(s->has_logits);
     free(s->logits);
     free(s);
@@ -183,10 +187,7 @@ static bm_status deliver(bm_session *s, feed *f, int n, int M) {
 }
 
 static bm_status run(bm_session *s, feed *f, int n) {
-    const size_t M_max = (size_t)s->chunk;
-    int32_t *host;              /* token (M) | start (M+1) | slot (M) */
-    BM_TRY(bm_alloc(&host, (3 * M_max + 1) * sizeof *host, "a chunk of tokens"));
-    int32_t *start = host + M_max, *slot = start + M_max + 1;
+    int32_t *host = s->host, *start = host + s->chunk, *slot = start + s->chunk + 1;
     bm_status st = BM_OK;
     while (!st) {
         int M, Q;
@@ -200,7 +201,6 @@ static bm_status run(bm_session *s, feed *f, int n) {
         const bm_status device = s->be->sync(s->be);
         if (!st) st = device;
     }
-    free(host);
     return st;
 }
 
@@ -236,13 +236,9 @@ static bm_status run_locked(bm_session *s, feed *f, int n) {
 }
 
 bm_status bm_forward(bm_session *s, const bm_input *in, int n) {
-    feed *f;
     BM_TRY(check_inputs(s, in, n));
-    BM_TRY(bm_alloc(&f, sizeof *f * (size_t)(n + 1), "inputs"));
-    for (int i = 0; i < n; i++) f[i] = (feed){ .in = &in[i] };
-    const bm_status st = run_locked(s, f, n);
-    free(f);
-    return st;
+    for (int i = 0; i < n; i++) s->feeds[i] = (feed){ .in = &in[i] };
+    return run_locked(s, s->feeds, n);
 }
 
 const float *bm_logits(const bm_session *s, int slot) {
