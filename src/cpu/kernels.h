@@ -1,0 +1,94 @@
+/* kernels.h - what the files of this room share: the table of vector kernels, filled once per
+ * instruction set from one source (kernels.inc), and the CPU backend that calls it.  Room: cpu.
+ *
+ * A kernel computes a part of an operation on one thread; gemm.c, norm.c, ... cut operations into
+ * parts.  No kernel's result depends on how that was done. */
+#ifndef BM_KERNELS_H
+#define BM_KERNELS_H
+#include "model/backend.h"
+#pragma GCC visibility push(hidden)
+
+/* The form in which a matrix product reads its activations. */
+typedef enum bm_form {
+    BM_FORM_F32,        /* as they are */
+    BM_FORM_ROUNDED,    /* f32 holding values rounded to bf16 */
+    BM_FORM_BF16,       /* bf16, zeros up to a multiple of 64 bytes */
+    BM_FORM_Q8          /* blocks of 32: int8, corrections, scales; see bm_q8_row */
+} bm_form;
+
+/* One row of n activations as BM_FORM_Q8, each part zero-padded to a multiple of 64 bytes:
+ * q = round(x / scale), scale = max|x| / 127 per block of 32; fix[i] = -128 (q[4i] + .. + q[4i+3]),
+ * what a dot product of q with weights raised by 128 has too much (used by AVX-512 VNNI alone). */
+typedef struct bm_q8_row { int8_t *q; int32_t *fix; float *scale; } bm_q8_row;
+static inline size_t bm_round64(size_t n) { return (n + 63) / 64 * 64; }
+static inline bm_q8_row bm_q8_row_at(const void *row, size_t n) {
+    uint8_t *p = (uint8_t *)(uintptr_t)row;
+    return (bm_q8_row){ (int8_t *)p, (int32_t *)(p + bm_round64(n)), (float *)(p + 2 * bm_round64(n)) };
+}
+/* Bytes of one converted row of n; an odd number of cache lines, so that rows spread over the sets. */
+static inline size_t bm_form_bytes(bm_form f, size_t n) {
+    const size_t bytes = f == BM_FORM_Q8 ? 2 * bm_round64(n) + bm_round64((n + 31) / 32 * 4) + 64
+                       : bm_round64(n * (f == BM_FORM_BF16 ? 2 : 4));
+    return bytes % 128 ? bytes : bytes + 64;
+}
+
+/* y[r][j] (+)= scale[r] * (x_i . w_j + bias[j]),  r = map ? map[i] : i */
+typedef struct bm_gemm {
+    const uint8_t *w; size_t w_stride;          /* N rows of K weights as stored; strides in bytes */
+    const uint8_t *x; size_t x_stride;          /* M rows in the form the kernel wants */
+    int M, N, K;
+    const float *bias, *scale;                  /* (N), indexed by r; NULL: none */
+    const int32_t *map;
+    float *y; size_t ldy;                       /* row stride in floats */
+    bool accumulate;
+} bm_gemm;
+/* Outputs [i0, i1) x [j0, j1). */
+typedef void (*bm_gemm_fn)(const bm_gemm *g, int i0, int i1, int j0, int j1);
+
+typedef struct bm_kernels {
+    const char *level;                          /* "scalar", "avx2", "avx512" */
+    bm_form    form[2][BM_DTYPE_COUNT];         /* [bm_arith][type of the weights] */
+    bm_gemm_fn gemm[2][BM_DTYPE_COUNT];
+    void (*convert)(void *dst, bm_form form, const float *x, int n);
+    void (*widen)(float *dst, bm_dtype type, const void *src, int n);
+    void (*activate)(float *h, const float *gate, const float *up, int n, bm_activation f);   /* act(gate) * up; gate NULL: act(up) */
+    void (*norm)(const bm_op_norm *a, int begin, int end);      /* rows */
+    void (*loss)(const bm_op_loss *a, int begin, int end);      /* rows */
+    void (*conv)(const bm_op_conv *a, int begin, int end);      /* channels */
+    void (*scan)(const bm_op_scan *a, int begin, int end);      /* channels */
+    float (*read)(const float *p, size_t n);                    /* a sum, n % 64 == 0: touches every byte */
+} bm_kernels;
+
+void bm_kernels_scalar(bm_kernels *k);
+void bm_kernels_avx2(bm_kernels *k);
+void bm_kernels_avx512(bm_kernels *k);
+/* The best level of this machine that cap ("scalar", "avx2", "avx512"; NULL: any) allows. */
+bm_status bm_kernels_choose(bm_kernels *out, const char *cap);
+
+typedef struct bm_cpu {
+    bm_backend door;                            /* first: a bm_backend * is a bm_cpu * */
+    bm_kernels k;
+    bm_pool *pool;
+    uint8_t *scratch; size_t scratch_bytes;     /* converted activations */
+    bm_status failed; char sentence[160];       /* the first failure since the last sync */
+} bm_cpu;
+
+/* As bm_backend_open_cpu, at a level of the caller's choice; BM_ENOSUPPORT when the machine lacks it. */
+bm_status bm_backend_open_cpu_level(bm_backend **out, int threads, const char *level);
+
+/* Converts rows map[0..M) (NULL: 0..M) of x into scratch for weights w, and sets g's x.  False: it did not fit. */
+bool bm_cpu_convert(bm_cpu *c, bm_gemm *g, bm_form form, const float *x, size_t ldx, const int32_t *map);
+/* Computes all of g on all threads. */
+void bm_cpu_gemm(bm_cpu *c, const bm_gemm *g, bm_gemm_fn fn);
+
+void bm_cpu_linear (bm_backend *b, const bm_op_linear *a);
+void bm_cpu_embed  (bm_backend *b, const bm_op_embed *a);
+void bm_cpu_norm   (bm_backend *b, const bm_op_norm *a);
+void bm_cpu_conv   (bm_backend *b, const bm_op_conv *a);
+void bm_cpu_scan   (bm_backend *b, const bm_op_scan *a);
+void bm_cpu_route  (bm_backend *b, const bm_op_route *a);
+void bm_cpu_experts(bm_backend *b, const bm_op_experts *a);
+void bm_cpu_loss   (bm_backend *b, const bm_op_loss *a);
+
+#pragma GCC visibility pop
+#endif

@@ -1,0 +1,30 @@
+/* loss.c - tokens in, loss out: embedding rows and -log softmax.  Room: cpu. */
+#include "cpu/kernels.h"
+
+typedef struct job { bm_cpu *c; const void *a; } job;
+
+static void embed_part(void *arg, int64_t begin, int64_t end, int thread) {
+    const job *j = arg;
+    const bm_op_embed *a = j->a;
+    const bm_tensor *t = a->table;
+    const size_t D = (size_t)t->cols, bytes = bm_dtype_bytes(t->type, D);
+    (void)thread;
+    for (int64_t i = begin; i < end; i++)
+        j->c->k.widen(a->y + (size_t)i * D, t->type, (const uint8_t *)t->data + (size_t)a->token[i] * bytes, t->cols);
+}
+
+void bm_cpu_embed(bm_backend *b, const bm_op_embed *a) {
+    job j = { (bm_cpu *)b, a };
+    if (!j.c->failed) bm_parallel(j.c->pool, a->M, 1 + 16384 / a->table->cols, embed_part, &j);
+}
+
+static void loss_part(void *arg, int64_t begin, int64_t end, int thread) {
+    const job *j = arg;
+    (void)thread;
+    j->c->k.loss(j->a, (int)begin, (int)end);
+}
+
+void bm_cpu_loss(bm_backend *b, const bm_op_loss *a) {
+    job j = { (bm_cpu *)b, a };
+    if (!j.c->failed) bm_parallel(j.c->pool, a->M, 1, loss_part, &j);
+}
