@@ -132,7 +132,7 @@ out:
 const app_command app_perplexity = {
     "perplexity", "-m MODEL (-f TEXT | --tokens FILE) [--ctx C] [--carry] [options]",
     "Measures how well a model predicts a text.",
-    "The ids are cut into windows of C + 1 that share none; each starts from nothing and gives C predictions; a shorter "
-    "last one counts. With --carry each goes on from the state the one before left; the predictions are the same. Bits "
-    "per byte needs a text.", options, 0, run,
+    "The ids are cut into windows of C + 1 that share none; each starts from nothing and gives C predictions; a "
+    "shorter last one counts. With --carry each goes on from the state the one before left; the predictions are the "
+    "same. Bits per byte needs a text.", options, 0, run,
 };

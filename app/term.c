@@ -88,6 +88,11 @@ out:
 
 static bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
+static int ids_error(const char *name, size_t line, size_t at, const char *word, size_t n) {
+    return app_error("%s: line %zu, byte %zu: found '%.*s', expected an id from 0 to %d; ids are decimal numbers "
+                     "separated by white space", name, line, at, (int)(n > 40 ? 40 : n), word, INT32_MAX);
+}
+
 int app_ids_parse(const char *text, size_t n, const char *name, bm_token **ids, size_t *n_ids) {
     bm_token *out = NULL;
     size_t count = 0, line = 1;
@@ -104,12 +109,7 @@ int app_ids_parse(const char *text, size_t n, const char *name, bm_token **ids, 
             if (good) v = 10 * v + (text[end] - '0');
             good = good && v <= INT32_MAX;
         }
-        if (!good) {
-            free(out);
-            return app_error("%s: line %zu, byte %zu: found '%.*s', expected an id from 0 to %d; ids are decimal "
-                             "numbers separated by white space", name, line, i, (int)(end - i > 40 ? 40 : end - i), text + i,
-                                 INT32_MAX);
-        }
+        if (!good) return free(out), ids_error(name, line, i, text + i, end - i);
         if (!app_grow(&out, count, sizeof *out)) return free(out), APP_FAILED;
         out[count++] = (bm_token)v;
         i = end;

@@ -1,0 +1,27 @@
+# completion.bash - bash completion of blackmamba.  Commands, options and presets are asked of the
+# program itself, so they are always the ones it has.
+
+_blackmamba() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
+    local program=${COMP_WORDS[0]} command=${COMP_WORDS[1]} words=
+    COMPREPLY=()
+    if ((COMP_CWORD == 1)) || [[ $command == help ]]; then
+        words=$("$program" help 2>/dev/null | sed -n 's/^  \([a-z]\+\)  .*/\1/p')
+        ((COMP_CWORD == 1)) && words+=" --help --version"
+    elif [[ $prev == --type || $prev == --embedding-type ]]; then
+        words="f32 bf16 f16 q8_0 q4_0"
+    elif [[ $prev == --arith ]]; then
+        words="native f32"
+    elif [[ $prev == --preset ]]; then
+        words=$("$program" help init 2>/dev/null | grep -oE '(black)?mamba-[0-9.]+[bm]')
+    elif [[ $cur == -* ]]; then
+        words=$("$program" help "$command" 2>/dev/null | sed -n '/^  .*--/{s/   *[^- ].*//;p}' | grep -oE -- '--[a-z-]+')
+    fi
+    if [[ -n $words ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+    else
+        compopt -o filenames 2>/dev/null
+        mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+    fi
+}
+complete -F _blackmamba blackmamba
