@@ -262,7 +262,7 @@ static bm_status feed_all(bm_stream *g, bm_progress_fn progress, void *user) {
         }
         g->fed += step;
         const size_t kept = g->n_snaps ? g->snap[g->n_snaps - 1].at : 0;
-        if (g->fed - kept >= BM_STREAM_SNAPSHOT_EVERY && g->fed < g->n + 1) BM_TRY(snapshot(g));
+        if (g->fed - kept >= BM_STREAM_SNAPSHOT_EVERY) BM_TRY(snapshot(g));
         if (progress && !progress(user, g->fed, g->n) && g->fed < g->n) return bm_fail(BM_ECANCELLED, "stopped while reading the text");
     }
     return BM_OK;
