@@ -123,6 +123,7 @@ typedef struct app_turn {
     int limit;                  /* tokens to write; -1: until the text ends */
     bool ignore_eos, ids;       /* ids: ids instead of text */
     bool keep;                  /* keep the text instead of printing it */
+    bool unfinished;            /* leave bytes that wait for more to whoever goes on with the stream */
     /* results */
     char *text; size_t n_text;  /* malloc'ed when kept */
     bm_token *token; size_t n_tokens;   /* written, the end-of-text token left out; malloc'ed */
@@ -132,6 +133,7 @@ typedef struct app_turn {
     char last;                  /* byte printed */
 } app_turn;
 int  app_generate(bm_stream *s, app_turn *t);
+int  app_turn_flush(bm_stream *s, app_turn *t);     /* prints or keeps the bytes that wait for more */
 void app_turn_free(app_turn *t);
 
 typedef struct app_chat {

@@ -17,7 +17,7 @@ static struct {
     float temperature, top_p, min_p, typical, repeat, presence, frequency;
     uint64_t seed;
     app_texts bias, stops;
-    bool n_given, seed_given, sampling_given, interactive, no_bos, ignore_eos, echo, json;
+    bool n_given, seed_given, seed_unknown, sampling_given, interactive, no_bos, ignore_eos, echo, json;
 } o = {.temperature = 0.8f, .top_p = 0.95f, .typical = 1, .repeat = 1, .window = 64};
 
 #define SAMPLING &o.sampling_given
@@ -150,9 +150,13 @@ static int prompt_read(prompt *p) {
     return p->text ? APP_OK : app_error("out of memory for the prompt");
 }
 
-static int prompt_add(const app_engine *e, bm_stream *s, const prompt *p, size_t *added) {
+static int prompt_add(const app_engine *e, bm_stream *s, const prompt *p, app_turn *t, size_t *added) {
     size_t before, after;
     bm_stream_tokens(s, &before);
+    *added = 0;
+    if (before && !p->n && !p->n_ids) return APP_OK;    /* bytes that wait are finished by what comes */
+    int code = app_turn_flush(s, t);
+    if (code) return code;
     bool bos = !before && !o.no_bos && e->tokenizer && bm_tokenizer_adds_bos(e->tokenizer);
     bm_status st = o.tokens ? bm_stream_add_tokens(s, p->ids, p->n_ids) : bm_stream_add_text(s, p->text, p->n, bos);
     if (st) return app_failed(st);
@@ -174,8 +178,9 @@ static void report(const app_turn *t, size_t added) {
             per_second(added, t->prompt_s));
     fprintf(stderr, "written  %7zu tokens %8.2f s %9.1f tokens/s\n", t->n_sampled, t->write_s,
             per_second(decoded, t->write_s));
-    fprintf(stderr, "first token after %.2f s, ended by %s, seed %llu\n", t->first_s, t->finish,
-            (unsigned long long)o.seed);
+    fprintf(stderr, "first token after %.2f s, ended by %s, ", t->first_s, t->finish);
+    if (o.seed_unknown) fputs("seed of the session\n", stderr);
+    else fprintf(stderr, "seed %llu\n", (unsigned long long)o.seed);
 }
 
 static int report_json(const app_turn *t, size_t added) {
@@ -185,10 +190,10 @@ static int report_json(const app_turn *t, size_t added) {
         "prompt_tokens_per_s", app_json_real(per_second(added, t->prompt_s)), "generate_s", app_json_real(t->write_s),
         "generated_tokens_per_s", app_json_real(per_second(decoded, t->write_s)), "first_token_s",
             app_json_real(t->first_s));
-    return app_print_json(json_pack("{s:o, s:o, s:I, s:I, s:o, s:I, s:s}", "text", text, "tokens",
+    return app_print_json(json_pack("{s:o, s:o, s:I, s:I, s:o, s:o, s:s}", "text", text, "tokens",
         app_json_ids(t->token, t->n_tokens), "prompt_tokens", (json_int_t)added, "generated_tokens",
-            (json_int_t)t->n_sampled,
-        "timings", timings, "seed", (json_int_t)o.seed, "finish", t->finish));
+        (json_int_t)t->n_sampled, "timings", timings, "seed",
+        o.seed_unknown ? json_null() : json_integer((json_int_t)o.seed), "finish", t->finish));
 }
 
 /* ---- the command ----------------------------------------------------------------------- */
@@ -206,23 +211,26 @@ static int stream_start(const app_engine *e, const bm_sampling *p, bm_stream **s
     bm_status st = bm_stream_open(s, e->session, 0, e->tokenizer, p);
     if (!st && o.session && app_path_exists(o.session)) {
         st = bm_stream_load(*s, o.session);
-        if (!st && (o.sampling_given || o.seed_given)) st = bm_stream_sampling(*s, p);
+        o.seed_unknown = !o.sampling_given && !o.seed_given;
+        if (!st && !o.seed_unknown) st = bm_stream_sampling(*s, p);
     }
     if (!st && o.stops.n) st = bm_stream_stops(*s, o.stops.item, o.stops.n);
     return st ? app_failed(st) : APP_OK;
 }
 
 static int write_text(const app_engine *e, bm_stream *s, const prompt *p) {
-    app_turn t = {.limit = o.n, .ignore_eos = o.ignore_eos, .ids = o.tokens != NULL, .keep = o.json};
-    size_t added = 0;
-    int code = prompt_add(e, s, p, &added);
+    app_turn t = {.limit = o.n, .ignore_eos = o.ignore_eos, .ids = o.tokens != NULL, .keep = o.json,
+                  .unfinished = o.session != NULL};
+    size_t added;
+    int code = prompt_add(e, s, p, &t, &added);
     if (!code) code = app_generate(s, &t);
     if (!code) {
         if (o.json) code = report_json(&t, added);
         else report(&t, added);
     }
     if (!code && o.session) {
-        bm_status st = bm_stream_save(s, o.session);
+        bm_status st = bm_stream_turn(s);
+        if (!st) st = bm_stream_save(s, o.session);
         if (st) code = app_failed(st);
     }
     if (!code && strcmp(t.finish, "interrupted") == 0) code = APP_CANCELLED;

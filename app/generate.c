@@ -61,6 +61,12 @@ static int step(bm_stream *s, app_turn *t, bm_piece *piece) {
     return code ? code : put(t, piece);
 }
 
+int app_turn_flush(bm_stream *s, app_turn *t) {
+    bm_piece piece;
+    bm_status st = bm_stream_flush(s, &piece);
+    return st ? app_failed(st) : put(t, &piece);
+}
+
 int app_generate(bm_stream *s, app_turn *t) {
     bm_piece piece;
     int code = APP_OK;
@@ -71,11 +77,7 @@ int app_generate(bm_stream *s, app_turn *t) {
         else code = step(s, t, &piece);
     }
     if (code) return code;
-    if (t->finish[0] != 's') {          /* after a stop string what waits is the stop string */
-        bm_status st = bm_stream_flush(s, &piece);
-        if (st) return app_failed(st);
-        code = put(t, &piece);
-    }
+    if (!t->unfinished) code = app_turn_flush(s, t);
     if (!code && t->ids && !t->keep) {
         putchar('\n');
         code = app_flush();

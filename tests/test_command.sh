@@ -1,0 +1,228 @@
+#!/usr/bin/env bash
+# test_command.sh - the command from the outside: exit codes, sentences, files, texts.
+#
+#   bash tests/test_command.sh build/blackmamba       from the root of the repository
+#
+# Makes a tiny model with `init`; what needs the trained checkpoint looks for it in $BM_SHARED, else
+# ../shared, and is skipped, saying so, when it is not there.  Ends with "N passed, N failed".
+set -u
+program=$(realpath "${1:-build/blackmamba}")
+shared=${BM_SHARED:-../shared}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0 skipped=0
+export LC_ALL=C
+
+bm() { timeout 120 "$program" "$@" </dev/null; }
+good() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); printf 'FAILED: %s\n' "$*" >&2; }
+check() { if "${@:2}" >"$work/check.out" 2>&1; then good; else bad "$1"; head -5 "$work/check.out" >&2; fi; }
+same() { if [[ $2 == "$3" ]]; then good; else bad "$1: found '${2:0:300}', expected '${3:0:300}'"; fi; }
+# fails CODE WORDS COMMAND...: the exit code, one line on standard error that holds WORDS, nothing written.
+fails() {
+    local code=$1 words=$2 found
+    shift 2
+    bm "$@" >"$work/fails.out" 2>"$work/fails.err"
+    found=$?
+    if [[ $found != "$code" ]]; then bad "$*: exit code $found, expected $code: $(head -3 "$work/fails.err")"
+    elif ! grep -qF -- "$words" "$work/fails.err"; then bad "$*: no '$words' in: $(head -3 "$work/fails.err")"
+    elif [[ $(wc -l <"$work/fails.err") != 1 || -s $work/fails.out ]]; then bad "$*: more than one sentence"
+    else good; fi
+}
+
+commands="run tokenize logits perplexity bench convert inspect init"
+tiny=$work/tiny.gguf
+
+test_usage() {
+    same version "$(bm --version)" "blackmamba $(sed -n 's/^#define BM_VERSION "\(.*\)"/\1/p' include/blackmamba.h)"
+    check "overview" bm --help
+    for c in $commands; do
+        same "help of $c" "$(bm help "$c")" "$(bm "$c" --help)"
+        bm help "$c" | sed -n '/^  .*--/{s/   *[^- ].*//;p}' | grep -oE -- '--[a-z-]+' | sort -u >"$work/options"
+        while read -r option; do
+            check "manual page has $option of $c" grep -qE "Fl.* -${option#--}( |\$)" docs/blackmamba.1
+        done <"$work/options"
+    done
+    fails 2 "did you mean 'run'" runn
+    fails 2 "unknown option '--tmep'; did you mean --temp" run --tmep 1
+    fails 2 "unknown option '-Z'" run -Z
+    fails 2 "--temp: found 'nan'" run --temp nan
+    fails 2 "--temp: found '0x1p3'" run --temp=0x1p3
+    fails 2 "-n: found '99999999999'" run -n 99999999999
+    fails 2 "-n: found '5 '" run -n "5 "
+    fails 2 "-n needs a value" run -n
+    fails 2 "--top-p: found '1.5'" run --top-p 1.5
+    fails 2 "--seed: found '-1'" run --seed -1
+    fails 2 "--logit-bias: found '5'" run -p x --logit-bias 5
+    fails 2 "--type: found 'q5'" init --preset mamba-130m --type q5 x.gguf
+    fails 2 "unexpected word 'c'" convert a b c
+    fails 2 "--tokens FILE is missing" logits -m x
+    fails 2 "one prompt" run -p a -f b
+    fails 2 "one of them" tokenize
+    fails 2 "unknown command ''" ""
+    bm >/dev/null 2>&1
+    same "no command" $? 2
+}
+
+test_output() {
+    bm help run >/dev/full 2>"$work/err"
+    same "full disk" "$? $(cat "$work/err")" "1 blackmamba: cannot write standard output: No space left on device"
+    bm tokenize --help 2>"$work/err" | head -1 >/dev/null
+    check "closed pipe is quiet" test ! -s "$work/err"
+}
+
+make_tiny() {
+    cat >"$work/tiny.json" <<'JSON'
+{"num_layers": 4, "hidden_size": 64, "state_size": 8, "conv_dimension": 4, "vocab_size": 96, "expansion_factor": 2,
+ "mamba_moe_layers": ["r", "4", "r", "4"], "ffn_hidden_size": 96, "add_bias_linear": false, "swiglu": true,
+ "max_sequence_length": 64}
+JSON
+    check "init" bm init --preset "$work/tiny.json" --seed 7 "$tiny"
+    seq 0 95 >"$work/ids"
+}
+
+test_files() {
+    fails 1 "--force" init --preset "$work/tiny.json" "$tiny"
+    fails 1 "blackmamba-3b" init --preset blackmamba-3b "$work/no.gguf"
+    check "init --force" bm init --preset "$work/tiny.json" --seed 7 --force "$tiny"
+    check "init again gives the same bytes" bm init --preset "$work/tiny.json" --seed 7 "$work/again.gguf"
+    check "same bytes" cmp "$tiny" "$work/again.gguf"
+    check "gguf to folder" bm convert "$tiny" "$work/folder"
+    check "folder to gguf" bm convert "$work/folder" "$work/back.gguf"
+    check "gguf to folder to gguf, every byte" cmp "$tiny" "$work/back.gguf"
+    fails 1 "folder of that name exists" convert "$tiny" "$work/folder" --force
+    fails 1 "no-such" convert "$work/no-such" "$work/no.gguf"
+    head -c 1000 "$tiny" >"$work/cut.gguf"
+    fails 1 "cut.gguf" inspect "$work/cut.gguf"
+    fails 1 "cut.gguf" convert "$work/cut.gguf" "$work/no.gguf"
+    check "nothing is left half written" test -z "$(find "$work" -name '*no.gguf*')"
+    for type in f32 f16 q8_0 q4_0; do check "convert to $type" bm convert "$tiny" "$work/$type.gguf" --type $type; done
+    same "parameters" "$(bm inspect --json "$work/q8_0.gguf" | jq -c '[.parameters, .config.n_layers, .format]')" '[213640,4,"GGUF"]'
+    check "inspect" bm inspect --tensors "$work/folder"
+    same "tensors" "$(bm inspect --json --tensors "$tiny" | jq '.tensors | length')" "$(bm inspect --json "$tiny" | jq .n_tensors)"
+}
+
+test_numbers() {
+    check "logits" bm logits -m "$tiny" --tokens "$work/ids" -o "$work/a.safetensors" -t 1
+    check "logits, two threads" bm logits -m "$tiny" --tokens "$work/ids" -o "$work/b.safetensors" -t 2
+    check "threads change no bit" cmp "$work/a.safetensors" "$work/b.safetensors"
+    check "logits of the folder" bm logits -m "$work/folder" --tokens "$work/ids" -o "$work/b.safetensors"
+    check "the form of the file changes no bit" cmp "$work/a.safetensors" "$work/b.safetensors"
+    same "size of the logits" "$(tail -c +9 "$work/a.safetensors" | head -c "$(od -An -t u8 -N 8 "$work/a.safetensors" | tr -d ' ')" |
+        jq -c .logits)" '{"dtype":"F32","shape":[96,96],"data_offsets":[0,36864]}'
+    echo "1 2 96" >"$work/range"
+    fails 1 "96" logits -m "$tiny" --tokens "$work/range" -o "$work/no.safetensors"
+    printf '1 2\n3 99999999999999999999 4' >"$work/large"
+    fails 1 "large: line 2, byte 6: found '99999999999999999999'" logits -m "$tiny" --tokens "$work/large" -o "$work/no.safetensors"
+    echo "1 x" >"$work/word"
+    fails 1 "found 'x'" perplexity -m "$tiny" --tokens "$work/word"
+    : >"$work/empty"
+    fails 1 "no id" logits -m "$tiny" --tokens "$work/empty" -o "$work/no.safetensors"
+    fails 1 "cannot" logits -m "$tiny" --tokens "$work/ids" -o "$work/missing/no.safetensors"
+    check "nothing is left half written" test -z "$(find "$work" -name '*no.safetensors*')"
+    same "windows" "$(bm perplexity -m "$tiny" --tokens "$work/ids" --ctx 9 --json | jq -c '[.tokens, .windows, .predictions]')" '[96,10,86]'
+    same "carried windows" "$(bm perplexity -m "$tiny" --tokens "$work/ids" --ctx 9 --carry --json | jq -c .predictions)" 86
+    same "one window, carried or not" "$(bm perplexity -m "$tiny" --tokens "$work/ids" --carry --json | jq .loss)" \
+        "$(bm perplexity -m "$tiny" --tokens "$work/ids" --json | jq .loss)"
+    fails 1 "at least 2" perplexity -m "$tiny" --tokens <(echo 1)
+    check "bench" bm bench -m "$tiny" -r 1 --prompt 8 --gen 4 --json
+    check "bandwidth" bm bench --bandwidth -r 1
+}
+
+test_ids() {
+    echo "1 2 3" >"$work/prompt"
+    local ten
+    ten=$(bm run -m "$tiny" --tokens "$work/prompt" -n 10 -s 5 2>/dev/null)
+    same "ten ids" "$(wc -w <<<"$ten")" 10
+    same "same seed, same ids" "$(bm run -m "$tiny" --tokens "$work/prompt" -n 10 -s 5 -t 1 2>/dev/null)" "$ten"
+    check "another seed, other ids" test "$(bm run -m "$tiny" --tokens "$work/prompt" -n 10 -s 6 2>/dev/null)" != "$ten"
+    bm run -m "$tiny" --tokens "$work/prompt" -n 4 -s 5 --session "$work/s" >"$work/first" 2>/dev/null
+    bm run -m "$tiny" --tokens "$work/empty" -n 6 --session "$work/s" >"$work/second" 2>/dev/null
+    same "saved and gone on == uninterrupted" "$(cat "$work/first" "$work/second" | xargs)" "$ten"
+    head -c 200 "$work/s" >"$work/cut"
+    fails 1 "cut" run -m "$tiny" --tokens "$work/prompt" --session "$work/cut"
+    same "JSON" "$(bm run -m "$tiny" --tokens "$work/prompt" -n 10 -s 5 --json 2>/dev/null |
+        jq -c '[.prompt_tokens, .generated_tokens, .seed, .finish, (.tokens | map(tostring) | join(" "))]')" "[3,10,5,\"length\",\"$ten\"]"
+    same "bias" "$(bm run -m "$tiny" --tokens "$work/prompt" -n 3 --logit-bias 42=1000 2>/dev/null)" "42 42 42"
+    fails 1 "--tokenizer" run -m "$tiny" -p x
+    fails 1 "empty" run -m "$tiny" --tokens "$work/empty"
+    "$program" run -m "$tiny" --tokens "$work/prompt" -n -1 --json </dev/null >"$work/out" 2>/dev/null &
+    local pid=$!
+    sleep 1
+    kill -TERM $pid
+    wait $pid
+    same "interrupted" "$? $(jq -r .finish "$work/out")" "130 interrupted"
+}
+
+test_text() {
+    local m=$shared/starter reference=$shared/starter/reference.json text
+    if [[ ! -e $reference ]]; then
+        echo "skipped: texts of the trained checkpoint ($shared/starter is not there)"
+        skipped=$((skipped + 1))
+        return
+    fi
+    same "ids" "$(bm tokenize -m "$m" -p 'Once upon a time')" "0 48 2154 630 260 610"
+    same "ids without BOS" "$(bm tokenize -m "$m" --no-bos -p 'Once upon a time')" "48 2154 630 260 610"
+    same "text back" "$(bm tokenize -m "$m" --decode -p '0 48 2154 630 260 610')" "<|endoftext|>Once upon a time"
+    head -c 3000 "$program" >"$work/bytes"
+    printf 'a\0b \xc3\xa9\n' >"$work/text"
+    bm tokenize -m "$m" --no-bos -f "$work/text" | timeout 120 "$program" tokenize -m "$m" --decode >"$work/back"
+    check "every byte back, U+0000 too" cmp "$work/text" "$work/back"
+    check "any bytes are a text" bm tokenize -m "$m" -f "$work/bytes"
+    fails 1 "found id 99999" tokenize -m "$m" --decode -p "1 99999"
+    same "lines of JSON" "$(printf '{"text": "a\\u0000<|endoftext|>é"}\n\n{"text": ""}\n' | timeout 120 "$program" tokenize -m "$m" --no-bos --jsonl |
+        jq -c .decoded)" $'"a\\u0000<|endoftext|>é"\n""'
+    printf '{"text": "a"}\n{"txet": 1}\n' >"$work/lines"
+    bm tokenize -m "$m" --jsonl -f "$work/lines" >/dev/null 2>"$work/err"
+    same "a bad line" "$? $(grep -c 'line 2' "$work/err")" "1 1"
+    for i in 0 1 2; do
+        jq -j ".greedy[$i].text" "$reference" >"$work/text"
+        bm run -m "$m" -p "$(jq -r ".greedy[$i].prompt" "$reference")" -n "$(jq ".greedy[$i] | (.ids | length) - .n_prompt" "$reference")" \
+            --temp 0 --arith f32 --echo >"$work/out" 2>/dev/null
+        check "greedy text $i" cmp "$work/text" "$work/out"
+    done
+    text=$(echo "Once upon a time" | timeout 120 "$program" run -m "$m" --temp 0 -n 20 --arith f32 2>/dev/null)
+    same "standard input" "$(bm run -m "$m" -p "Once upon a time" --temp 0 -n 20 --arith f32 2>/dev/null)" "$text"
+    same "stop" "$(bm run -m "$m" -p "Once upon a time" --temp 0 -n 50 --arith f32 --stop " and" --json 2>/dev/null | jq -r '.text + "|" + .finish')" \
+        "${text%% and*}|stop"
+    test_chat "$m"
+}
+
+test_chat() {
+    local m=$1
+    timeout 120 "$program" run -m "$m" -i --temp 0 -n 8 >"$work/out" 2>"$work/err" <<END
+Once upon a time
+/forks
+/fork
+, and then
+/back
+/save $work/chat
+/fork 1
+/load $work/chat
+/load $work/missing
+/stats
+/seed 3
+/reset
+/bakc
+/back 9
+/quit
+END
+    same "chat" "$? $(wc -l <"$work/out")" "0 2"
+    check "branches" grep -q '^\* branch 2: ' "$work/err"
+    check "back" grep -q '^back at 14 tokens, 1 turns' "$work/err"
+    check "save and load" grep -q '^loaded .*chat: 14 tokens' "$work/err"
+    check "a missing file" grep -q 'missing' "$work/err"
+    check "hint" grep -q 'did you mean /back' "$work/err"
+    check "too far back" grep -q 'the text has 0 turns' "$work/err"
+    check "first turn" grep -q '^ there was' "$work/out"
+}
+
+test_usage
+test_output
+make_tiny
+test_files
+test_numbers
+test_ids
+test_text
+echo "$passed passed, $failed failed, $skipped skipped"
+((failed == 0))
