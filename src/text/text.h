@@ -10,17 +10,37 @@
 typedef enum bm_token_kind { BM_TOKEN_UNUSED, BM_TOKEN_NORMAL, BM_TOKEN_ADDED, BM_TOKEN_SPECIAL } bm_token_kind;
 
 /* The common ground of tokenizer.json and GGUF's keys, in id order.  Normal tokens and merges are in
- * the ByteLevel alphabet; added and special ones are plain text.  Added: matched in normalized text;
- * special: in raw text. */
+ * the ByteLevel alphabet; added and special ones are plain text, not empty.  No two texts are equal. */
 typedef struct bm_vocab {
     size_t n;                   /* ids 0 .. n-1, gaps UNUSED */
-    struct bm_vocab_token { char *text; size_t n; uint8_t kind; } *token;
+    struct bm_vocab_token {
+        char *text;             /* n bytes of UTF-8 and a NUL; NULL when UNUSED */
+        size_t n;
+        uint8_t kind;
+        bool raw;               /* added, special: matched in raw text (special ones mostly), else in normalized */
+    } *token;
     size_t n_merges;
     struct bm_vocab_merge { bm_token left, right, out; } *merge;       /* by rank */
     bm_token bos, eos, pad;     /* -1: none */
     bool add_bos;
+    bool nfc;                   /* text is normalized to NFC */
+    bool ignore_merges;         /* a word that is a token is that token */
+    bool prefix_space;          /* text that begins with none gets a space */
 } bm_vocab;
 void bm_vocab_free(bm_vocab *v);
+/* Empty, n ids all UNUSED, room for n_merges. */
+bm_status bm_vocab_make(bm_vocab *v, size_t n, size_t n_merges);
+/* Fills an UNUSED id; raw is set for SPECIAL. */
+bm_status bm_vocab_put(bm_vocab *v, size_t id, const char *text, size_t n, bm_token_kind kind);
+
+/* Finds tokens by text; v outlives it. */
+typedef struct bm_index { const bm_vocab *v; bm_token *slot; size_t mask; } bm_index;
+bm_status bm_index_open(bm_index *x, const bm_vocab *v, const char *name);     /* equal texts: BM_EFORMAT */
+bm_token  bm_index_find(const bm_index *x, const char *s, size_t n);           /* -1: none */
+void      bm_index_close(bm_index *x);
+/* v->merge[i] from its halves, which and whose union must be tokens. */
+bm_status bm_vocab_put_merge(bm_vocab *v, const bm_index *x, size_t i, const char *left, size_t n_left,
+                             const char *right, size_t n_right, const char *name);
 
 /* config, n_config: tokenizer_config.json, NULL when there is none.  Names are for sentences. */
 bm_status bm_tokenizer_from_json(bm_tokenizer **out, const char *json, size_t n, const char *name,
