@@ -363,10 +363,11 @@ static const step_fn steps[256] = {
     [0x80] = step_proto, [0x95] = step_frame, ['.'] = step_stop, ['N'] = step_none, [0x88] = step_true,
     [0x89] = step_false, ['K'] = step_int1, ['M'] = step_int2, ['J'] = step_int4, [0x8a] = step_long1,
     ['G'] = step_real, ['X'] = step_text, [0x8c] = step_short_text, ['('] = step_mark, ['0'] = step_pop,
-    [')'] = step_empty_tuple, [']'] = step_empty_list, ['}'] = step_empty_dict, ['t'] = step_tuple, [0x85] = step_tuple1, [0x86] = step_tuple2,
-    [0x87] = step_tuple3, ['s'] = step_setitem, ['u'] = step_setitems, ['a'] = step_append, ['e'] = step_appends,
-    ['q'] = step_put1, ['r'] = step_put4, ['h'] = step_get1, ['j'] = step_get4, [0x94] = step_memoize,
-    ['c'] = step_global, [0x93] = step_stack_global, ['Q'] = step_persid, ['R'] = step_reduce, ['b'] = step_build,
+    [')'] = step_empty_tuple, [']'] = step_empty_list, ['}'] = step_empty_dict, ['t'] = step_tuple,
+    [0x85] = step_tuple1, [0x86] = step_tuple2, [0x87] = step_tuple3, ['s'] = step_setitem, ['u'] = step_setitems,
+    ['a'] = step_append, ['e'] = step_appends, ['q'] = step_put1, ['r'] = step_put4, ['h'] = step_get1,
+    ['j'] = step_get4, [0x94] = step_memoize, ['c'] = step_global, [0x93] = step_stack_global, ['Q'] = step_persid,
+    ['R'] = step_reduce, ['b'] = step_build,
 };
 
 static bm_status run(machine *m) {

@@ -305,6 +305,7 @@ bm_status bm_torch_open(bm_torch **out, const char *path) {
     int code = 0;
     *out = NULL;
     if (stat(path, &st)) return bm_fail_errno("open", path);
+    if (!S_ISREG(st.st_mode)) return bm_fail(BM_EFORMAT, "%s: is not a file, expected one that torch.save wrote", path);
     errno = 0;
     zip_t *zip = zip_open(path, ZIP_RDONLY, &code);
     if (!zip && (code == ZIP_ER_OPEN || code == ZIP_ER_NOENT) && errno) return bm_fail_errno("open", path);
