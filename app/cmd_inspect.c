@@ -101,6 +101,13 @@ static bm_status tensors_print(const bm_model *m, uint64_t n) {
 
 /* ---- JSON ------------------------------------------------------------------------------ */
 
+/* The shortest decimal that is this float, near enough: 1e-05, not 9.99999974738e-06. */
+static json_t *real_json(float x) {
+    char text[32];
+    snprintf(text, sizeof text, "%.7g", (double)x);
+    return app_json_real(strtod(text, NULL));
+}
+
 static json_t *config_json(const bm_config *c) {
     json_t *layers = json_array();
     for (int i = 0; layers && i < c->n_layers; i++) {
@@ -115,7 +122,7 @@ static json_t *config_json(const bm_config *c) {
         "d_inner", (int)c->d_inner, "d_state", (int)c->d_state, "d_conv", (int)c->d_conv, "dt_rank", (int)c->dt_rank,
         "max_len", (int)c->max_len, "activation", activation_name(c), "routing", routing_name(c), "final_norm",
             norm_name(c),
-        "norm_eps", app_json_real((double)c->norm_eps), "gated", (int)c->gated, "bias", (int)c->bias, "conv_bias",
+        "norm_eps", real_json(c->norm_eps), "gated", (int)c->gated, "bias", (int)c->bias, "conv_bias",
         (int)c->conv_bias, "tied_head", (int)c->tied_head, "layers", layers);
 }
 

@@ -102,6 +102,9 @@ test_files() {
     same "tensors" "$(bm inspect --json --tensors "$tiny" | jq '.tensors | length')" "$(bm inspect --json "$tiny" | jq .n_tensors)"
 }
 
+# The sum of the losses of the first N of the ids.
+loss_sum() { head -n "$1" "$work/ids" | timeout 60 "$program" perplexity -m "$tiny" --tokens - "${@:2}" --json | jq '.loss * .predictions'; }
+
 test_numbers() {
     check "logits" bm logits -m "$tiny" --tokens "$work/ids" -o "$work/a.safetensors" -t 1
     check "logits, two threads" bm logits -m "$tiny" --tokens "$work/ids" -o "$work/b.safetensors" -t 2
@@ -124,6 +127,9 @@ test_numbers() {
     same "carried windows" "$(bm perplexity -m "$tiny" --tokens "$work/ids" --ctx 9 --carry --json | jq -c .predictions)" 86
     same "one window, carried or not" "$(bm perplexity -m "$tiny" --tokens "$work/ids" --carry --json | jq .loss)" \
         "$(bm perplexity -m "$tiny" --tokens "$work/ids" --json | jq .loss)"
+    # carried over the border, the predictions are those of one long window but for the one across it
+    same "carried state" "$(jq -n "[$(loss_sum 12 --carry --ctx 9), $(loss_sum 12), $(loss_sum 11), $(loss_sum 10)] |
+        (.[0] - (.[1] - (.[2] - .[3])) | fabs) < 1e-4")" true
     fails 1 "at least 2" perplexity -m "$tiny" --tokens <(echo 1)
     check "bench" bm bench -m "$tiny" -r 1 --prompt 8 --gen 4 --json
     check "bandwidth" bm bench --bandwidth -r 1
@@ -185,6 +191,9 @@ test_text() {
     same "standard input" "$(bm run -m "$m" -p "Once upon a time" --temp 0 -n 20 --arith f32 2>/dev/null)" "$text"
     same "stop" "$(bm run -m "$m" -p "Once upon a time" --temp 0 -n 50 --arith f32 --stop " and" --json 2>/dev/null | jq -r '.text + "|" + .finish')" \
         "${text%% and*}|stop"
+    same "end of text" "$(bm run -m "$m" -p x -n 9 --logit-bias 0=1000 --json | jq -c '[.tokens, .text, .finish]')" '[[],"","eos"]'
+    same "end of text ignored" "$(bm run -m "$m" -p x -n 2 --logit-bias 0=1000 --ignore-eos --json | jq -c '[.tokens, .text, .finish]')" \
+        '[[0,0],"","length"]'
     test_chat "$m"
 }
 
