@@ -101,7 +101,10 @@ static void command_forks(const talk *t) {
 static bm_status stream_copy(talk *t, int to) {
     char path[] = P_tmpdir "/blackmamba-XXXXXX", file[sizeof path + 8];
     bm_stream *s = NULL;
-    if (!mkdtemp(path)) return fprintf(stderr, "/fork: cannot make a folder in %s: %s\n", P_tmpdir, strerror(errno)), BM_EIO;
+    if (!mkdtemp(path)) {
+        fprintf(stderr, "/fork: cannot make a folder in %s: %s\n", P_tmpdir, strerror(errno));
+        return BM_EIO;
+    }
     snprintf(file, sizeof file, "%s/fork", path);
     bm_status st = bm_stream_save(stream(t), file);
     if (!st) st = bm_stream_open(&s, t->c->engine->session, to, t->c->engine->tokenizer, &t->sampling);
