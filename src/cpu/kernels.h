@@ -16,20 +16,20 @@ typedef enum bm_form {
     BM_FORM_Q8          /* blocks of 32: int8, corrections, scales; see bm_q8_row */
 } bm_form;
 
-/* One row of n activations as BM_FORM_Q8, each part zero-padded to a multiple of 64 bytes:
- * q = round(x / scale), scale = max|x| / 127 per block of 32; fix[i] = -128 (q[4i] + .. + q[4i+3]),
- * what a dot product of q with weights raised by 128 has too much (used by AVX-512 VNNI alone). */
+/* One row of n activations as BM_FORM_Q8, zero-padded to a multiple of four blocks:
+ * q = round(x / scale), scale = max|x| / 127 per block of 32.  A level lays q out as it likes within
+ * its step of blocks and keeps in fix what its dot products must be corrected by. */
 typedef struct bm_q8_row { int8_t *q; int32_t *fix; float *scale; } bm_q8_row;
-static inline size_t bm_round64(size_t n) { return (n + 63) / 64 * 64; }
+static inline size_t bm_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 static inline bm_q8_row bm_q8_row_at(const void *row, size_t n) {
     uint8_t *p = (uint8_t *)(uintptr_t)row;
-    return (bm_q8_row){ (int8_t *)p, (int32_t *)(p + bm_round64(n)), (float *)(p + 2 * bm_round64(n)) };
+    n = bm_round_up(n, 128);
+    return (bm_q8_row){ (int8_t *)p, (int32_t *)(p + n), (float *)(p + n + n / 2) };
 }
 /* Bytes of one converted row of n; an odd number of cache lines, so that rows spread over the sets. */
 static inline size_t bm_form_bytes(bm_form f, size_t n) {
-    const size_t bytes = f == BM_FORM_Q8 ? 2 * bm_round64(n) + bm_round64((n + 31) / 32 * 4) + 64
-                       : bm_round64(n * (f == BM_FORM_BF16 ? 2 : 4));
-    return bytes % 128 ? bytes : bytes + 64;
+    const size_t q = bm_round_up(n, 128), bytes = f == BM_FORM_Q8 ? q + q / 2 + q / 8 : n * (f == BM_FORM_BF16 ? 2 : 4);
+    return bm_round_up(bytes, 64) % 128 ? bm_round_up(bytes, 64) : bm_round_up(bytes, 64) + 64;
 }
 
 /* y[r][j] (+)= scale[r] * (x_i . w_j + bias[j]),  r = map ? map[i] : i */

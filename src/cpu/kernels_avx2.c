@@ -95,20 +95,19 @@ INLINE void v_put_i8(int8_t *q, vf v) {
 
 INLINE vq q_load(const int8_t *q) { return _mm256_loadu_si256((const __m256i *)(const void *)q); }
 INLINE vf q_spread(const float *scale) { return _mm256_broadcast_ss(scale); }
-INLINE vq q_weights8(const uint8_t *block, int n) { (void)n; return q_load((const int8_t *)block + 2); }
-INLINE vq q_weights4(const uint8_t *block, int n) {
+INLINE vq q_weights8(const uint8_t *block) { return q_load((const int8_t *)block + 2); }
+INLINE vq q_weights4(const uint8_t *block) {
     const __m128i b = _mm_loadu_si128((const __m128i *)(const void *)(block + 2));
-    (void)n;
     const __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(b), _mm_srli_epi16(b, 4), 1);
     return _mm256_sub_epi8(_mm256_and_si256(v, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
 }
-INLINE vf q_scales(const uint8_t *block, int bytes, int n) { (void)bytes; (void)n; return _mm256_set1_ps(f16_at(block)); }
+INLINE vf q_scales(const uint8_t *block, int bytes) { (void)bytes; return _mm256_set1_ps(f16_at(block)); }
 /* |w| times x with the sign of w: pairs stay within 2 * 128 * 127, so maddubs cannot saturate. */
 INLINE vf q_dot(vq w, vq x, const int32_t *fix) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     (void)fix;
     return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-INLINE void q_fix(int32_t *fix, const int8_t *q) { (void)q; memset(fix, 0, 32); }
+INLINE void q_store(int8_t *dst, int32_t *fix, const int8_t *q) { (void)fix; memcpy(dst, q, 32); }
 
 #include "cpu/kernels.inc"

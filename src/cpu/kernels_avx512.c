@@ -8,9 +8,9 @@
 #define BM_ISA avx512
 #define BM_DOT_BF16
 #define INLINE static inline __attribute__((always_inline))
-enum { VF = 16, QB = 2, TILE_M = 6, TILE_Q = 4, TILE_MAX = 6 };
+enum { VF = 16, QB = 4, TILE_M = 6, TILE_Q = 4, TILE_MAX = 6 };
 typedef __m512 vf;
-typedef __m512i vq;
+typedef struct vq { __m512i first, second; } vq;
 typedef __m512bh h_vector;
 typedef struct vd { __m512d low, high; } vd;
 
@@ -70,38 +70,46 @@ INLINE h_vector h_load_n(const uint8_t *p, int n) { return (h_vector)_mm512_mask
 INLINE vf h_dot(h_vector a, h_vector b, vf c) { return _mm512_dpbf16_ps(c, a, b); }
 INLINE void h_put(uint16_t *p, int n, vf v) { _mm256_mask_storeu_epi16(p, lanes(n), (__m256i)_mm512_cvtneps_pbh(v)); }
 
-/* Two blocks of 32 side by side; n == 1: the second is absent, its scale 0. */
-INLINE __m512i two(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
-INLINE vq q_load(const int8_t *q) { return _mm512_loadu_si512(q); }
+/* Four blocks of 32 at a time: their first halves side by side, then their second halves, so that
+ * quarter p of a vector belongs to block p.  vpdpbusd wants one side unsigned: weights are raised
+ * by 128, and fix = -128 * (the sum of the activations a lane meets) starts the sum. */
+INLINE __m128i half_at(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+INLINE __m512i pair_at(const uint8_t *a, const uint8_t *b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)a)),
+                              _mm256_loadu_si256((const __m256i *)(const void *)b), 1);
+}
 INLINE vf spread(__m128 s) {
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_castps128_ps512(s));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), _mm512_castps128_ps512(s));
 }
-INLINE vf q_spread(const float *scale) { return spread(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(const void *)scale))); }
-INLINE vq q_weights8(const uint8_t *block, int n) {    /* raised by 128 */
-    const __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)(block + 2));
-    const __m256i b = n > 1 ? _mm256_loadu_si256((const __m256i *)(const void *)(block + 36)) : _mm256_setzero_si256();
-    return _mm512_xor_si512(two(a, b), _mm512_set1_epi8(-128));
+INLINE vq q_load(const int8_t *q) { return (vq){ _mm512_loadu_si512(q), _mm512_loadu_si512(q + 64) }; }
+INLINE vf q_spread(const float *scale) { return spread(_mm_loadu_ps(scale)); }
+INLINE vq q_weights8(const uint8_t *block) {
+    const __m512i a = pair_at(block + 2, block + 36), b = pair_at(block + 70, block + 104), top = _mm512_set1_epi8(-128);
+    return (vq){ _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0x88), top), _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0xdd), top) };
 }
-INLINE vq q_weights4(const uint8_t *block, int n) {    /* raised by 128: nibble - 8 + 128 */
-    const __m128i a = _mm_loadu_si128((const __m128i *)(const void *)(block + 2));
-    const __m128i b = n > 1 ? _mm_loadu_si128((const __m128i *)(const void *)(block + 20)) : _mm_setzero_si128();
-    const __m512i v = two(_mm256_broadcastsi128_si256(a), _mm256_broadcastsi128_si256(b));
-    const __m512i h = _mm512_srlv_epi64(v, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
-    return _mm512_add_epi8(_mm512_and_si512(h, _mm512_set1_epi8(15)), _mm512_set1_epi8(120));
+INLINE vq q_weights4(const uint8_t *block) {        /* nibble - 8 + 128 */
+    const __m512i m = _mm512_set1_epi8(15), up = _mm512_set1_epi8(120);
+    __m512i v = _mm512_castsi128_si512(half_at(block + 2));
+    v = _mm512_inserti32x4(v, half_at(block + 20), 1);
+    v = _mm512_inserti32x4(v, half_at(block + 38), 2);
+    v = _mm512_inserti32x4(v, half_at(block + 56), 3);
+    return (vq){ _mm512_add_epi8(_mm512_and_si512(v, m), up), _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), m), up) };
 }
-INLINE vf q_scales(const uint8_t *block, int bytes, int n) {
-    uint16_t a, b = 0;
-    memcpy(&a, block, 2);
-    if (n > 1) memcpy(&b, block + bytes, 2);
-    return spread(_mm_cvtph_ps(_mm_insert_epi16(_mm_cvtsi32_si128(a), b, 1)));
+INLINE vf q_scales(const uint8_t *block, int bytes) {
+    uint16_t d[4];
+    for (int i = 0; i < 4; i++) memcpy(d + i, block + i * bytes, 2);
+    return spread(_mm_cvtph_ps(_mm_setr_epi16((short)d[0], (short)d[1], (short)d[2], (short)d[3], 0, 0, 0, 0)));
 }
 INLINE vf q_dot(vq w, vq x, const int32_t *fix) {
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(fix), w, x));
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_loadu_si512(fix), w.first, x.first), w.second, x.second));
 }
-INLINE void q_fix(int32_t *fix, const int8_t *q) {
-    const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)q);
-    const __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), v);
-    _mm256_storeu_si256((__m256i *)(void *)fix, _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(s, 7)));
+INLINE void q_store(int8_t *dst, int32_t *fix, const int8_t *q) {
+    const __m512i a = _mm512_loadu_si512(q), b = _mm512_loadu_si512(q + 64), one = _mm512_set1_epi8(1);
+    const vq v = { _mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd) };
+    const __m512i s = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), one, v.first), one, v.second);
+    _mm512_storeu_si512(dst, v.first);
+    _mm512_storeu_si512(dst + 64, v.second);
+    _mm512_storeu_si512(fix, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(s, 7)));
 }
 
 #include "cpu/kernels.inc"

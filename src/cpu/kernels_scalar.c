@@ -46,20 +46,19 @@ INLINE void v_put_i8(int8_t *q, vf v) { *q = v > -128.5f && v < 127.5f ? (int8_t
 
 INLINE vq q_load(const int8_t *q) { vq v; memcpy(v.q, q, 32); return v; }
 INLINE vf q_spread(const float *scale) { return *scale; }
-INLINE vq q_weights8(const uint8_t *block, int n) { (void)n; return q_load((const int8_t *)block + 2); }
-INLINE vq q_weights4(const uint8_t *block, int n) {
+INLINE vq q_weights8(const uint8_t *block) { return q_load((const int8_t *)block + 2); }
+INLINE vq q_weights4(const uint8_t *block) {
     vq v;
-    (void)n;
     for (int i = 0; i < 32; i++) v.q[i] = (int8_t)v_q4(block + 2, i);
     return v;
 }
-INLINE vf q_scales(const uint8_t *block, int bytes, int n) { (void)bytes; (void)n; return f16_at(block); }
+INLINE vf q_scales(const uint8_t *block, int bytes) { (void)bytes; return f16_at(block); }
 INLINE vf q_dot(vq w, vq x, const int32_t *fix) {
     int s = 0;
     (void)fix;
     for (int i = 0; i < 32; i++) s += w.q[i] * x.q[i];
     return (float)s;
 }
-INLINE void q_fix(int32_t *fix, const int8_t *q) { (void)q; memset(fix, 0, 32); }
+INLINE void q_store(int8_t *dst, int32_t *fix, const int8_t *q) { (void)fix; memcpy(dst, q, 32); }
 
 #include "cpu/kernels.inc"
