@@ -42,6 +42,13 @@ static bm_status get_choice(const json_t *o, const char *path, const char *key, 
     return choose(path, key, json_string_value(v), a, b, out);
 }
 
+/* Without a feed-forward layer its form means nothing: one value, so that equal models have equal configurations. */
+static void settle(bm_config *c) {
+    for (int l = 0; l < c->n_layers; l++)
+        if (c->layer[l].ffn) return;
+    c->gated = true;
+}
+
 /* ---- config.json, released keys ------------------------------------------------------------------------ */
 
 /* "r", "1", "8", "r8", "42", "r32": Mamba, dense MLP, n experts, or Mamba beside one of them. */
@@ -147,6 +154,7 @@ static bm_status from_json(bm_config *c, const json_t *o, const char *path) {
         return bm_fail(BM_ENOSUPPORT, "%s: model_type: found '%.40s', expected blackmamba or mamba", path, word);
     const bool hf = json_object_get(o, "num_hidden_layers") || !strcmp(word, "mamba");
     BM_TRY(hf ? from_hf(c, o, path) : from_released(c, o, path));
+    settle(c);
     return bm_config_check(c, path);
 }
 
@@ -276,6 +284,7 @@ bm_status bm_config_of(bm_config *out, const bm_source *s) {
         return st;
     }
     BM_TRY(from_meta(out, s));
+    settle(out);
     return bm_config_check(out, bm_source_path(s));
 }
 
