@@ -7,16 +7,17 @@
 PREFIX ?= /usr/local
 CC     ?= cc
 SAN    ?=
-B      := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(DEBUG),-debug)
 comma  := ,
+B      := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(DEBUG),-debug)
 VERSION := $(shell sed -n 's/^\#define BM_VERSION "\(.*\)"/\1/p' include/blackmamba.h)
 
 PACKAGES := jansson libpcre2-8 libutf8proc libzip libxxhash
-PKG_CFLAGS = $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
-PKG_LIBS   = $(shell pkg-config --libs $(PACKAGES) 2>/dev/null)
+PKG_CFLAGS := $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
+PKG_LIBS   := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null)
 CFLAGS  ?= $(if $(DEBUG),-O0,-O2) -g
-ALL_CFLAGS = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wstrict-prototypes -Werror=implicit -ffp-contract=off \
-             -fPIC -fvisibility=hidden -pthread -Iinclude -Isrc $(PKG_CFLAGS) $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all) $(CFLAGS)
+SAN_FLAGS  = $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
+ALL_CFLAGS = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wstrict-prototypes -Werror=implicit -ffp-contract=off -pthread \
+             -fPIC -fvisibility=hidden -Iinclude -Isrc $(PKG_CFLAGS) $(SAN_FLAGS) $(CFLAGS)
 LIBS     = $(PKG_LIBS) -lm -pthread $(if $(SAN),-fsanitize=$(SAN))
 
 # kernels_scalar.c, kernels_avx2.c, kernels_avx512.c: one source, kernels.inc, per instruction set
@@ -29,8 +30,7 @@ LIB_SRC := $(filter-out src/cpu/kernels_%.c,$(wildcard src/*/*.c)) src/cpu/kerne
 APP_SRC := $(wildcard app/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$B/%.o)
 APP_OBJ := $(APP_SRC:%.c=$B/%.o)
-TESTS   := $(patsubst tests/test_%.c,$B/tests/test_%,$(wildcard tests/test_*.c))
-FUZZERS := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+JOBS    := -j$(shell nproc) --no-print-directory
 
 .PHONY: all demo check deps bench fuzz install clean
 all: $B/blackmamba $B/libblackmamba.so
@@ -47,9 +47,73 @@ $B/libblackmamba.so: $(LIB_OBJ)
 	$(CC) -shared -Wl,-soname,libblackmamba.so.0 -o $@ $^ $(LIBS)
 $B/blackmamba: $(APP_OBJ) $B/libblackmamba.a
 	$(CC) -o $@ $^ $(LIBS)
-$B/tests/%: $B/tests/%.o $(patsubst %.c,$B/%.o,$(wildcard tests/lib_*.c)) $B/libblackmamba.a
+
+# ---- tests ---------------------------------------------------------------------------------
+TEST_LIB := $(patsubst %.c,$B/%.o,$(wildcard tests/lib_*.c))
+$B/tests/test_%: $B/tests/test_%.o $(TEST_LIB) $B/libblackmamba.a
 	$(CC) -o $@ $^ $(LIBS) -lcmocka
--include $(LIB_OBJ:.o=.d) $(APP_OBJ:.o=.d) $(wildcard $B/tests/*.d)
+$B/tests/fuzz/replay_%: $B/tests/fuzz/fuzz_%.o $B/tests/fuzz/replay.o $B/libblackmamba.a
+	$(CC) -o $@ $^ $(LIBS)
+TESTS  := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
+REPLAY := $(patsubst tests/fuzz/fuzz_%.c,replay_%,$(wildcard tests/fuzz/fuzz_*.c))
+# the whole model again at the lower levels
+LEVELS := $(foreach l,scalar $(filter-out $(lastword $(ISA_$(ARCH))),$(ISA_$(ARCH))),$l:test_golden $l:test_laws)
+
+.PHONY: tests
+tests: all $(TESTS:%=$B/tests/%) $(REPLAY:%=$B/tests/fuzz/%)
+check: deps
+	@$(MAKE) $(JOBS) tests
+	@tools/check $B layers $(TESTS) $(LEVELS) $(REPLAY) test_command.sh
+
+# Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
+# allocator, so not that one), what uses threads under TSan.
+SAN_TESTS := $(filter-out test_memory,$(TESTS)) $(REPLAY)
+.PHONY: check-san
+check-san: deps
+	@$(MAKE) $(JOBS) SAN=address,undefined tests
+	@BM_QUICK=1 tools/check build-address-undefined $(SAN_TESTS)
+	@$(MAKE) $(JOBS) SAN=thread tests
+	@BM_QUICK=1 tools/check build-thread test_laws test_stream test_golden
+
+# ---- fuzzers: clang's libFuzzer with ASan and UBSan, each for SECONDS ----------------------------
+SECONDS ?= 60
+FUZZ_FLAGS = -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+fuzz:
+	@tools/deps.sh fuzz
+	@$(MAKE) $(JOBS) CC=clang SAN=fuzzer-no-link,address,undefined lib-fuzz
+	@for f in $(REPLAY:replay_%=%); do mkdir -p build-fuzz/$$f; echo "fuzz $$f, $(SECONDS) s"; \
+	  build-fuzzer-no-link-address-undefined/fuzz_$$f -max_total_time=$(SECONDS) -max_len=16384 -rss_limit_mb=4096 -timeout=20 \
+	    -print_final_stats=0 -verbosity=0 -artifact_prefix=build-fuzz/$$f- build-fuzz/$$f tests/corpus/$$f || exit 1; done
+.PHONY: lib-fuzz
+lib-fuzz: $(REPLAY:replay_%=$B/fuzz_%)
+$B/fuzz_%: $B/tests/fuzz/fuzz_%.o $B/libblackmamba.a
+	clang -o $@ $^ $(FUZZ_FLAGS) $(PKG_LIBS) -lm -pthread
+
+# ---- the rest -----------------------------------------------------------------------------------
+demo: deps
+	@$(MAKE) $(JOBS) all
+	$B/blackmamba run -p "It was a dark and stormy night, and" -n 100 --seed 1 --echo
+bench: all
+	$B/blackmamba bench --bandwidth
+	$B/blackmamba bench
+
+install: all
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/include \
+	  $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/blackmamba \
+	  $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -m 755 $B/blackmamba $(DESTDIR)$(PREFIX)/bin
+	install -m 644 include/blackmamba.h $(DESTDIR)$(PREFIX)/include
+	install -m 644 $B/libblackmamba.a $(DESTDIR)$(PREFIX)/lib
+	install -m 755 $B/libblackmamba.so $(DESTDIR)$(PREFIX)/lib/libblackmamba.so.$(VERSION)
+	ln -sf libblackmamba.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libblackmamba.so.0
+	ln -sf libblackmamba.so.0 $(DESTDIR)$(PREFIX)/lib/libblackmamba.so
+	sed -e 's:@PREFIX@:$(PREFIX):; s:@VERSION@:$(VERSION):' tools/blackmamba.pc.in \
+	  >$(DESTDIR)$(PREFIX)/lib/pkgconfig/blackmamba.pc
+	install -m 644 docs/blackmamba.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 tools/completion.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/blackmamba
+	install -m 644 models/starter.gguf $(DESTDIR)$(PREFIX)/share/blackmamba
+
 clean:
 	rm -rf build build-*
+-include $(LIB_OBJ:.o=.d) $(APP_OBJ:.o=.d) $(wildcard $B/tests/*.d $B/tests/fuzz/*.d)
 .SECONDARY:

@@ -142,10 +142,11 @@ static bm_status from_hf(bm_config *c, const json_t *o, const char *path) {
     c->activation = BM_SILU;
     c->final_norm = BM_RMSNORM;
     c->gated = true;
-    return layer_list(c, o, path, 0);
+    for (int l = 0; l < c->n_layers && l < BM_MAX_LAYERS; l++) c->layer[l].mixer = BM_MIXER_MAMBA;
+    return BM_OK;
 }
 
-static bm_status from_json(bm_config *c, const json_t *o, const char *path) {
+bm_status bm_config_from_json(bm_config *c, const json_t *o, const char *path) {
     memset(c, 0, sizeof *c);
     if (!json_is_object(o)) return bm_fail(BM_EFORMAT, "%s: found no JSON object, expected one with the model's sizes", path);
     const json_t *type = json_object_get(o, "model_type");
@@ -164,7 +165,7 @@ bm_status bm_config_read(bm_config *out, const char *path) {
     json_t *o = NULL;
     BM_TRY(bm_file_read(path, 1 << 20, &text, &n));
     bm_status s = bm_json_parse(&o, text, n, path);
-    if (!s) s = from_json(out, o, path);
+    if (!s) s = bm_config_from_json(out, o, path);
     json_decref(o);
     free(text);
     return s;
@@ -279,7 +280,7 @@ bm_status bm_config_of(bm_config *out, const bm_source *s) {
     if (bm_source_config(s)) {
         char *path = bm_strf("%s/config.json", bm_source_path(s));
         if (!path) return BM_EMEMORY;
-        const bm_status st = from_json(out, bm_source_config(s), path);
+        const bm_status st = bm_config_from_json(out, bm_source_config(s), path);
         free(path);
         return st;
     }

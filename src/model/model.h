@@ -12,6 +12,7 @@
 /* Every field in range and consistent; path is named in sentences. */
 bm_status bm_config_check(const bm_config *c, const char *path);
 bm_status bm_config_of(bm_config *out, const bm_source *s);        /* from config.json, or keys and tensors of a GGUF */
+bm_status bm_config_from_json(bm_config *out, const json_t *o, const char *path);
 bm_status bm_config_to_json(const bm_config *c, json_t **out);     /* config.json of its family */
 bm_status bm_config_to_meta(const bm_config *c, bm_meta *m);       /* general.architecture and the family's keys */
 static inline bool bm_layer_parallel(const bm_layer_config *l) { return l->mixer && l->ffn; }
