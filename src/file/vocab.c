@@ -27,14 +27,14 @@ static bm_status check_kind(const bm_meta *m, const char *name) {
     size_t n;
     BM_TRY(bm_meta_text(m, KEY("model"), &s, &n));
     if (n != 4 || memcmp(s, "gpt2", 4))
-        return bm_fail(BM_ENOSUPPORT, "%s: tokenizer.ggml.model is \"%.*s\", expected \"gpt2\" (byte-level BPE); %s", name,
-                       (int)(n < 40 ? n : 40), s, ADVICE);
+        return bm_fail(BM_ENOSUPPORT, "%s: tokenizer.ggml.model is \"%.*s\", expected \"gpt2\" (byte-level BPE); %s",
+                       name, (int)(n < 40 ? n : 40), s, ADVICE);
     if (!bm_meta_has(m, KEY("pre"))) return BM_OK;
     BM_TRY(bm_meta_text(m, KEY("pre"), &s, &n));
     for (size_t i = 0; i < sizeof same / sizeof same[0]; i++)
         if (n == strlen(same[i]) && memcmp(s, same[i], n) == 0) return BM_OK;
-    return bm_fail(BM_ENOSUPPORT, "%s: tokenizer.ggml.pre is \"%.*s\", expected one that means the GPT-2 pattern: gpt-2, "
-                   "mpt, olmo, phi-2 or jais; %s", name, (int)(n < 40 ? n : 40), s, ADVICE);
+    return bm_fail(BM_ENOSUPPORT, "%s: tokenizer.ggml.pre is \"%.*s\", expected one that means the GPT-2 pattern: "
+                   "gpt-2, mpt, olmo, phi-2 or jais; %s", name, (int)(n < 40 ? n : 40), s, ADVICE);
 }
 
 /* Converters that pad the list name entries so. */
@@ -119,8 +119,8 @@ static bm_status read_merges(bm_vocab *v, const bm_meta *m, const char *name) {
         st = bm_meta_item_text(m, KEY("merges"), i, &s, &n);
         if (st == BM_OK) space = memchr(s, ' ', n);
         if (st == BM_OK && !space)
-            st = bm_fail(BM_EFORMAT, "%s: tokenizer.ggml.merges[%zu] is \"%.*s\", expected two tokens with a space between",
-                         name, i, (int)(n < 40 ? n : 40), s);
+            st = bm_fail(BM_EFORMAT, "%s: tokenizer.ggml.merges[%zu] is \"%.*s\", expected two tokens and a space "
+                         "between", name, i, (int)(n < 40 ? n : 40), s);
         if (st == BM_OK)
             st = bm_vocab_put_merge(v, &x, i, s, (size_t)(space - s), space + 1, n - (size_t)(space - s) - 1, name);
     }
@@ -236,8 +236,8 @@ static bm_status put_exceptions(bm_meta *m, const bm_vocab *v, const char *key, 
 bm_status bm_vocab_to_meta(const bm_tokenizer *t, size_t n_vocab, bm_meta *m) {
     const bm_vocab *v = bm_tokenizer_vocab(t);
     if (v->n > n_vocab)
-        return bm_fail(BM_ESHAPE, "the tokenizer has ids up to %zu, expected at most %zu, the model's vocabulary; give the "
-                       "tokenizer the model was trained with", v->n - 1, n_vocab - 1);
+        return bm_fail(BM_ESHAPE, "the tokenizer has ids up to %zu, expected at most %zu, the model's vocabulary; give "
+                       "the tokenizer the model was trained with", v->n - 1, n_vocab - 1);
     BM_TRY(put_text(m, KEY("model"), "gpt2"));
     BM_TRY(put_text(m, KEY("pre"), "gpt-2"));
     BM_TRY(put_tokens(m, v, n_vocab));

@@ -40,7 +40,8 @@ static bm_status check_vocab(const bm_vocab *v, const char *name) {
     BM_TRY(check_token(v, v->eos, "eos_token", name));
     BM_TRY(check_token(v, v->pad, "pad_token", name));
     if (v->add_bos && v->bos < 0)
-        return bm_fail(BM_EFORMAT, "%s: add_bos_token is true and bos_token is missing, expected both or neither", name);
+        return bm_fail(BM_EFORMAT, "%s: add_bos_token is true and bos_token is missing, expected both or neither",
+                       name);
     return BM_OK;
 }
 

@@ -157,8 +157,8 @@ bm_status bm_vocab_put_merge(bm_vocab *v, const bm_index *x, size_t i, const cha
     m->right = bm_index_find(x, right, n_right);
     m->out = bm_index_find(x, both.n ? both.s : "", both.n);
     lost = m->left < 0 ? "left half" : m->right < 0 ? "right half" : m->out < 0 ? "result" : NULL;
-    if (lost) st = bm_fail(BM_EFORMAT, "%s: merge %zu (\"%.*s\", \"%.*s\"): its %s is not in the vocabulary, expected a "
-                           "token", name, i, (int)(n_left < 40 ? n_left : 40), left,
+    if (lost) st = bm_fail(BM_EFORMAT, "%s: merge %zu (\"%.*s\", \"%.*s\"): its %s is not in the vocabulary, "
+                           "expected a token", name, i, (int)(n_left < 40 ? n_left : 40), left,
                            (int)(n_right < 40 ? n_right : 40), right, lost);
 out:
     free(both.s);

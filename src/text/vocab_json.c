@@ -35,8 +35,9 @@ static bool absent(const json_t *j) { return !j || json_is_null(j); }
 static bm_status parse(json_t **out, const char *text, size_t n, const char *name) {
     json_error_t e;
     *out = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
-    if (!*out && json_error_code(&e) == json_error_out_of_memory) return bm_fail_memory(n, "reading JSON");
-    if (!*out) return bm_fail(BM_EFORMAT, "%s: not valid JSON at line %d, column %d: %s", name, e.line, e.column, e.text);
+    if (!*out && e.text[0] == 0) return bm_fail_memory(n, "reading JSON");     /* the one failure without words */
+    if (!*out)
+        return bm_fail(BM_EFORMAT, "%s: not valid JSON at line %d, column %d: %s", name, e.line, e.column, e.text);
     if (json_is_object(*out)) return BM_OK;
     bm_status st = refuse(BM_EFORMAT, name, "the file", *out, "an object");
     json_decref(*out);
@@ -128,8 +129,8 @@ static bm_status read_post_processor(reader *r, const json_t *o, const char **bo
 
 static bm_status check_model(const reader *r, const json_t *m) {
     const json_t *dropout = json_object_get(m, "dropout");
-    static const char *const off[] = {"byte_fallback"};
-    static const char *const empty[] = {"continuing_subword_prefix", "end_of_word_suffix"};
+    const json_t *fallback = json_object_get(m, "byte_fallback");
+    static const char *const empty[] = {"model.continuing_subword_prefix", "model.end_of_word_suffix"};
     if (!json_is_object(m)) return refuse(BM_EFORMAT, r->name, "model", m, "an object");
     if (json_object_get(m, "type") && !type_is(m, "BPE"))
         return refuse_type(r, "model.type", m, "BPE; other models are not supported");
@@ -138,11 +139,10 @@ static bm_status check_model(const reader *r, const json_t *m) {
     if (!absent(json_object_get(m, "unk_token")))
         return refuse(BM_ENOSUPPORT, r->name, "model.unk_token", json_object_get(m, "unk_token"),
                       "null; ByteLevel text has no unknown characters");
-    for (size_t i = 0; i < sizeof off / sizeof off[0]; i++)
-        if (json_is_true(json_object_get(m, off[i])))
-            return refuse(BM_ENOSUPPORT, r->name, off[i], json_object_get(m, off[i]), "false; it is not supported");
+    if (json_is_true(fallback))
+        return refuse(BM_ENOSUPPORT, r->name, "model.byte_fallback", fallback, "false; it is not supported");
     for (size_t i = 0; i < sizeof empty / sizeof empty[0]; i++) {
-        const json_t *s = json_object_get(m, empty[i]);
+        const json_t *s = json_object_get(m, empty[i] + sizeof "model." - 1);
         if (!absent(s) && !(json_is_string(s) && json_string_length(s) == 0))
             return refuse(BM_ENOSUPPORT, r->name, empty[i], s, "null; it is not supported");
     }
@@ -180,8 +180,8 @@ static bm_status read_vocab(reader *r, const json_t *vocab) {
     json_object_foreach((json_t *)vocab, key, value) {
         size_t id = (size_t)json_integer_value(value);
         if (r->v.token[id].kind != BM_TOKEN_UNUSED)
-            return bm_fail(BM_EFORMAT, "%s: model.vocab gives id %zu to \"%.40s\" and \"%.40s\", expected one token an id",
-                           r->name, id, r->v.token[id].text, key);
+            return bm_fail(BM_EFORMAT, "%s: model.vocab gives id %zu to \"%.40s\" and \"%.40s\", expected one token "
+                           "an id", r->name, id, r->v.token[id].text, key);
         BM_TRY(bm_vocab_put(&r->v, id, key, strlen(key), BM_TOKEN_NORMAL));
     }
     return BM_OK;
@@ -201,8 +201,9 @@ static bm_status read_added_token(reader *r, const bm_index *x, const json_t *o)
                            "supported", r->name, id, json_string_value(content), refused[i]);
     bm_token known = bm_index_find(x, json_string_value(content), json_string_length(content));
     if (known >= 0 ? (size_t)known != id : t->kind != BM_TOKEN_UNUSED)
-        return bm_fail(BM_EFORMAT, "%s: added token \"%.40s\" has id %zu, expected %s as in model.vocab and nowhere else",
-                       r->name, json_string_value(content), id, known >= 0 ? "the same id" : "a free id");
+        return bm_fail(BM_EFORMAT, "%s: added token \"%.40s\" has id %zu, expected %s as in model.vocab and "
+                       "nowhere else", r->name, json_string_value(content), id,
+                       known >= 0 ? "the same id" : "a free id");
     if (known >= 0 && t->kind != BM_TOKEN_NORMAL)
         return bm_fail(BM_EFORMAT, "%s: added token %zu is given twice, expected once", r->name, id);
     bm_token_kind kind = special ? BM_TOKEN_SPECIAL : BM_TOKEN_ADDED;
@@ -274,11 +275,13 @@ static bm_status read_config(reader *r, const bm_index *x, const json_t *config,
     BM_TRY(read_named(r, x, config, name, "bos_token", &bos));
     BM_TRY(read_named(r, x, config, name, "eos_token", &r->v.eos));
     BM_TRY(read_named(r, x, config, name, "pad_token", &r->v.pad));
-    if (!absent(add) && !json_is_boolean(add)) return refuse(BM_EFORMAT, name, "add_bos_token", add, "true, false or null");
+    if (!absent(add) && !json_is_boolean(add))
+        return refuse(BM_EFORMAT, name, "add_bos_token", add, "true, false or null");
     if (bos >= 0) r->v.bos = bos;
     if (!absent(add)) r->v.add_bos = json_is_true(add);
     if (r->v.add_bos && r->v.bos < 0)
-        return bm_fail(BM_EFORMAT, "%s: add_bos_token is true and bos_token is missing, expected both or neither", name);
+        return bm_fail(BM_EFORMAT, "%s: add_bos_token is true and bos_token is missing, expected both or neither",
+                       name);
     return BM_OK;
 }
 
@@ -368,8 +371,9 @@ static bm_status put_steps(bm_text *t, const bm_vocab *v) {
     BM_TRY(put(t, v->nfc ? "  \"normalizer\": {\"type\": \"NFC\"},\n" : "  \"normalizer\": null,\n"));
     for (int i = 0; i < 3; i++) {
         char line[200];
-        snprintf(line, sizeof line, "  \"%s\": {\"type\": \"ByteLevel\", \"add_prefix_space\": %s, \"trim_offsets\": true, "
-                 "\"use_regex\": true},\n", step[i], v->prefix_space && i == 0 ? "true" : "false");
+        snprintf(line, sizeof line, "  \"%s\": {\"type\": \"ByteLevel\", \"add_prefix_space\": %s, "
+                 "\"trim_offsets\": true, \"use_regex\": true},\n", step[i],
+                 v->prefix_space && i == 0 ? "true" : "false");
         BM_TRY(put(t, line));
     }
     return BM_OK;

@@ -1,0 +1,801 @@
+/* tests/test_tokenizer.c - the text room and a tokenizer inside files.
+ *
+ * Always: a tokenizer of 256 bytes and a few merges made here.  With the shared folder: GPT-NeoX's and the
+ * starter model's, against what Hugging Face's library said. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include "file/file.h"
+#include "lib_scratch.h"
+#include "lib_sha256.h"
+#include "text/parts.h"
+
+#define OK(call) do { if ((call) != BM_OK) fail_msg("%s: %s", #call, bm_error()); } while (0)
+#define COUNT(array) (sizeof (array) / sizeof (array)[0])
+
+/* ---- a tiny tokenizer ----------------------------------------------------------------- */
+
+/* Byte b is id b + 3; ids 259 and 266 .. 299 are free. */
+#define BYTE(b) ((b) + 3)
+enum { END = 0, PAD = 1, AB = 260, BC, ABC, AA, A4, E_ACUTE, TWO_SPACES = 300 };
+
+static const char HEAD[] =
+    "{\"version\": \"1.0\", \"added_tokens\": [\n"
+    "{\"id\": 0, \"content\": \"<|endoftext|>\", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
+    "\"normalized\": false, \"special\": true},\n"
+    "{\"id\": 1, \"content\": \"<p\\u0000d>\", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
+    "\"normalized\": false, \"special\": true},\n"
+    "{\"id\": 300, \"content\": \"  \", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
+    "\"normalized\": true, \"special\": false}],\n"
+    "\"normalizer\": {\"type\": \"NFC\"},\n"
+    "\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true},\n"
+    "\"post_processor\": null,\n"
+    "\"decoder\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true},\n"
+    "\"model\": {\"type\": \"BPE\", \"dropout\": null, \"unk_token\": null, \"byte_fallback\": false, "
+    "\"ignore_merges\": false, \"vocab\": {\"<|endoftext|>\": 0";
+static const char TAIL[] =
+    ", \"ab\": 260, \"bc\": 261, \"abc\": 262, \"aa\": 263, \"aaaa\": 264, \"\xC3\x83\xC2\xA9\": 265}, "
+    "\"merges\": [\"a b\", [\"b\", \"c\"], [\"ab\", \"c\"], [\"a\", \"a\"], \"aa aa\", \"\xC3\x83 \xC2\xA9\"]}}\n";
+
+static bm_text tiny_json(void) {
+    bm_text t = {0};
+    OK(bm_text_put(&t, HEAD, sizeof HEAD - 1));
+    for (int b = 0; b < 256; b++) {
+        char c = (char)b, s[8], line[60];
+        s[bm_alphabet_write(&c, 1, s)] = 0;
+        snprintf(line, sizeof line, ", \"%s%s\": %d", c == '"' || c == '\\' ? "\\" : "", s, BYTE(b));
+        OK(bm_text_put(&t, line, strlen(line)));
+    }
+    OK(bm_text_put(&t, TAIL, sizeof TAIL - 1));
+    return t;
+}
+
+static bm_status open_text(bm_tokenizer **out, const char *json, size_t n, const char *config) {
+    return bm_tokenizer_from_json(out, json, n, "t.json", config, config ? strlen(config) : 0, "c.json");
+}
+
+static bm_tokenizer *tiny(const char *config) {
+    bm_tokenizer *t;
+    bm_text json = tiny_json();
+    OK(open_text(&t, json.s, json.n, config));
+    free(json.s);
+    return t;
+}
+
+/* The json with the first occurrence of `from` made `to`. */
+static bm_text edited(const char *from, const char *to) {
+    bm_text json = tiny_json(), t = {0};
+    OK(bm_text_put(&json, "", 1));
+    char *at = strstr(json.s, from);
+    if (!at) fail_msg("no %s in the json", from);
+    OK(bm_text_put(&t, json.s, (size_t)(at - json.s)));
+    OK(bm_text_put(&t, to, strlen(to)));
+    OK(bm_text_put(&t, at + strlen(from), strlen(at + strlen(from))));
+    free(json.s);
+    return t;
+}
+
+static bm_tokenizer *tiny_with(const char *from, const char *to) {
+    bm_tokenizer *t;
+    bm_text json = edited(from, to);
+    OK(open_text(&t, json.s, json.n, NULL));
+    free(json.s);
+    return t;
+}
+
+static void expect_ids(const bm_tokenizer *t, const char *s, size_t n, const bm_token *want, size_t n_want) {
+    bm_token *ids;
+    size_t k;
+    OK(bm_tokenize(t, s, n, false, &ids, &k));
+    if (k != n_want) fail_msg("%zu ids of \"%s\", expected %zu", k, s, n_want);
+    for (size_t i = 0; i < k; i++)
+        if (ids[i] != want[i]) fail_msg("\"%s\": id %zu is %d, expected %d", s, i, (int)ids[i], (int)want[i]);
+    bm_free(ids);
+}
+#define IDS(t, s, ...) do { \
+        static const bm_token want_[] = {__VA_ARGS__}; \
+        expect_ids(t, s, sizeof s - 1, want_, COUNT(want_)); \
+    } while (0)
+
+static void expect_text(const bm_tokenizer *t, const bm_token *ids, size_t n, bool skip, bool valid, const char *want,
+                        size_t n_want) {
+    char *s;
+    size_t k;
+    OK(bm_detokenize(t, ids, n, skip, valid, &s, &k));
+    assert_int_equal(k, n_want);
+    assert_memory_equal(s, want, n_want);
+    assert_int_equal(s[k], 0);
+    bm_free(s);
+}
+
+static void expect_sentence(const char *say) {
+    if (!strstr(bm_error(), say)) fail_msg("\"%s\", expected \"%s\"", bm_error(), say);
+}
+
+/* ---- ids and texts -------------------------------------------------------------------- */
+
+static void ids_of_texts(void **state) {
+    (void)state;
+    bm_tokenizer *t = tiny(NULL);
+    bm_token *ids;
+    size_t n;
+    expect_ids(t, "", 0, NULL, 0);
+    IDS(t, "abc", ABC);
+    IDS(t, "bcab", BC, AB);
+    IDS(t, "aaaaaaa", A4, AA, BYTE('a'));
+    IDS(t, "ab<|endoftext|>ab", AB, END, AB);
+    IDS(t, "<|end", BYTE('<'), BYTE('|'), BYTE('e'), BYTE('n'), BYTE('d'));
+    IDS(t, "a<p\0d>\0", BYTE('a'), PAD, BYTE(0));
+    IDS(t, "   a", TWO_SPACES, BYTE(' '), BYTE('a'));
+    IDS(t, "e\u0301", E_ACUTE);                                     /* normalized before the model */
+    IDS(t, "\u00E9", E_ACUTE);
+    IDS(t, "<|endoftext|>\u0338", END, BYTE(0xCC), BYTE(0xB8));     /* special tokens before normalization */
+    IDS(t, "\xFF" "a\xE2\x82", BYTE(0xEF), BYTE(0xBF), BYTE(0xBD), BYTE('a'), BYTE(0xEF), BYTE(0xBF), BYTE(0xBD));
+    assert_int_equal(bm_tokenizer_size(t), 301);
+    assert_true(bm_tokenizer_bos(t) == END && bm_tokenizer_eos(t) == END && !bm_tokenizer_adds_bos(t));
+    assert_true(bm_token_known(t, 0) && bm_token_special(t, 0));
+    assert_true(bm_token_known(t, 300) && !bm_token_special(t, 300));
+    assert_false(bm_token_known(t, 299) || bm_token_known(t, 301) || bm_token_known(t, -1) || bm_token_special(t, 299));
+    OK(bm_tokenize(t, "a", 1, true, &ids, &n));
+    assert_true(n == 2 && ids[0] == END && ids[1] == BYTE('a'));
+    bm_free(ids);
+    bm_tokenizer_close(t);
+}
+
+/* Words past the length where merging changes its method: the same ids as piece by piece. */
+static void long_words(void **state) {
+    (void)state;
+    bm_tokenizer *t = tiny(NULL);
+    enum { UNITS = 100 };
+    static char s[UNITS * 6];
+    static bm_token want[UNITS * 3];
+    for (int i = 0; i < UNITS; i++) {
+        memcpy(s + 6 * i, "aaabcx", 6);                 /* ab before aa: aa, abc, x */
+        memcpy(want + 3 * i, ((bm_token[]){AA, ABC, BYTE('x')}), 3 * sizeof *want);
+    }
+    for (int k = 1; k <= UNITS; k++) expect_ids(t, s, (size_t)k * 6, want, (size_t)k * 3);
+    memset(s, 'a', sizeof s);
+    for (int i = 0; i < UNITS; i++) want[i] = A4;
+    expect_ids(t, s, 4 * UNITS, want, UNITS);
+    bm_tokenizer_close(t);
+}
+
+static void options_of_the_file(void **state) {
+    (void)state;
+    bm_tokenizer *t = tiny_with("\"add_prefix_space\": false", "\"add_prefix_space\": true");
+    IDS(t, "ab<|endoftext|>b b", BYTE(' '), AB, END, BYTE(' '), BYTE('b'), BYTE(' '), BYTE('b'));
+    bm_tokenizer_close(t);
+    t = tiny_with("{\"type\": \"NFC\"}", "null");
+    IDS(t, "e\u0301", BYTE('e'), BYTE(0xCC), BYTE(0x81));
+    bm_tokenizer_close(t);
+    t = tiny_with("{\"type\": \"NFC\"}", "{\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFC\"}]}");
+    IDS(t, "e\u0301", E_ACUTE);
+    bm_tokenizer_close(t);
+    t = tiny_with("\"ignore_merges\": false, \"vocab\": {", "\"ignore_merges\": true, \"vocab\": {\"bca\": 290, ");
+    IDS(t, "bca", 290);                                 /* no merge leads there */
+    IDS(t, "bcab", BC, AB);
+    bm_tokenizer_close(t);
+    t = tiny_with("\"vocab\": {", "\"vocab\": {\"bca\": 290, ");
+    IDS(t, "bca", BC, BYTE('a'));
+    bm_tokenizer_close(t);
+    t = tiny_with("\"z\": 125, ", "");                  /* a byte without a token vanishes */
+    IDS(t, "bzd", BYTE('b'), BYTE('d'));
+    bm_tokenizer_close(t);
+}
+
+static void configurations(void **state) {
+    (void)state;
+    bm_token *ids;
+    size_t n;
+    bm_tokenizer *t = tiny("{\"bos_token\": {\"content\": \"abc\"}, \"eos_token\": null, \"add_bos_token\": true}");
+    assert_true(bm_tokenizer_bos(t) == ABC && bm_tokenizer_eos(t) == -1 && bm_tokenizer_adds_bos(t));
+    bm_tokenizer_close(t);
+    t = tiny("{\"pad_token\": \"<p\\u0000d>\", \"eos_token\": \"<|endoftext|>\"}");
+    assert_true(bm_tokenizer_bos(t) == -1 && bm_tokenizer_eos(t) == END && bm_tokenizer_vocab(t)->pad == PAD);
+    assert_int_equal(bm_tokenize(t, "a", 1, true, &ids, &n), BM_EARG);
+    assert_null(ids);
+    bm_tokenizer_close(t);
+    t = tiny_with("\"post_processor\": null", "\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": "
+                  "[{\"SpecialToken\": {\"id\": \"abc\", \"type_id\": 0}}, {\"Sequence\": {\"id\": \"A\"}}]}");
+    assert_true(bm_tokenizer_bos(t) == ABC && bm_tokenizer_adds_bos(t));
+    bm_tokenizer_close(t);
+}
+
+static void texts_of_ids(void **state) {
+    (void)state;
+    static const bm_token ids[] = {END, ABC, BYTE(0), TWO_SPACES, BYTE(0xC3), 299, -5, 5000, BYTE(0xA9), BYTE(0xC3),
+                                   PAD};
+    bm_tokenizer *t = tiny(NULL);
+    size_t n = COUNT(ids);
+    expect_text(t, ids, n, false, false, "<|endoftext|>abc\0  \xC3\xA9\xC3<p\0d>", 27);
+    expect_text(t, ids, n, true, true, "abc\0  \xC3\xA9\xEF\xBF\xBD", 11);
+    expect_text(t, ids, 0, true, true, "", 0);
+    assert_true((uint8_t)*bm_token_bytes(t, BYTE(0xE2), &n) == 0xE2 && n == 1);
+    bm_token_bytes(t, 299, &n);
+    assert_int_equal(n, 0);
+    bm_tokenizer_close(t);
+}
+
+/* ---- characters and words ------------------------------------------------------------- */
+
+static void expect_nfc(const char *s, const char *want) {
+    bm_text out = {0};
+    OK(bm_nfc(&out, s, strlen(s)));
+    assert_int_equal(out.n, strlen(want));
+    assert_memory_equal(out.s, want, out.n);
+    free(out.s);
+}
+
+static void normalization(void **state) {
+    (void)state;
+    char in[81], want[81];
+    expect_nfc("xe\u0301\u0323 \u212B", "x\u1EB9\u0301 \u00C5");
+    expect_nfc("\u1100\u1161\u11A8", "\uAC01");
+    expect_nfc("\u1100\u1161\u11A7", "\uAC00\u11A7");              /* not a trailing consonant */
+    expect_nfc("\u0958", "\u0915\u093C");                          /* composition exclusion */
+    expect_nfc("a\u0301\u035C\u0301", "\u00E1\u0301\u035C");
+    expect_nfc("a\U0001E130\u0323", "a\U0001E130\u0323");          /* a mark of Unicode 12: inert, and in the way */
+    expect_nfc("\U00011935\U00011930", "\U00011935\U00011930");    /* composes since Unicode 13 */
+    for (int i = 0; i < 40; i++) {
+        memcpy(in + 2 * i, i % 2 ? "\u0301" : "\u0323", 2);
+        memcpy(want + 2 * i, i < 20 ? "\u0323" : "\u0301", 2);
+    }
+    in[80] = want[80] = 0;
+    expect_nfc(in, want);
+}
+
+/* Words of s, a | at the end of each. */
+static void expect_words(const char *s, const char *want) {
+    pcre2_code *re;
+    bm_text out = {0};
+    OK(bm_words_open(&re));
+    pcre2_match_data *md = pcre2_match_data_create(1, NULL);
+    assert_non_null(md);
+    for (size_t at = 0, end, n = strlen(s); at < n; at = end) {
+        OK(bm_words_next(re, md, s, n, at, &end));
+        assert_true(end > at);
+        OK(bm_text_put(&out, s + at, end - at));
+        OK(bm_text_put(&out, "|", 1));
+    }
+    OK(bm_text_put(&out, "", 1));
+    assert_string_equal(out.s, want);
+    free(out.s);
+    pcre2_match_data_free(md);
+    pcre2_code_free(re);
+}
+
+static void words(void **state) {
+    (void)state;
+    expect_words("I'm he'll  we've 'tis", "I|'m| he|'ll| | we|'ve| '|tis|");
+    expect_words("a\n\n  b\t", "a|\n\n | b|\t|");
+    expect_words("x1\u00B2 2\u2167!? ?", "x|1\u00B2| 2\u2167|!?| ?|");
+    expect_words("a\u180Eb", "a|\u180E|b|");                        /* no white space */
+    expect_words("a \u180E", "a| \u180E|");
+    expect_words("a \xC2\x85\u00A0b", "a| \xC2\x85|\u00A0|b|");
+    expect_words("\U00010D50\U0001E5F3", "\U00010D50|\U0001E5F3|"); /* a letter and a number of Unicode 16 */
+    expect_words("!\U00010D50", "!|\U00010D50|");
+}
+
+static void streaming(void **state) {
+    (void)state;
+    static const char s[] = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\0\xFF\xC3(\xE2\x82(\xF0\x9F\x98\xED\xA0\x80"
+                            "\xC0\xAF\xF4\x90z\xE2\x82";
+    static const char known[] = "a\u00E9\u20AC\U0001F600\0\uFFFD\uFFFD(\uFFFD(\uFFFD\uFFFD\uFFFD\uFFFD"
+                                "\uFFFD\uFFFD\uFFFD\uFFFDz\uFFFD";
+    size_t n = sizeof s - 1, k = 0;
+    char got[3 * sizeof s + 24];
+    bm_text want = {0};
+    OK(bm_utf8_mend(&want, s, n));
+    assert_int_equal(want.n, sizeof known - 1);
+    assert_memory_equal(want.s, known, want.n);
+    for (size_t cut = 0; cut <= n; cut++) {
+        bm_utf8 u = {0};
+        k = bm_utf8_push(&u, s, cut, got);
+        assert_int_equal(bm_utf8_valid(got, k), k);
+        k += bm_utf8_push(&u, s + cut, n - cut, got + k);
+        k += bm_utf8_flush(&u, got + k);
+        assert_int_equal(k, want.n);
+        assert_memory_equal(got, want.s, k);
+    }
+    bm_utf8 u = {0};
+    k = 0;
+    for (size_t i = 0; i < n; i++) {
+        k += bm_utf8_push(&u, s + i, 1, got + k);
+        assert_true(bm_utf8_valid(got, k) == k && u.n >= 0 && u.n < 4);
+    }
+    k += bm_utf8_flush(&u, got + k);
+    assert_int_equal(k, want.n);
+    assert_memory_equal(got, known, k);
+    free(want.s);
+}
+
+/* ---- refusals ------------------------------------------------------------------------- */
+
+static const struct { const char *from, *to; bm_status st; const char *say; } REFUSED[] = {
+    {"{\"type\": \"NFC\"}", "{\"type\": \"Lowercase\"}", BM_ENOSUPPORT, "normalizer is \"Lowercase\", expected NFC"},
+    {"{\"type\": \"NFC\"}", "{\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFKC\"}]}", BM_ENOSUPPORT,
+     "normalizer.normalizers is \"NFKC\""},
+    {"{\"type\": \"NFC\"}", "3", BM_ENOSUPPORT, "normalizer is 3"},
+    {"\"pre_tokenizer\": {\"type\": \"ByteLevel\"", "\"pre_tokenizer\": {\"type\": \"Whitespace\"", BM_ENOSUPPORT,
+     "pre_tokenizer is \"Whitespace\""},
+    {"\"pre_tokenizer\"", "\"none\"", BM_ENOSUPPORT, "pre_tokenizer is missing"},
+    {"\"add_prefix_space\": false, ", "", BM_EFORMAT, "pre_tokenizer.add_prefix_space is missing"},
+    {"\"add_prefix_space\": false", "\"add_prefix_space\": false, \"use_regex\": false", BM_ENOSUPPORT,
+     "pre_tokenizer.use_regex is false"},
+    {"\"post_processor\": null", "\"post_processor\": {\"type\": \"BertProcessing\"}", BM_ENOSUPPORT,
+     "post_processor is \"BertProcessing\""},
+    {"\"post_processor\": null", "\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": []}",
+     BM_ENOSUPPORT, "post_processor.single is an array of 0"},
+    {"\"post_processor\": null", "\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": "
+     "[{\"SpecialToken\": {\"id\": \"zz\"}}, {\"Sequence\": {}}]}", BM_EFORMAT, "begins with \"zz\", expected a token"},
+    {"\"decoder\": {\"type\": \"ByteLevel\"", "\"decoder\": {\"type\": \"WordPiece\"", BM_ENOSUPPORT,
+     "decoder is \"WordPiece\""},
+    {"\"BPE\"", "\"Unigram\"", BM_ENOSUPPORT, "model.type is \"Unigram\", expected BPE"},
+    {"\"dropout\": null", "\"dropout\": 0.5", BM_ENOSUPPORT, "model.dropout is 0.5"},
+    {"\"unk_token\": null", "\"unk_token\": \"a\"", BM_ENOSUPPORT, "model.unk_token is \"a\""},
+    {"\"byte_fallback\": false", "\"byte_fallback\": true", BM_ENOSUPPORT, "model.byte_fallback is true"},
+    {"\"dropout\": null", "\"end_of_word_suffix\": \"</w>\"", BM_ENOSUPPORT, "model.end_of_word_suffix is \"</w>\""},
+    {"\"single_word\": false", "\"single_word\": true", BM_ENOSUPPORT, "single_word true"},
+    {"\"lstrip\": false", "\"lstrip\": true", BM_ENOSUPPORT, "lstrip true"},
+    {"\"rstrip\": false", "\"rstrip\": true", BM_ENOSUPPORT, "rstrip true"},
+    {"\"vocab\": {", "\"vocab\": 1, \"other\": {", BM_EFORMAT, "model.vocab is 1"},
+    {"\"merges\": [", "\"merges\": {}, \"other\": [", BM_EFORMAT, "model.merges is an object"},
+    {"\"added_tokens\": [", "\"added_tokens\": 1, \"other\": [", BM_EFORMAT, "added_tokens is 1"},
+    {"\"model\"", "\"models\"", BM_EFORMAT, "model is missing"},
+    {"\"ab\": 260", "\"ab\": 261", BM_EFORMAT, "id 261 to \"ab\" and \"bc\""},
+    {"\"ab\": 260", "\"ab\": 1000000", BM_EFORMAT, "1000000, expected an id from 0 to"},
+    {"\"ab\": 260", "\"ab\": -1", BM_EFORMAT, "is -1, expected an id"},
+    {"\"ab\": 260", "\"ab\": \"x\"", BM_EFORMAT, "is \"x\", expected an id"},
+    {"\"ab\": 260", "\"bc\": 260", BM_EFORMAT, "not valid JSON"},
+    {"\"id\": 300", "\"id\": 3000000", BM_EFORMAT, "added_tokens[].id is 3000000"},
+    {"\"id\": 300", "\"id\": 262", BM_EFORMAT, "has id 262, expected a free id"},
+    {"\"id\": 0", "\"id\": 299", BM_EFORMAT, "has id 299, expected the same id"},
+    {"\"<p\\u0000d>\"", "\"<|endoftext|>\"", BM_EFORMAT, "has id 1, expected the same id"},
+    {"\"<p\\u0000d>\"", "\"\"", BM_EFORMAT, "expected a string that is not empty"},
+    {"\"<p\\u0000d>\"", "\"  \"", BM_EFORMAT, "tokens 1 and 300 have the same text"},
+    {"\"a b\"", "\"a zz\"", BM_EFORMAT, "merge 0 (\"a\", \"zz\"): its right half is not in the vocabulary"},
+    {"\"a b\"", "\"zz b\"", BM_EFORMAT, "its left half"},
+    {"\"a b\"", "\"b a\"", BM_EFORMAT, "its result"},
+    {"\"a b\"", "\"ab\"", BM_EFORMAT, "an entry of model.merges is \"ab\""},
+    {"\"a b\"", "\"a b c\"", BM_EFORMAT, "space inside a token"},
+    {"\"a b\"", "[\"a\"]", BM_EFORMAT, "an entry of model.merges is an array of 1"},
+    {"{\"version\"", "[\"version\"", BM_EFORMAT, "not valid JSON at line 1"},
+};
+
+static void sentences(void **state) {
+    (void)state;
+    for (size_t i = 0; i < COUNT(REFUSED); i++) {
+        bm_tokenizer *t;
+        bm_text json = edited(REFUSED[i].from, REFUSED[i].to);
+        bm_status st = open_text(&t, json.s, json.n, NULL);
+        expect_sentence(REFUSED[i].say);
+        assert_true(st == REFUSED[i].st && t == NULL && !strncmp(bm_error(), "t.json: ", 8));
+        free(json.s);
+    }
+}
+
+static void sentences_of_configurations(void **state) {
+    (void)state;
+    static const struct { const char *config, *say; } row[] = {
+        {"{\"bos_token\": \"nowhere\"}", "c.json: bos_token is \"nowhere\", expected a token of t.json"},
+        {"{\"eos_token\": 7}", "c.json: eos_token is 7"},
+        {"{\"pad_token\": {\"content\": 1}}", "c.json: pad_token is an object"},
+        {"{\"add_bos_token\": 1}", "c.json: add_bos_token is 1"},
+        {"{\"add_bos_token\": true}", "c.json: add_bos_token is true and bos_token is missing"},
+        {"[]", "c.json: the file is an array of 0, expected an object"},
+        {"", "c.json: not valid JSON"},
+    };
+    bm_text json = tiny_json();
+    bm_tokenizer *t;
+    for (size_t i = 0; i < COUNT(row); i++) {
+        assert_int_equal(open_text(&t, json.s, json.n, row[i].config), BM_EFORMAT);
+        assert_null(t);
+        expect_sentence(row[i].say);
+    }
+    free(json.s);
+    assert_int_equal(bm_tokenizer_open(&t, scratch_folder()), BM_EFORMAT);
+    expect_sentence("has no tokenizer");
+    assert_int_equal(bm_tokenizer_open(&t, scratch_path("absent.json")), BM_EIO);
+    assert_null(t);
+}
+
+static bm_status try_json(const uint8_t *data, size_t n) {
+    static const char s[] = "abc  ab<|endoftext|>e\u0301\xFF";
+    bm_tokenizer *t;
+    bm_token *ids;
+    size_t k;
+    BM_TRY(bm_tokenizer_from_json(&t, (const char *)data, n, "damaged.json", NULL, 0, NULL));
+    bm_status st = bm_tokenize(t, s, sizeof s - 1, false, &ids, &k);
+    bm_free(ids);
+    bm_tokenizer_close(t);
+    return st;
+}
+
+static void damaged_json(void **state) {
+    (void)state;
+    bm_text json = tiny_json();
+    assert_true(json.n <= 16384);
+    assert_int_equal(try_json((const uint8_t *)json.s, json.n), BM_OK);
+    damage((const uint8_t *)json.s, json.n, try_json);
+    free(json.s);
+}
+
+/* ---- GGUF and folders ----------------------------------------------------------------- */
+
+static void write_gguf(const bm_tokenizer *t, size_t n_vocab, const char *path) {
+    bm_meta *m;
+    bm_sink *k;
+    OK(bm_meta_open(&m, path));
+    OK(bm_vocab_to_meta(t, n_vocab, m));
+    OK(bm_gguf_create(&k, path, m, NULL, 0));
+    OK(bm_sink_finish(&k));
+    bm_meta_close(m);
+}
+
+static void same_files(const char *a, const char *b) {
+    size_t n, k;
+    uint8_t *x = read_file(a, &n), *y = read_file(b, &k);
+    assert_int_equal(n, k);
+    assert_memory_equal(x, y, n);
+    free(x);
+    free(y);
+}
+
+static void same_vocabularies(const bm_tokenizer *t, const bm_tokenizer *u) {
+    const bm_vocab *a = bm_tokenizer_vocab(t), *b = bm_tokenizer_vocab(u);
+    assert_true(a->n == b->n && a->n_merges == b->n_merges);
+    assert_true(a->bos == b->bos && a->eos == b->eos && a->pad == b->pad && a->add_bos == b->add_bos);
+    assert_true(a->nfc == b->nfc && a->ignore_merges == b->ignore_merges && a->prefix_space == b->prefix_space);
+    for (size_t i = 0; i < a->n; i++) {
+        const struct bm_vocab_token *x = &a->token[i], *y = &b->token[i];
+        assert_true(x->kind == y->kind && x->n == y->n && x->raw == y->raw);
+        if (x->n) assert_memory_equal(x->text, y->text, x->n);
+    }
+    assert_memory_equal(a->merge, b->merge, a->n_merges * sizeof *a->merge);
+}
+
+/* JSON -> GGUF -> folder -> GGUF: the same vocabulary everywhere, the two GGUFs equal byte for byte. */
+static void round_trip(bm_tokenizer *t, size_t n_vocab) {
+    static int turn;
+    char name[40];
+    bm_tokenizer *u, *w;
+    bm_folder *f;
+    snprintf(name, sizeof name, "folder%d", turn++);
+    write_gguf(t, n_vocab, scratch_path("first.gguf"));
+    OK(bm_tokenizer_open(&u, scratch_path("first.gguf")));
+    same_vocabularies(t, u);
+    OK(bm_folder_open(&f, scratch_path(name)));
+    OK(bm_vocab_to_folder(u, f));
+    OK(bm_folder_finish(&f));
+    OK(bm_tokenizer_open(&w, scratch_path(name)));
+    same_vocabularies(t, w);
+    write_gguf(w, n_vocab, scratch_path("second.gguf"));
+    same_files(scratch_path("first.gguf"), scratch_path("second.gguf"));
+    bm_tokenizer_close(t);
+    bm_tokenizer_close(u);
+    bm_tokenizer_close(w);
+}
+
+static void round_trips(void **state) {
+    (void)state;
+    round_trip(tiny(NULL), 301);
+    round_trip(tiny("{\"bos_token\": \"abc\", \"pad_token\": \"<p\\u0000d>\", \"add_bos_token\": true}"), 320);
+    round_trip(tiny_with("\"ignore_merges\": false", "\"ignore_merges\": true"), 512);
+    round_trip(tiny_with("\"add_prefix_space\": false", "\"add_prefix_space\": true"), 301);
+    round_trip(tiny_with("{\"type\": \"NFC\"}", "null"), 301);
+    round_trip(tiny_with("\"normalized\": false, \"special\": true", "\"normalized\": true, \"special\": true"), 301);
+    round_trip(tiny_with("\"normalized\": true, \"special\": false", "\"normalized\": false, \"special\": false"), 301);
+    round_trip(tiny_with("\"ab\": 260", "\"ab\": 260, \"[PAD299]\": 298"), 301);
+    bm_tokenizer *t = tiny(NULL);
+    bm_meta *m;
+    OK(bm_meta_open(&m, "m"));
+    assert_int_equal(bm_vocab_to_meta(t, 300, m), BM_ESHAPE);
+    bm_meta_close(m);
+    bm_tokenizer_close(t);
+}
+
+/* A GGUF of other hands. */
+typedef struct foreign { const char *model, *pre; const int32_t *type; const char *merge; uint32_t eos; } foreign;
+
+static void write_foreign(const foreign *f, const char *path) {
+    static const bm_bytes token[] = {{"<e>", 3}, {"a", 1}, {"b", 1}, {"ab", 2}, {"  ", 2}, {"[PAD5]", 6}};
+    bm_bytes merges = {f->merge, strlen(f->merge)};
+    bm_meta *m;
+    bm_sink *k;
+    OK(bm_meta_open(&m, path));
+    OK(bm_meta_put_text(m, "tokenizer.ggml.model", f->model, strlen(f->model)));
+    if (f->pre) OK(bm_meta_put_text(m, "tokenizer.ggml.pre", f->pre, strlen(f->pre)));
+    OK(bm_meta_put_texts(m, "tokenizer.ggml.tokens", token, 6));
+    if (f->type) OK(bm_meta_put_i32s(m, "tokenizer.ggml.token_type", f->type, 6));
+    OK(bm_meta_put_texts(m, "tokenizer.ggml.merges", &merges, 1));
+    OK(bm_meta_put_u32(m, "tokenizer.ggml.eos_token_id", f->eos));
+    OK(bm_gguf_create(&k, path, m, NULL, 0));
+    OK(bm_sink_finish(&k));
+    bm_meta_close(m);
+}
+
+static void foreign_keys(void **state) {
+    (void)state;
+    static const int32_t typed[] = {3, 1, 1, 1, 4, 4}, odd[] = {3, 1, 1, 1, 4, 6};
+    static const struct { foreign f; const char *say; } row[] = {
+        {{"gpt2", "mpt", typed, "a b", 0}, NULL},
+        {{"gpt2", NULL, NULL, "a b", 0}, NULL},
+        {{"llama", "mpt", typed, "a b", 0}, "tokenizer.ggml.model is \"llama\", expected \"gpt2\""},
+        {{"gpt2", "llama-bpe", typed, "a b", 0}, "tokenizer.ggml.pre is \"llama-bpe\", expected one"},
+        {{"gpt2", "mpt", odd, "a b", 0}, "token_type[5] is 6, expected 1"},
+        {{"gpt2", "mpt", typed, "ab", 0}, "merges[0] is \"ab\", expected two tokens"},
+        {{"gpt2", "mpt", typed, "a c", 0}, "merge 0 (\"a\", \"c\"): its right half"},
+        {{"gpt2", "mpt", typed, "a b", 6}, "eos_token_id is 6, expected an id below 6"},
+        {{"gpt2", "mpt", typed, "a b", 5}, "eos_token is 5, expected the id of a token"},
+    };
+    const char *path = scratch_path("foreign.gguf");
+    bm_tokenizer *t;
+    for (size_t i = 0; i < COUNT(row); i++) {
+        write_foreign(&row[i].f, path);
+        bm_status st = bm_tokenizer_open(&t, path);
+        if (row[i].say) {
+            assert_true(st != BM_OK && t == NULL);
+            expect_sentence(row[i].say);
+            continue;
+        }
+        OK(st);
+        IDS(t, "ab  <e>[PAD5]", 3, 4, 0);
+        assert_int_equal(bm_tokenizer_size(t), 5);
+        assert_true(bm_token_special(t, 0) && bm_tokenizer_eos(t) == 0 && bm_tokenizer_bos(t) == -1);
+        bm_tokenizer_close(t);
+    }
+}
+
+/* ---- size and threads ----------------------------------------------------------------- */
+
+static void in_time(const bm_tokenizer *t, const char *what, const char *unit) {
+    enum { N = 10000000 };
+    size_t len = strlen(unit), k;
+    char *s = malloc(N);
+    bm_token *ids;
+    assert_non_null(s);
+    for (size_t i = 0; i < N; i++) s[i] = unit[i % len];
+    double start = bm_now();
+    OK(bm_tokenize(t, s, N, false, &ids, &k));
+    double took = bm_now() - start;
+    print_message("    10 MB of %s: %zu ids in %.2f s\n", what, k, took);
+    if (took > 5) fail_msg("10 MB of %s took %.1f s, expected less than 5", what, took);
+    bm_free(ids);
+    free(s);
+}
+
+static void ten_megabytes(bm_tokenizer *t) {
+    in_time(t, "one letter", "a");
+    in_time(t, "spaces", " ");
+    in_time(t, "combining marks", "\u0301\u0323");
+    in_time(t, "letters without order", "qabcaxbyecaabbaccuw");
+    in_time(t, "words", "Call me Ishmael. ");
+    bm_tokenizer_close(t);
+}
+
+static void *encode_often(void *arg) {
+    static const char s[] = "abcab  aaaa<|endoftext|>e\u0301 ";
+    for (int i = 0; i < 200; i++) {
+        bm_token *ids;
+        size_t n;
+        if (bm_tokenize(arg, s, sizeof s - 1, false, &ids, &n)) return "failed";
+        if (n != 7 || ids[0] != ABC || ids[4] != END) return "other ids";
+        bm_free(ids);
+    }
+    return NULL;
+}
+
+static void threads(void **state) {
+    (void)state;
+    bm_tokenizer *t = tiny(NULL);
+    pthread_t id[4];
+    void *said;
+    for (int i = 0; i < 4; i++) assert_int_equal(pthread_create(&id[i], NULL, encode_often, t), 0);
+    for (int i = 0; i < 4; i++) {
+        pthread_join(id[i], &said);
+        if (said) fail_msg("%s", (char *)said);
+    }
+    bm_tokenizer_close(t);
+}
+
+/* ---- with the shared folder ----------------------------------------------------------- */
+
+static const char NEOX[] = "tokenizer/20B_tokenizer.json";
+
+static bm_tokenizer *shared_tokenizer(const char *name) {
+    bm_tokenizer *t;
+    const char *path = shared_path(name);
+    if (!path) {
+        print_message("    skipped: no shared folder with %s (BM_SHARED)\n", name);
+        skip();
+    }
+    OK(bm_tokenizer_open(&t, path));
+    return t;
+}
+
+/* One line {"text", "ids", "decoded"}. */
+static void conform_line(const bm_tokenizer *t, const json_t *line, const char *name, int number) {
+    const json_t *said = json_object_get(line, "text"), *list = json_object_get(line, "ids");
+    const json_t *decoded = json_object_get(line, "decoded");
+    bm_token *ids;
+    char *text;
+    size_t k, m;
+    OK(bm_tokenize(t, json_string_value(said), json_string_length(said), false, &ids, &k));
+    if (k != json_array_size(list)) fail_msg("%s:%d: %zu ids, expected %zu", name, number, k, json_array_size(list));
+    for (size_t i = 0; i < k; i++)
+        if (ids[i] != json_integer_value(json_array_get(list, i))) fail_msg("%s:%d: id %zu", name, number, i);
+    OK(bm_detokenize(t, ids, k, false, true, &text, &m));
+    if (decoded && (m != json_string_length(decoded) || memcmp(text, json_string_value(decoded), m)))
+        fail_msg("%s:%d: decoded text", name, number);
+    bm_free(text);
+    bm_free(ids);
+}
+
+static void conform(const bm_tokenizer *t, const char *name, int want) {
+    size_t n;
+    int lines = 0;
+    char *s = (char *)read_file(shared_path(name), &n);
+    for (char *p = s, *end; p < s + n; p = end + 1) {
+        end = memchr(p, '\n', n - (size_t)(p - s));
+        if (!end) end = s + n;
+        json_t *line = json_loadb(p, (size_t)(end - p), JSON_ALLOW_NUL, NULL);
+        conform_line(t, line, name, ++lines);
+        json_decref(line);
+    }
+    free(s);
+    assert_int_equal(lines, want);
+}
+
+static void conformance(void **state) {
+    (void)state;
+    const char *from[] = {NEOX, "conformance/ggml-vocab-gpt-neox.gguf"};
+    for (int i = 0; i < 2; i++) {
+        bm_tokenizer *t = shared_tokenizer(from[i]);
+        conform(t, "conformance/neox_tokenizer.jsonl", 568);
+        conform(t, "conformance/neox_pairs.jsonl", 333);
+        assert_int_equal(bm_tokenizer_size(t), 50277);
+        assert_true(bm_tokenizer_eos(t) == 0 && !bm_tokenizer_adds_bos(t) && !bm_token_known(t, 50277));
+        bm_tokenizer_close(t);
+    }
+}
+
+/* llama.cpp's own list: texts between separator lines, a line of ids each. */
+static void conformance_mpt(void **state) {
+    (void)state;
+    static const char SEPARATOR[] = "\n__ggml_vocab_test__\n";
+    bm_tokenizer *t = shared_tokenizer(NEOX);
+    size_t n, k;
+    int texts = 0;
+    char *s = (char *)read_file(shared_path("conformance/ggml-vocab-mpt.gguf.inp"), &n);
+    char *line = (char *)read_file(shared_path("conformance/ggml-vocab-mpt.gguf.out"), &k), *first = line;
+    s[n] = line[k] = 0;
+    for (char *p = s, *end; (end = strstr(p, SEPARATOR)); p = end + sizeof SEPARATOR - 1, texts++) {
+        bm_token *ids;
+        OK(bm_tokenize(t, p, (size_t)(end - p), false, &ids, &k));
+        for (size_t i = 0; i < k; i++) assert_int_equal(ids[i], strtol(line, &line, 10));
+        while (*line == ' ') line++;
+        assert_int_equal(*line++, '\n');
+        bm_free(ids);
+    }
+    assert_true(texts > 40);
+    free(s);
+    free(first);
+    bm_tokenizer_close(t);
+}
+
+static void check_total(sha *s, size_t n, const json_t *totals, const char *count, const char *hash) {
+    char hex[65];
+    sha_finish(s, hex);
+    assert_int_equal(n, json_integer_value(json_object_get(totals, count)));
+    assert_string_equal(hex, json_string_value(json_object_get(totals, hash)));
+}
+
+static size_t add_ids(sha *s, const bm_tokenizer *t, const char *text, size_t n) {
+    bm_token *ids;
+    size_t k;
+    OK(bm_tokenize(t, text, n, false, &ids, &k));
+    sha_ids(s, ids, k);
+    bm_free(ids);
+    return k;
+}
+
+static void total_of_file(const bm_tokenizer *t, const char *name, const json_t *totals, const char *count,
+                          const char *hash) {
+    size_t n;
+    sha s;
+    char *text = (char *)read_file(shared_path(name), &n);
+    sha_start(&s);
+    n = add_ids(&s, t, text, n);
+    check_total(&s, n, totals, count, hash);
+    free(text);
+}
+
+/* Each line alone: context, a space, continuation. */
+static void total_of_lambada(const bm_tokenizer *t, const json_t *totals) {
+    size_t n, total = 0;
+    sha h;
+    char *s = (char *)read_file(shared_path("eval/lambada_openai.jsonl"), &n);
+    sha_start(&h);
+    for (char *p = s, *end; p < s + n && (end = memchr(p, '\n', n - (size_t)(p - s))); p = end + 1) {
+        bm_text text = {0};
+        json_t *line = json_loadb(p, (size_t)(end - p), JSON_ALLOW_NUL, NULL);
+        const json_t *a = json_object_get(line, "context"), *b = json_object_get(line, "continuation");
+        OK(bm_text_put(&text, json_string_value(a), json_string_length(a)));
+        OK(bm_text_put(&text, " ", 1));
+        OK(bm_text_put(&text, json_string_value(b), json_string_length(b)));
+        total += add_ids(&h, t, text.s, text.n);
+        free(text.s);
+        json_decref(line);
+    }
+    free(s);
+    check_total(&h, total, totals, "lambada_test_total_tokens", "lambada_ids_sha256");
+}
+
+static void totals(void **state) {
+    (void)state;
+    bm_tokenizer *t = shared_tokenizer(NEOX);
+    json_t *said = json_load_file(shared_path("conformance/neox_totals.json"), 0, NULL);
+    assert_non_null(said);
+    total_of_lambada(t, said);
+    total_of_file(t, "wikitext2/wiki.test.raw", said, "wikitext2_raw_test_tokens", "wikitext2_raw_test_ids_sha256");
+    total_of_file(t, "books/books_valid.txt", said, "books_valid_tokens", "books_valid_ids_sha256");
+    json_decref(said);
+    bm_tokenizer_close(t);
+}
+
+static void ten_megabytes_tiny(void **state) {
+    (void)state;
+    ten_megabytes(tiny(NULL));
+}
+
+static void ten_megabytes_neox(void **state) {
+    (void)state;
+    ten_megabytes(shared_tokenizer(NEOX));
+}
+
+static void starter(void **state) {
+    (void)state;
+    bm_tokenizer *t = shared_tokenizer("starter");
+    json_t *said = json_load_file(shared_path("starter/reference.json"), 0, NULL), *one;
+    size_t i, n;
+    assert_true(bm_tokenizer_bos(t) == 0 && bm_tokenizer_eos(t) == 0 && bm_tokenizer_adds_bos(t));
+    assert_int_equal(bm_tokenizer_vocab(t)->pad, 1);
+    json_array_foreach(json_object_get(said, "greedy"), i, one) {
+        const json_t *list = json_object_get(one, "ids"), *prompt = json_object_get(one, "prompt");
+        const json_t *text = json_object_get(one, "text");
+        bm_token *ids, all[1000];
+        for (n = 0; n < json_array_size(list) && n < COUNT(all); n++)
+            all[n] = (bm_token)json_integer_value(json_array_get(list, n));
+        expect_text(t, all, n, true, true, json_string_value(text), json_string_length(text));
+        OK(bm_tokenize(t, json_string_value(prompt), json_string_length(prompt), true, &ids, &n));
+        assert_int_equal(n, json_integer_value(json_object_get(one, "n_prompt")));
+        assert_memory_equal(ids, all, n * sizeof *ids);
+        bm_free(ids);
+    }
+    assert_int_equal(i, 3);
+    json_decref(said);
+    bm_tokenizer_close(t);
+}
+
+static void round_trips_shared(void **state) {
+    (void)state;
+    round_trip(shared_tokenizer(NEOX), 50304);
+    round_trip(shared_tokenizer("starter"), 8192);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(ids_of_texts), cmocka_unit_test(long_words), cmocka_unit_test(options_of_the_file),
+        cmocka_unit_test(configurations), cmocka_unit_test(texts_of_ids), cmocka_unit_test(normalization),
+        cmocka_unit_test(words), cmocka_unit_test(streaming), cmocka_unit_test(sentences),
+        cmocka_unit_test(sentences_of_configurations), cmocka_unit_test(damaged_json), cmocka_unit_test(round_trips),
+        cmocka_unit_test(foreign_keys), cmocka_unit_test(ten_megabytes_tiny), cmocka_unit_test(threads),
+        cmocka_unit_test(conformance), cmocka_unit_test(conformance_mpt), cmocka_unit_test(totals),
+        cmocka_unit_test(ten_megabytes_neox), cmocka_unit_test(starter), cmocka_unit_test(round_trips_shared),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
