@@ -1,105 +1,13 @@
-/* tests/test_tokenizer.c - the text room and a tokenizer inside files.
+/* tests/test_tokenizer.c - the text room.
  *
  * Always: a tokenizer of 256 bytes and a few merges made here.  With the shared folder: GPT-NeoX's and the
  * starter model's, against what Hugging Face's library said. */
-#include <stdarg.h>
-#include <stddef.h>
-#include <setjmp.h>
-#include <stdint.h>
-#include <cmocka.h>
+#include "lib_tokens.h"
 #include <pthread.h>
-#include <stdlib.h>
 #include "file/file.h"
-#include "lib_scratch.h"
 #include "lib_sha256.h"
-#include "text/parts.h"
 
-#define OK(call) do { if ((call) != BM_OK) fail_msg("%s: %s", #call, bm_error()); } while (0)
-#define COUNT(array) (sizeof (array) / sizeof (array)[0])
-
-/* ---- a tiny tokenizer ----------------------------------------------------------------- */
-
-/* Byte b is id b + 3; ids 259 and 266 .. 299 are free. */
-#define BYTE(b) ((b) + 3)
-enum { END = 0, PAD = 1, AB = 260, BC, ABC, AA, A4, E_ACUTE, TWO_SPACES = 300 };
-
-static const char HEAD[] =
-    "{\"version\": \"1.0\", \"added_tokens\": [\n"
-    "{\"id\": 0, \"content\": \"<|endoftext|>\", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
-    "\"normalized\": false, \"special\": true},\n"
-    "{\"id\": 1, \"content\": \"<p\\u0000d>\", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
-    "\"normalized\": false, \"special\": true},\n"
-    "{\"id\": 300, \"content\": \"  \", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
-    "\"normalized\": true, \"special\": false}],\n"
-    "\"normalizer\": {\"type\": \"NFC\"},\n"
-    "\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true},\n"
-    "\"post_processor\": null,\n"
-    "\"decoder\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true},\n"
-    "\"model\": {\"type\": \"BPE\", \"dropout\": null, \"unk_token\": null, \"byte_fallback\": false, "
-    "\"ignore_merges\": false, \"vocab\": {\"<|endoftext|>\": 0";
-static const char TAIL[] =
-    ", \"ab\": 260, \"bc\": 261, \"abc\": 262, \"aa\": 263, \"aaaa\": 264, \"\xC3\x83\xC2\xA9\": 265}, "
-    "\"merges\": [\"a b\", [\"b\", \"c\"], [\"ab\", \"c\"], [\"a\", \"a\"], \"aa aa\", \"\xC3\x83 \xC2\xA9\"]}}\n";
-
-static bm_text tiny_json(void) {
-    bm_text t = {0};
-    OK(bm_text_put(&t, HEAD, sizeof HEAD - 1));
-    for (int b = 0; b < 256; b++) {
-        char c = (char)b, s[8], line[60];
-        s[bm_alphabet_write(&c, 1, s)] = 0;
-        snprintf(line, sizeof line, ", \"%s%s\": %d", c == '"' || c == '\\' ? "\\" : "", s, BYTE(b));
-        OK(bm_text_put(&t, line, strlen(line)));
-    }
-    OK(bm_text_put(&t, TAIL, sizeof TAIL - 1));
-    return t;
-}
-
-static bm_status open_text(bm_tokenizer **out, const char *json, size_t n, const char *config) {
-    return bm_tokenizer_from_json(out, json, n, "t.json", config, config ? strlen(config) : 0, "c.json");
-}
-
-static bm_tokenizer *tiny(const char *config) {
-    bm_tokenizer *t;
-    bm_text json = tiny_json();
-    OK(open_text(&t, json.s, json.n, config));
-    free(json.s);
-    return t;
-}
-
-/* The json with the first occurrence of `from` made `to`. */
-static bm_text edited(const char *from, const char *to) {
-    bm_text json = tiny_json(), t = {0};
-    OK(bm_text_put(&json, "", 1));
-    char *at = strstr(json.s, from);
-    if (!at) fail_msg("no %s in the json", from);
-    OK(bm_text_put(&t, json.s, (size_t)(at - json.s)));
-    OK(bm_text_put(&t, to, strlen(to)));
-    OK(bm_text_put(&t, at + strlen(from), strlen(at + strlen(from))));
-    free(json.s);
-    return t;
-}
-
-static bm_tokenizer *tiny_with(const char *from, const char *to) {
-    bm_tokenizer *t;
-    bm_text json = edited(from, to);
-    OK(open_text(&t, json.s, json.n, NULL));
-    free(json.s);
-    return t;
-}
-
-static void expect_ids(const bm_tokenizer *t, const char *s, size_t n, const bm_token *want, size_t n_want) {
-    bm_token *ids;
-    size_t k;
-    OK(bm_tokenize(t, s, n, false, &ids, &k));
-    if (k != n_want) fail_msg("%zu ids of \"%s\", expected %zu", k, s, n_want);
-    for (size_t i = 0; i < k; i++)
-        if (ids[i] != want[i]) fail_msg("\"%s\": id %zu is %d, expected %d", s, i, (int)ids[i], (int)want[i]);
-    bm_free(ids);
-}
-#define IDS(t, s, ...) do { \
-        static const bm_token want_[] = {__VA_ARGS__}; \
-        expect_ids(t, s, sizeof s - 1, want_, COUNT(want_)); \
-    } while (0)
+/* ---- ids and texts -------------------------------------------------------------------- */
 
 static void expect_text(const bm_tokenizer *t, const bm_token *ids, size_t n, bool skip, bool valid, const char *want,
                         size_t n_want) {
@@ -111,12 +19,6 @@ static void expect_text(const bm_tokenizer *t, const bm_token *ids, size_t n, bo
     assert_int_equal(s[k], 0);
     bm_free(s);
 }
-
-static void expect_sentence(const char *say) {
-    if (!strstr(bm_error(), say)) fail_msg("\"%s\", expected \"%s\"", bm_error(), say);
-}
-
-/* ---- ids and texts -------------------------------------------------------------------- */
 
 static void ids_of_texts(void **state) {
     (void)state;
@@ -397,10 +299,6 @@ static void sentences_of_configurations(void **state) {
         expect_sentence(row[i].say);
     }
     free(json.s);
-    assert_int_equal(bm_tokenizer_open(&t, scratch_folder()), BM_EFORMAT);
-    expect_sentence("has no tokenizer");
-    assert_int_equal(bm_tokenizer_open(&t, scratch_path("absent.json")), BM_EIO);
-    assert_null(t);
 }
 
 static bm_status try_json(const uint8_t *data, size_t n) {
@@ -422,132 +320,6 @@ static void damaged_json(void **state) {
     assert_int_equal(try_json((const uint8_t *)json.s, json.n), BM_OK);
     damage((const uint8_t *)json.s, json.n, try_json);
     free(json.s);
-}
-
-/* ---- GGUF and folders ----------------------------------------------------------------- */
-
-static void write_gguf(const bm_tokenizer *t, size_t n_vocab, const char *path) {
-    bm_meta *m;
-    bm_sink *k;
-    OK(bm_meta_open(&m, path));
-    OK(bm_vocab_to_meta(t, n_vocab, m));
-    OK(bm_gguf_create(&k, path, m, NULL, 0));
-    OK(bm_sink_finish(&k));
-    bm_meta_close(m);
-}
-
-static void same_files(const char *a, const char *b) {
-    size_t n, k;
-    uint8_t *x = read_file(a, &n), *y = read_file(b, &k);
-    assert_int_equal(n, k);
-    assert_memory_equal(x, y, n);
-    free(x);
-    free(y);
-}
-
-static void same_vocabularies(const bm_tokenizer *t, const bm_tokenizer *u) {
-    const bm_vocab *a = bm_tokenizer_vocab(t), *b = bm_tokenizer_vocab(u);
-    assert_true(a->n == b->n && a->n_merges == b->n_merges);
-    assert_true(a->bos == b->bos && a->eos == b->eos && a->pad == b->pad && a->add_bos == b->add_bos);
-    assert_true(a->nfc == b->nfc && a->ignore_merges == b->ignore_merges && a->prefix_space == b->prefix_space);
-    for (size_t i = 0; i < a->n; i++) {
-        const struct bm_vocab_token *x = &a->token[i], *y = &b->token[i];
-        assert_true(x->kind == y->kind && x->n == y->n && x->raw == y->raw);
-        if (x->n) assert_memory_equal(x->text, y->text, x->n);
-    }
-    assert_memory_equal(a->merge, b->merge, a->n_merges * sizeof *a->merge);
-}
-
-/* JSON -> GGUF -> folder -> GGUF: the same vocabulary everywhere, the two GGUFs equal byte for byte. */
-static void round_trip(bm_tokenizer *t, size_t n_vocab) {
-    static int turn;
-    char name[40];
-    bm_tokenizer *u, *w;
-    bm_folder *f;
-    snprintf(name, sizeof name, "folder%d", turn++);
-    write_gguf(t, n_vocab, scratch_path("first.gguf"));
-    OK(bm_tokenizer_open(&u, scratch_path("first.gguf")));
-    same_vocabularies(t, u);
-    OK(bm_folder_open(&f, scratch_path(name)));
-    OK(bm_vocab_to_folder(u, f));
-    OK(bm_folder_finish(&f));
-    OK(bm_tokenizer_open(&w, scratch_path(name)));
-    same_vocabularies(t, w);
-    write_gguf(w, n_vocab, scratch_path("second.gguf"));
-    same_files(scratch_path("first.gguf"), scratch_path("second.gguf"));
-    bm_tokenizer_close(t);
-    bm_tokenizer_close(u);
-    bm_tokenizer_close(w);
-}
-
-static void round_trips(void **state) {
-    (void)state;
-    round_trip(tiny(NULL), 301);
-    round_trip(tiny("{\"bos_token\": \"abc\", \"pad_token\": \"<p\\u0000d>\", \"add_bos_token\": true}"), 320);
-    round_trip(tiny_with("\"ignore_merges\": false", "\"ignore_merges\": true"), 512);
-    round_trip(tiny_with("\"add_prefix_space\": false", "\"add_prefix_space\": true"), 301);
-    round_trip(tiny_with("{\"type\": \"NFC\"}", "null"), 301);
-    round_trip(tiny_with("\"normalized\": false, \"special\": true", "\"normalized\": true, \"special\": true"), 301);
-    round_trip(tiny_with("\"normalized\": true, \"special\": false", "\"normalized\": false, \"special\": false"), 301);
-    round_trip(tiny_with("\"ab\": 260", "\"ab\": 260, \"[PAD299]\": 298"), 301);
-    bm_tokenizer *t = tiny(NULL);
-    bm_meta *m;
-    OK(bm_meta_open(&m, "m"));
-    assert_int_equal(bm_vocab_to_meta(t, 300, m), BM_ESHAPE);
-    bm_meta_close(m);
-    bm_tokenizer_close(t);
-}
-
-/* A GGUF of other hands. */
-typedef struct foreign { const char *model, *pre; const int32_t *type; const char *merge; uint32_t eos; } foreign;
-
-static void write_foreign(const foreign *f, const char *path) {
-    static const bm_bytes token[] = {{"<e>", 3}, {"a", 1}, {"b", 1}, {"ab", 2}, {"  ", 2}, {"[PAD5]", 6}};
-    bm_bytes merges = {f->merge, strlen(f->merge)};
-    bm_meta *m;
-    bm_sink *k;
-    OK(bm_meta_open(&m, path));
-    OK(bm_meta_put_text(m, "tokenizer.ggml.model", f->model, strlen(f->model)));
-    if (f->pre) OK(bm_meta_put_text(m, "tokenizer.ggml.pre", f->pre, strlen(f->pre)));
-    OK(bm_meta_put_texts(m, "tokenizer.ggml.tokens", token, 6));
-    if (f->type) OK(bm_meta_put_i32s(m, "tokenizer.ggml.token_type", f->type, 6));
-    OK(bm_meta_put_texts(m, "tokenizer.ggml.merges", &merges, 1));
-    OK(bm_meta_put_u32(m, "tokenizer.ggml.eos_token_id", f->eos));
-    OK(bm_gguf_create(&k, path, m, NULL, 0));
-    OK(bm_sink_finish(&k));
-    bm_meta_close(m);
-}
-
-static void foreign_keys(void **state) {
-    (void)state;
-    static const int32_t typed[] = {3, 1, 1, 1, 4, 4}, odd[] = {3, 1, 1, 1, 4, 6};
-    static const struct { foreign f; const char *say; } row[] = {
-        {{"gpt2", "mpt", typed, "a b", 0}, NULL},
-        {{"gpt2", NULL, NULL, "a b", 0}, NULL},
-        {{"llama", "mpt", typed, "a b", 0}, "tokenizer.ggml.model is \"llama\", expected \"gpt2\""},
-        {{"gpt2", "llama-bpe", typed, "a b", 0}, "tokenizer.ggml.pre is \"llama-bpe\", expected one"},
-        {{"gpt2", "mpt", odd, "a b", 0}, "token_type[5] is 6, expected 1"},
-        {{"gpt2", "mpt", typed, "ab", 0}, "merges[0] is \"ab\", expected two tokens"},
-        {{"gpt2", "mpt", typed, "a c", 0}, "merge 0 (\"a\", \"c\"): its right half"},
-        {{"gpt2", "mpt", typed, "a b", 6}, "eos_token_id is 6, expected an id below 6"},
-        {{"gpt2", "mpt", typed, "a b", 5}, "eos_token is 5, expected the id of a token"},
-    };
-    const char *path = scratch_path("foreign.gguf");
-    bm_tokenizer *t;
-    for (size_t i = 0; i < COUNT(row); i++) {
-        write_foreign(&row[i].f, path);
-        bm_status st = bm_tokenizer_open(&t, path);
-        if (row[i].say) {
-            assert_true(st != BM_OK && t == NULL);
-            expect_sentence(row[i].say);
-            continue;
-        }
-        OK(st);
-        IDS(t, "ab  <e>[PAD5]", 3, 4, 0);
-        assert_int_equal(bm_tokenizer_size(t), 5);
-        assert_true(bm_token_special(t, 0) && bm_tokenizer_eos(t) == 0 && bm_tokenizer_bos(t) == -1);
-        bm_tokenizer_close(t);
-    }
 }
 
 /* ---- size and threads ----------------------------------------------------------------- */
@@ -603,19 +375,6 @@ static void threads(void **state) {
 }
 
 /* ---- with the shared folder ----------------------------------------------------------- */
-
-static const char NEOX[] = "tokenizer/20B_tokenizer.json";
-
-static bm_tokenizer *shared_tokenizer(const char *name) {
-    bm_tokenizer *t;
-    const char *path = shared_path(name);
-    if (!path) {
-        print_message("    skipped: no shared folder with %s (BM_SHARED)\n", name);
-        skip();
-    }
-    OK(bm_tokenizer_open(&t, path));
-    return t;
-}
 
 /* One line {"text", "ids", "decoded"}. */
 static void conform_line(const bm_tokenizer *t, const json_t *line, const char *name, int number) {
@@ -781,21 +540,15 @@ static void starter(void **state) {
     bm_tokenizer_close(t);
 }
 
-static void round_trips_shared(void **state) {
-    (void)state;
-    round_trip(shared_tokenizer(NEOX), 50304);
-    round_trip(shared_tokenizer("starter"), 8192);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(ids_of_texts), cmocka_unit_test(long_words), cmocka_unit_test(options_of_the_file),
         cmocka_unit_test(configurations), cmocka_unit_test(texts_of_ids), cmocka_unit_test(normalization),
         cmocka_unit_test(words), cmocka_unit_test(streaming), cmocka_unit_test(sentences),
-        cmocka_unit_test(sentences_of_configurations), cmocka_unit_test(damaged_json), cmocka_unit_test(round_trips),
-        cmocka_unit_test(foreign_keys), cmocka_unit_test(ten_megabytes_tiny), cmocka_unit_test(threads),
+        cmocka_unit_test(sentences_of_configurations), cmocka_unit_test(damaged_json),
+        cmocka_unit_test(ten_megabytes_tiny), cmocka_unit_test(threads),
         cmocka_unit_test(conformance), cmocka_unit_test(conformance_mpt), cmocka_unit_test(totals),
-        cmocka_unit_test(ten_megabytes_neox), cmocka_unit_test(starter), cmocka_unit_test(round_trips_shared),
+        cmocka_unit_test(ten_megabytes_neox), cmocka_unit_test(starter),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
