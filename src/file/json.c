@@ -2,6 +2,9 @@
  *
  * In: bytes that may hold anything.  Out: a jansson value, or one sentence. */
 #include "file/inside.h"
+#include <setjmp.h>
+#include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { JSON_DEPTH = 64 };
@@ -28,6 +31,56 @@ static int depth_of(const char *text, size_t n) {
     return deepest;
 }
 
+/* ---- parsing without memory ------------------------------------------------------------- */
+
+/* jansson's scanner goes on when its buffer cannot grow (load.c ignores what strbuffer_append_byte
+ * returns), and then reads past it.  So while a text is parsed, an allocation that fails leaves the
+ * parser at once; what the parser had is on a list and freed here.  At all other times, and for any
+ * other user of jansson in the process, these are malloc and free. */
+typedef struct parse { jmp_buf out_of_memory; void **block; size_t n, cap; } parse;
+static _Thread_local parse *parsing;
+
+static void *json_malloc(size_t n) {
+    parse *p = parsing;
+    void *block = malloc(n);
+    if (!p) return block;
+    if (block && !bm_grow(&p->block, &p->cap, p->n + 1, sizeof *p->block, "JSON")) {
+        p->block[p->n++] = block;
+        return block;
+    }
+    free(block);
+    longjmp(p->out_of_memory, 1);
+}
+
+static void json_free(void *block) {
+    parse *p = parsing;
+    for (size_t i = p && block ? p->n : 0; i-- > 0; ) {     /* most are young */
+        if (p->block[i] != block) continue;
+        p->block[i] = p->block[--p->n];
+        break;
+    }
+    free(block);
+}
+
+static void use_own_allocator(void) { json_set_alloc_funcs(json_malloc, json_free); }
+
+static json_t *load(const char *text, size_t n, json_error_t *error, bool *no_memory) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    parse p = { .n = 0 };
+    json_t *volatile j = NULL;
+    pthread_once(&once, use_own_allocator);
+    *no_memory = false;
+    parsing = &p;
+    if (!setjmp(p.out_of_memory)) j = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, error);
+    else {
+        *no_memory = true;
+        for (size_t i = 0; i < p.n; i++) free(p.block[i]);
+    }
+    parsing = NULL;
+    free(p.block);
+    return j;
+}
+
 bm_status bm_json_parse(json_t **out, const char *text, size_t n, const char *path) {
     *out = NULL;
     if (n > JSON_BYTES)
@@ -35,9 +88,9 @@ bm_status bm_json_parse(json_t **out, const char *text, size_t n, const char *pa
     if (depth_of(text, n) > JSON_DEPTH)
         return bm_fail(BM_EFORMAT, "%s: JSON is nested deeper than %d, expected a flat description", path, JSON_DEPTH);
     json_error_t error;
-    json_t *j = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &error);
-    if (!j && (!error.text[0] || json_error_code(&error) == json_error_out_of_memory))
-        return bm_fail_memory(n, "JSON");
+    bool no_memory;
+    json_t *j = load(text, n, &error, &no_memory);
+    if (no_memory) return bm_fail_memory(n, "JSON");
     if (!j)
         return bm_fail(BM_EFORMAT, "%s: line %d, column %d: not JSON: %s", path, error.line, error.column,
                        bm_show(error.text, strlen(error.text)).s);
