@@ -202,7 +202,8 @@ static bm_status open_beside(bm_source *s, const char *path) {
     if (!folder) return BM_EMEMORY;
     bm_status status = read_config(s, folder);
     if (!status) status = open_weights(s, folder, slash ? slash + 1 : path);
-    free(folder);
+    free(s->path);
+    s->path = folder;           /* what else the model has is there */
     return status;
 }
 

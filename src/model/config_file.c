@@ -259,6 +259,10 @@ static bm_status from_meta(bm_config *c, const bm_source *s) {
     BM_TRY(meta_i32(m, path, arch, "ssm.inner_size", &c->d_inner));
     BM_TRY(meta_i32(m, path, arch, "ssm.state_size", &c->d_state));
     BM_TRY(meta_i32(m, path, arch, "ssm.time_step_rank", &c->dt_rank));
+    uint64_t used = 1;
+    if (bm_meta_has(m, key_of(key, arch, "expert_used_count"))) BM_TRY(bm_meta_u64(m, key, &used));
+    if (used > 1)
+        return bm_fail(BM_ENOSUPPORT, "%s: %s: found %llu, expected 1: routing here is top-1", path, key, (unsigned long long)used);
     if (bm_meta_has(m, key_of(key, arch, "context_length"))) BM_TRY(meta_i32(m, path, arch, "context_length", &c->max_len));
     if (bm_meta_has(m, key_of(key, arch, "attention.layer_norm_rms_epsilon"))) BM_TRY(bm_meta_f64(m, key, &eps));
     BM_TRY(meta_word(m, path, "blackmamba.activation", "gelu", "silu", &activation));
@@ -320,6 +324,9 @@ static bm_status json_layers(const bm_config *c, json_t *o, bool *ok, int32_t *d
 
 static bm_status released_json(const bm_config *c, json_t *o, bool *ok) {
     int32_t d_ff;
+    if (!c->tied_head || !c->conv_bias)
+        return bm_fail(BM_ENOSUPPORT, "a released folder has a convolution bias and the embedding as its head: found a model "
+                       "without; write a .gguf instead");
     if (c->d_inner % c->d_model)
         return bm_fail(BM_ENOSUPPORT, "config.json needs an inner size that is a multiple of the hidden size: found %d and %d; "
                        "write a .gguf instead", c->d_inner, c->d_model);
