@@ -104,6 +104,9 @@ void      bm_sink_abort(bm_sink **s);
 bm_status bm_vocab_to_meta(const bm_tokenizer *t, size_t n_vocab, bm_meta *m);
 /* tokenizer.json and tokenizer_config.json, such that reading them gives the same keys again. */
 bm_status bm_vocab_to_folder(const bm_tokenizer *t, const bm_folder *f);
+/* tokenizer.json's text and tokenizer_config.json's, NULL when there is none; names are for sentences. */
+bm_status bm_vocab_parse(bm_tokenizer **out, const char *json, size_t n, const char *name,
+                         const char *config, size_t n_config, const char *config_name);
 bool bm_vocab_in(const bm_source *s);           /* does it carry a tokenizer? */
 bm_status bm_vocab_open(bm_tokenizer **out, const bm_source *s);
 

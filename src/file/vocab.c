@@ -15,7 +15,7 @@
 #define OURS(name) "blackmamba.tokenizer." name
 
 enum { TYPE_NORMAL = 1, TYPE_UNKNOWN = 2, TYPE_CONTROL = 3, TYPE_USER = 4, TYPE_UNUSED = 5 };
-static const size_t LARGEST_JSON = (size_t)256 << 20;
+static const size_t LARGEST_JSON = (size_t)100 << 20;
 static const char ADVICE[] = "name a tokenizer.json (--tokenizer FILE), or put one into the model";
 
 /* ---- GGUF keys -> vocabulary ---------------------------------------------------------- */
@@ -283,6 +283,18 @@ static char *join(const char *path, size_t dir_length, const char *name) {
     return p;
 }
 
+bm_status bm_vocab_parse(bm_tokenizer **out, const char *json, size_t n, const char *name,
+                         const char *config, size_t n_config, const char *config_name) {
+    json_t *root = NULL, *more = NULL;
+    *out = NULL;
+    bm_status st = bm_json_parse(&root, json, n, name);
+    if (st == BM_OK && config) st = bm_json_parse(&more, config, n_config, config_name);
+    if (st == BM_OK) st = bm_tokenizer_from_json(out, root, n, name, more, config_name);
+    json_decref(root);
+    json_decref(more);
+    return st;
+}
+
 /* The tokenizer.json at path and the tokenizer_config.json in the same folder, if there is one. */
 static bm_status open_json(bm_tokenizer **out, const char *path) {
     const char *slash = strrchr(path, '/');
@@ -291,7 +303,7 @@ static bm_status open_json(bm_tokenizer **out, const char *path) {
     size_t n = 0, n_config = 0;
     bm_status st = config_path ? bm_file_read(path, LARGEST_JSON, &json, &n) : BM_EMEMORY;
     if (st == BM_OK && bm_path_exists(config_path)) st = bm_file_read(config_path, LARGEST_JSON, &config, &n_config);
-    if (st == BM_OK) st = bm_tokenizer_from_json(out, json, n, path, config, n_config, config_path);
+    if (st == BM_OK) st = bm_vocab_parse(out, json, n, path, config, n_config, config_path);
     free(json);
     free(config);
     free(config_path);

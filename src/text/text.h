@@ -1,10 +1,11 @@
 /* src/text/text.h - the tokenizer inside the library.  Room: text (knows characters and tokens).
  *
- * In: tokenizer.json's text, or a vocabulary as plain data.  Out: bm_tokenizer of blackmamba.h.
- * Where they come from (folder, GGUF keys) is the file room's business: src/file/vocab.c. */
+ * In: tokenizer.json as a JSON value, or a vocabulary as plain data.  Out: bm_tokenizer of blackmamba.h.
+ * Where they come from (bytes, folder, GGUF keys) is the file room's business: src/file/vocab.c. */
 #ifndef BM_TEXT_H
 #define BM_TEXT_H
 #include "base/base.h"
+#include <jansson.h>
 #pragma GCC visibility push(hidden)
 
 typedef enum bm_token_kind { BM_TOKEN_UNUSED, BM_TOKEN_NORMAL, BM_TOKEN_ADDED, BM_TOKEN_SPECIAL } bm_token_kind;
@@ -42,9 +43,10 @@ void      bm_index_close(bm_index *x);
 bm_status bm_vocab_put_merge(bm_vocab *v, const bm_index *x, size_t i, const char *left, size_t n_left,
                              const char *right, size_t n_right, const char *name);
 
-/* config, n_config: tokenizer_config.json, NULL when there is none.  Names are for sentences. */
-bm_status bm_tokenizer_from_json(bm_tokenizer **out, const char *json, size_t n, const char *name,
-                                 const char *config, size_t n_config, const char *config_name);
+/* root: tokenizer.json, of `size` bytes, which no id exceeds.  config: tokenizer_config.json, NULL when there
+ * is none.  Names are for sentences. */
+bm_status bm_tokenizer_from_json(bm_tokenizer **out, const json_t *root, size_t size, const char *name,
+                                 const json_t *config, const char *config_name);
 bm_status bm_tokenizer_from_vocab(bm_tokenizer **out, bm_vocab *v, const char *name);  /* takes v's memory on success */
 const bm_vocab *bm_tokenizer_vocab(const bm_tokenizer *t);
 /* tokenizer.json and tokenizer_config.json that read back as the same vocabulary; malloc'ed. */

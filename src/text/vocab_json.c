@@ -1,10 +1,9 @@
 /* src/text/vocab_json.c - tokenizer.json and tokenizer_config.json.  Room: text.
  *
- * In: their text.  Out: bm_vocab; and the other way, such that Hugging Face's library reads the same
- * tokenizer.  What this project does not compute is refused by a sentence.  `truncation` and `padding` are
+ * In: their values.  Out: bm_vocab; and the other way, as text, such that Hugging Face's library reads the
+ * same tokenizer.  What this project does not compute is refused by a sentence.  `truncation` and `padding` are
  * about batches and change nothing here. */
 #include "text/parts.h"
-#include <jansson.h>
 #include <stdlib.h>
 
 typedef struct reader { const char *name; bm_vocab v; size_t size; } reader;
@@ -31,19 +30,6 @@ static bm_status refuse(bm_status s, const char *name, const char *field, const 
 }
 
 static bool absent(const json_t *j) { return !j || json_is_null(j); }
-
-static bm_status parse(json_t **out, const char *text, size_t n, const char *name) {
-    json_error_t e;
-    *out = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
-    if (!*out && e.text[0] == 0) return bm_fail_memory(n, "reading JSON");     /* the one failure without words */
-    if (!*out)
-        return bm_fail(BM_EFORMAT, "%s: not valid JSON at line %d, column %d: %s", name, e.line, e.column, e.text);
-    if (json_is_object(*out)) return BM_OK;
-    bm_status st = refuse(BM_EFORMAT, name, "the file", *out, "an object");
-    json_decref(*out);
-    *out = NULL;
-    return st;
-}
 
 static bool type_is(const json_t *o, const char *type) {
     const char *s = json_string_value(json_object_get(o, "type"));
@@ -307,25 +293,23 @@ static bm_status name_tokens(reader *r, const char *template_bos, const json_t *
     return st;
 }
 
-bm_status bm_tokenizer_from_json(bm_tokenizer **out, const char *json, size_t n, const char *name,
-                                 const char *config, size_t n_config, const char *config_name) {
-    reader r = {.name = name, .size = n < INT32_MAX ? n : INT32_MAX};
-    json_t *root = NULL, *more = NULL;
+bm_status bm_tokenizer_from_json(bm_tokenizer **out, const json_t *root, size_t size, const char *name,
+                                 const json_t *config, const char *config_name) {
+    reader r = {.name = name, .size = size < INT32_MAX ? size : INT32_MAX};
     const char *bos = NULL;
-    bm_status st = parse(&root, json, n, name);
+    bm_status st = BM_OK;
     *out = NULL;
-    if (st == BM_OK && config) st = parse(&more, config, n_config, config_name);
+    if (!json_is_object(root)) st = refuse(BM_EFORMAT, name, "the file", root, "an object");
+    if (config && !json_is_object(config)) st = refuse(BM_EFORMAT, config_name, "the file", config, "an object");
     if (st == BM_OK) st = read_normalizer(&r, json_object_get(root, "normalizer"));
     if (st == BM_OK) st = read_pre_tokenizer(&r, json_object_get(root, "pre_tokenizer"));
     if (st == BM_OK) st = read_post_processor(&r, json_object_get(root, "post_processor"), &bos);
     if (st == BM_OK) st = read_decoder(&r, json_object_get(root, "decoder"));
     if (st == BM_OK) st = check_model(&r, json_object_get(root, "model"));
     if (st == BM_OK) st = read_tokens(&r, root);
-    if (st == BM_OK) st = name_tokens(&r, bos, more, config_name);
+    if (st == BM_OK) st = name_tokens(&r, bos, config, config_name);
     if (st == BM_OK) st = bm_tokenizer_from_vocab(out, &r.v, name);
     bm_vocab_free(&r.v);
-    json_decref(root);
-    json_decref(more);
     return st;
 }
 

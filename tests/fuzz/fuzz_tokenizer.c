@@ -3,6 +3,7 @@
  * In: up to three parts, a byte 0 between them: tokenizer.json, a text, tokenizer_config.json.  Whatever
  * opens must encode the text to known ids, decode them, stream them, and survive being written and read. */
 #include <stdlib.h>
+#include "file/file.h"
 #include "text/text.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -43,7 +44,7 @@ static void write_and_read(const bm_tokenizer *t) {
     size_t n, n_config;
     bm_tokenizer *again;
     if (bm_tokenizer_to_json(t, &json, &n, &config, &n_config)) return;
-    bm_status st = bm_tokenizer_from_json(&again, json, n, "json", config, n_config, "config");
+    bm_status st = bm_vocab_parse(&again, json, n, "json", config, n_config, "config");
     must(st == BM_OK || st == BM_EMEMORY);
     if (again) must(bm_tokenizer_size(again) == bm_tokenizer_size(t) && bm_tokenizer_bos(again) == bm_tokenizer_bos(t));
     bm_tokenizer_close(again);
@@ -60,7 +61,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         if (at < size) at++;
     }
     bm_tokenizer *t;
-    if (bm_tokenizer_from_json(&t, part[0], n[0], "json", n[2] ? part[2] : NULL, n[2], "config")) {
+    if (bm_vocab_parse(&t, part[0], n[0], "json", n[2] ? part[2] : NULL, n[2], "config")) {
         must(t == NULL && bm_error()[0]);
         return 0;
     }
