@@ -52,7 +52,8 @@ static float *copy_of(const float *p, size_t n) {
 }
 static void check_equal(const float *a, const float *b, size_t n, const char *what) {
     for (size_t i = 0; i < n; i++)
-        if (memcmp(a + i, b + i, sizeof *a)) fail_msg("%s: element %zu is %.9g, expected the bits of %.9g", what, i, a[i], b[i]);
+        if (memcmp(a + i, b + i, sizeof *a))
+            fail_msg("%s: element %zu is %.9g, expected the bits of %.9g", what, i, a[i], b[i]);
 }
 static void check_near(double found, double expected, double bound, const char *what) {
     if (!(fabs(found - expected) <= bound))
@@ -107,7 +108,8 @@ enum { WIDTHS = sizeof widths / sizeof *widths };
 static void linear_case(bm_backend *b, bm_dtype type, bm_arith arith, int M, int N, int K) {
     matrix w = make_matrix(type, N, K);
     const int ldx = K + 3;
-    float *x = normals((size_t)M * (size_t)ldx, 1), *y = normals((size_t)M * (size_t)N, 1), *bias = normals((size_t)N, 1);
+    float *x = normals((size_t)M * (size_t)ldx, 1), *y = normals((size_t)M * (size_t)N, 1),
+        *bias = normals((size_t)N, 1);
     float *before = copy_of(y, (size_t)M * (size_t)N);
     for (int i = 0; i < M; i++) x[i * ldx + K] = NAN;       /* between rows: not to be read */
     const bool accumulate = M % 2, biased = N % 2;
@@ -143,7 +145,8 @@ static void law_case(int level, int threads, bm_dtype type, bm_arith arith, int 
     bm_backend *b = open_level(level, threads);
     if (!b) return;
     matrix w = make_matrix(type, N, K);
-    float *x = normals((size_t)MAX_M * (size_t)K, 1), *y = floats((size_t)MAX_M * (size_t)N), *one = floats((size_t)MAX_M * (size_t)N);
+    float *x = normals((size_t)MAX_M * (size_t)K, 1), *y = floats((size_t)MAX_M * (size_t)N),
+        *one = floats((size_t)MAX_M * (size_t)N);
     for (int i = 0; i < MAX_M; i++)
         b->linear(b, &(bm_op_linear){ .M = 1, .ldx = K, .w = &w.t, .x = x + i * K, .y = one + i * N, .arith = arith });
     for (int M = 1; M <= MAX_M; M++) {
@@ -181,7 +184,8 @@ static void test_linear_threads(void **state) {
                 bm_backend *b = open_level(level, t);
                 y[t] = floats(M * N);
                 if (!b) continue;
-                b->linear(b, &(bm_op_linear){ .M = M, .ldx = K, .w = &w.t, .x = x, .y = y[t], .arith = BM_ARITH_NATIVE });
+                b->linear(b, &(bm_op_linear){ .M = M, .ldx = K, .w = &w.t, .x = x, .y = y[t],
+                    .arith = BM_ARITH_NATIVE });
                 done(b);
             }
             check_equal(y[2], y[1], M * N, "two threads");
@@ -210,7 +214,8 @@ static void test_activations(void **state) {
             k.activate(y, NULL, x, N, f);
             for (int i = 0; i < N; i++) {
                 const double e = f == BM_GELU ? gelu(x[i]) : silu(x[i]);
-                check_near(y[i], e, 3e-7 * fabs(e) + (f == BM_GELU ? 5e-8 * fabs(x[i]) : 0) + 3e-37, f ? "silu" : "gelu");
+                check_near(y[i], e, 3e-7 * fabs(e) + (f == BM_GELU ? 5e-8 * fabs(x[i]) : 0) + 3e-37,
+                    f ? "silu" : "gelu");
             }
             for (int n = 1; n <= 40; n++) {
                 k.activate(y, x + n, up, n, f);
@@ -237,8 +242,9 @@ static void scan_bare(bm_backend *b, int I, const float *dt, const float *A, con
     float *zero = floats((size_t)I), *y = floats((size_t)I);
     const int32_t start[2] = { 0, 1 }, slot[1] = { 0 };
     const float unit = 1;
-    b->scan(b, &(bm_op_scan){ .Q = 1, .start = start, .slot = slot, .I = I, .N = 1, .ldz = I, .ldbc = 1, .u = u, .dt = dt,
-                              .dt_bias = zero, .A = A, .B = &unit, .C = &unit, .D = zero, .z = zero, .y = y, .state = h, .stride = (size_t)I });
+    b->scan(b, &(bm_op_scan){ .Q = 1, .start = start, .slot = slot, .I = I, .N = 1, .ldz = I, .ldbc = 1, .u = u,
+                              .dt = dt, .dt_bias = zero, .A = A, .B = &unit, .C = &unit, .D = zero, .z = zero, .y = y,
+                              .state = h, .stride = (size_t)I });
     drop(zero); drop(y);
 }
 static void test_exp_softplus(void **state) {
@@ -283,9 +289,11 @@ static void test_exp_softplus(void **state) {
 static void norm_case(bm_backend *b, int D, bool centered, int nulls) {
     enum { M = 5 };
     const size_t n = (size_t)M * (size_t)D;
-    float *x = normals(n, 2), *r = normals(n, 2), *w = normals((size_t)D, 1), *bias = normals((size_t)D, 1), *y = floats(n);
+    float *x = normals(n, 2), *r = normals(n, 2), *w = normals((size_t)D, 1), *bias = normals((size_t)D, 1),
+        *y = floats(n);
     float *before = copy_of(r, n);
-    bm_op_norm op = { .M = M, .D = D, .eps = 1e-5f, .centered = centered, .x = nulls == 1 ? NULL : x, .residual = nulls == 2 ? NULL : r,
+    bm_op_norm op = { .M = M, .D = D, .eps = 1e-5f, .centered = centered, .x = nulls == 1 ? NULL : x,
+                      .residual = nulls == 2 ? NULL : r,
                       .weight = w, .bias = centered ? bias : NULL, .sum = nulls == 3 ? NULL : r, .y = y };
     b->norm(b, &op);
     for (int i = 0; i < M; i++) {
@@ -365,27 +373,35 @@ enum { T = 41, SLOTS = 4 };
 typedef struct sequence { int I, N, K; float *xz, *w, *bias, *dt, *A, *BC, *D, *y, *state; } sequence;
 
 static sequence make_sequence(int I, int N, int K) {
-    sequence s = { .I = I, .N = N, .K = K, .xz = normals((size_t)(T * 2 * I), 1), .w = normals((size_t)(K * I), 1), .bias = normals((size_t)I, 1),
-                   .dt = normals((size_t)(T * I), 1), .A = normals((size_t)(N * I), 1), .BC = normals((size_t)(T * (2 * N + 3)), 1),
-                   .D = normals((size_t)I, 1), .y = floats((size_t)(T * I)), .state = normals((size_t)(SLOTS * (K + N) * I), 1) };
+    sequence s = { .I = I, .N = N, .K = K, .xz = normals((size_t)(T * 2 * I), 1), .w = normals((size_t)(K * I), 1),
+                   .bias = normals((size_t)I, 1),
+                   .dt = normals((size_t)(T * I), 1), .A = normals((size_t)(N * I), 1),
+                   .BC = normals((size_t)(T * (2 * N + 3)), 1),
+                   .D = normals((size_t)I, 1), .y = floats((size_t)(T * I)),
+                   .state = normals((size_t)(SLOTS * (K + N) * I), 1) };
     for (int i = 0; i < N * I; i++) s.A[i] = -fabsf(s.A[i]) * (float)(1 + i / I);
     return s;
 }
 static void drop_sequence(sequence *s) {
     check_guards(s->y, (size_t)(T * s->I));
     check_guards(s->state, (size_t)(SLOTS * (s->K + s->N) * s->I));
-    drop(s->xz); drop(s->w); drop(s->bias); drop(s->dt); drop(s->A); drop(s->BC); drop(s->D); drop(s->y); drop(s->state);
+    drop(s->xz); drop(s->w); drop(s->bias); drop(s->dt); drop(s->A);
+    drop(s->BC); drop(s->D); drop(s->y); drop(s->state);
 }
 /* Rows [first, first + start[Q]) of s, through conv or scan, into y. */
-static void run(bm_backend *b, const sequence *s, bool scan, int first, int Q, const int32_t *start, const int32_t *slot, float *y, float *state) {
+static void run(bm_backend *b, const sequence *s, bool scan, int first, int Q, const int32_t *start,
+                const int32_t *slot, float *y, float *state) {
     const size_t I = (size_t)s->I, at = (size_t)first * I, stride = (size_t)(s->K + s->N) * I;
     const int ldbc = 2 * s->N + 3;
     if (scan)
-        b->scan(b, &(bm_op_scan){ .Q = Q, .start = start, .slot = slot, .I = s->I, .N = s->N, .ldz = 2 * s->I, .ldbc = ldbc, .u = s->xz + at,
-                                  .dt = s->dt + at, .dt_bias = s->bias, .A = s->A, .B = s->BC + first * ldbc, .C = s->BC + first * ldbc + s->N,
+        b->scan(b, &(bm_op_scan){ .Q = Q, .start = start, .slot = slot, .I = s->I, .N = s->N, .ldz = 2 * s->I,
+                                  .ldbc = ldbc, .u = s->xz + at,
+                                  .dt = s->dt + at, .dt_bias = s->bias, .A = s->A, .B = s->BC + first * ldbc,
+                                  .C = s->BC + first * ldbc + s->N,
                                   .D = s->D, .z = s->xz + 2 * at + I, .y = y + at, .state = state, .stride = stride });
     else
-        b->conv(b, &(bm_op_conv){ .Q = Q, .start = start, .slot = slot, .I = s->I, .K = s->K, .ldx = 2 * s->I, .x = s->xz + 2 * at, .weight = s->w,
+        b->conv(b, &(bm_op_conv){ .Q = Q, .start = start, .slot = slot, .I = s->I, .K = s->K, .ldx = 2 * s->I,
+                                  .x = s->xz + 2 * at, .weight = s->w,
                                   .bias = s->N % 2 ? s->bias : NULL, .y = y + at, .state = state, .stride = stride });
 }
 static void reference_conv(const sequence *s, int c, double *y, double *window) {
@@ -427,7 +443,8 @@ static void sequence_reference(bm_backend *b, bool scan, int I, int N, int K) {
     }
     check_equal(s.state, before, 2 * stride, "slots before");
     check_equal(s.state + 3 * stride, before + 3 * stride, stride, "the slot after");
-    check_equal(s.state + 2 * stride + (size_t)(kept * I), before + 2 * stride + (size_t)(kept * I), stride - (size_t)(kept * I), "past the state");
+    const size_t used = (size_t)(kept * I), end = 2 * stride + used;
+    check_equal(s.state + end, before + end, stride - used, "past the state");
     drop(before);
     drop_sequence(&s);
 }
@@ -516,7 +533,8 @@ static void test_scan_in_place(void **state) {
 typedef struct routing { int32_t expert[MAX_M], order[MAX_M], first[65]; float gate[MAX_M]; bm_op_route op; } routing;
 
 static void route_rows(bm_backend *b, routing *r, const float *logits, int M, int X, bm_routing rule) {
-    r->op = (bm_op_route){ .M = M, .X = X, .rule = rule, .logits = logits, .expert = r->expert, .order = r->order, .first = r->first, .gate = r->gate };
+    r->op = (bm_op_route){ .M = M, .X = X, .rule = rule, .logits = logits, .expert = r->expert, .order = r->order,
+                           .first = r->first, .gate = r->gate };
     b->route(b, &r->op);
 }
 static void test_route(void **state) {
@@ -550,7 +568,8 @@ static void test_route(void **state) {
                         assert_true(l[i * X + e] <= l[i * X + r.expert[i]]);
                         sum += exp((double)l[i * X + e] - l[i * X + r.expert[i]]);
                     }
-                    check_near(r.gate[i], rule == BM_ROUTE_SOFTMAX ? 1 / sum : 1 / (1 + exp(-(double)l[i * X + r.expert[i]])), 2e-6, "gate");
+                    const double sigmoid = 1 / (1 + exp(-(double)l[i * X + r.expert[i]]));
+                    check_near(r.gate[i], rule == BM_ROUTE_SOFTMAX ? 1 / sum : sigmoid, 2e-6, "gate");
                 }
                 if (X > 1) assert_true(r.expert[2] != 0);
                 drop(l);
@@ -560,7 +579,11 @@ static void test_route(void **state) {
 }
 
 enum { D = 64, F = 96, X = 4, M_MOE = 29 };
-typedef struct moe { matrix gate[X], up[X], down[X]; bm_tensor t[3][X]; float *gate_bias, *up_bias, *down_bias, *x; } moe;
+typedef struct moe {
+    matrix gate[X], up[X], down[X];
+    bm_tensor t[3][X];
+    float *gate_bias, *up_bias, *down_bias, *x;
+} moe;
 
 /* types: of gate, up, down */
 static moe *make_moe(const int *types) {
@@ -586,12 +609,15 @@ static void drop_moe(moe *m) {
     free(m);
 }
 /* variant bits: 1 plain, 2 biases, 4 accumulate, 8 SiLU */
-static void run_moe(bm_backend *b, const moe *m, int row, int M, const routing *r, int variant, bm_arith arith, float *y) {
+static void run_moe(bm_backend *b, const moe *m, int row, int M, const routing *r, int variant, bm_arith arith,
+                    float *y) {
     float *hidden = floats((size_t)(M * 2 * F));
     b->experts(b, &(bm_op_experts){
-        .M = M, .D = D, .F = F, .X = r ? X : 1, .activation = variant & 8 ? BM_SILU : BM_GELU, .arith = arith, .route = r ? &r->op : NULL,
+        .M = M, .D = D, .F = F, .X = r ? X : 1, .activation = variant & 8 ? BM_SILU : BM_GELU, .arith = arith,
+        .route = r ? &r->op : NULL,
         .gate = variant & 1 ? NULL : m->t[0], .up = m->t[1], .down = m->t[2],
-        .gate_bias = variant & 2 ? m->gate_bias : NULL, .up_bias = variant & 2 ? m->up_bias : NULL, .down_bias = variant & 2 ? m->down_bias : NULL,
+        .gate_bias = variant & 2 ? m->gate_bias : NULL, .up_bias = variant & 2 ? m->up_bias : NULL,
+        .down_bias = variant & 2 ? m->down_bias : NULL,
         .x = m->x + row * D, .hidden = hidden, .y = y, .accumulate = variant & 4 });
     check_guards(hidden, (size_t)(M * 2 * F));
     drop(hidden);
@@ -615,7 +641,8 @@ static void moe_reference(const moe *m, int i, int e, double g, int variant, bm_
 static void moe_case(bm_backend *b, const int *types, int variant, bm_arith arith, bool dense) {
     moe *m = make_moe(types);
     routing r;
-    float *logits = normals(M_MOE * X, 2), *y = normals(M_MOE * D, 1), *before = copy_of(y, M_MOE * D), *single = copy_of(y, M_MOE * D);
+    float *logits = normals(M_MOE * X, 2), *y = normals(M_MOE * D, 1), *before = copy_of(y, M_MOE * D),
+        *single = copy_of(y, M_MOE * D);
     for (int i = 0; i < M_MOE; i++) logits[i * X + 1] -= 20;        /* an expert without rows */
     route_rows(b, &r, logits, M_MOE, X, BM_ROUTE_SIGMOID);
     run_moe(b, m, 0, M_MOE, dense ? NULL : &r, variant, arith, y);
@@ -667,7 +694,8 @@ static void test_levels_agree(void **state) {
                 if (!b) continue;
                 y[level] = floats(M * N);
                 b->linear(b, &(bm_op_linear){ .M = M, .ldx = K, .w = &w.t, .x = x, .y = y[level], .arith = arith });
-                for (int i = 0; i < M * N; i++) check_near(y[level][i], y[0][i], 5e-6 * (1 + fabs(y[0][i])), levels[level]);
+                for (int i = 0; i < M * N; i++)
+                    check_near(y[level][i], y[0][i], 5e-6 * (1 + fabs(y[0][i])), levels[level]);
                 done(b);
             }
             for (int level = 0; level < LEVELS; level++) if (y[level]) drop(y[level]);

@@ -37,7 +37,8 @@ static bm_status cpu_reserve(bm_backend *b, int rows, int cols) {
     bm_cpu *c = (bm_cpu *)b;
     const size_t f32 = bm_form_bytes(BM_FORM_F32, (size_t)cols), q8 = bm_form_bytes(BM_FORM_Q8, (size_t)cols);
     uint64_t bytes;
-    if (!bm_mul((uint64_t)rows, f32 > q8 ? f32 : q8, &bytes) || bytes > SIZE_MAX) return bm_fail_memory(SIZE_MAX, "work space");
+    if (!bm_mul((uint64_t)rows, f32 > q8 ? f32 : q8, &bytes) || bytes > SIZE_MAX)
+        return bm_fail_memory(SIZE_MAX, "work space");
     if (bytes <= c->scratch_bytes) return BM_OK;
     uint8_t *p;
     BM_TRY(bm_alloc(&p, bytes, "work space"));
@@ -70,7 +71,8 @@ static bm_status cpu_bandwidth(bm_backend *b, size_t bytes, int repeats, double 
     enum { PAGE = 4096 };
     bm_cpu *c = (bm_cpu *)b;
     if (bytes < PAGE || repeats < 1 || bytes > PTRDIFF_MAX / 2)
-        return bm_fail(BM_EARG, "bandwidth: found %zu bytes and %d repeats, expected at least %d and 1", bytes, repeats, PAGE);
+        return bm_fail(BM_EARG, "bandwidth: found %zu bytes and %d repeats, expected at least %d and 1",
+                       bytes, repeats, PAGE);
     bytes = bytes / PAGE * PAGE;
     double *seconds;
     BM_TRY(bm_alloc(&seconds, sizeof *seconds * (size_t)repeats, "timings"));
@@ -121,7 +123,8 @@ static bm_status choose_threads(int threads, int *out) {
         char *end;
         const long n = strtol(text, &end, 10);
         if (*end || n < 1 || n > MOST_THREADS)
-            return bm_fail(BM_EARG, "BM_THREADS: found '%.32s', expected 1 to %d; unset it to use every processor", text, MOST_THREADS);
+            return bm_fail(BM_EARG, "BM_THREADS: found '%.32s', expected 1 to %d; unset it to use every processor",
+                           text, MOST_THREADS);
         threads = (int)n;
     }
     if (!threads) threads = allowed_processors();

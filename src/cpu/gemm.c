@@ -7,7 +7,14 @@
 enum { PANEL_BYTES = 256 << 10 };       /* converted activations that stay in the second-level cache */
 enum { UNIT = 1 << 15 };                /* multiplications that are worth waking a thread for */
 
-typedef struct convert_job { bm_cpu *c; bm_form form; const float *x; size_t ldx; const int32_t *map; uint8_t *dst; size_t stride; int K; } convert_job;
+typedef struct convert_job {
+    bm_cpu *c;
+    bm_form form;
+    const float *x; size_t ldx;
+    const int32_t *map;
+    uint8_t *dst; size_t stride;
+    int K;
+} convert_job;
 
 static void convert_part(void *arg, int64_t begin, int64_t end, int thread) {
     const convert_job *j = arg;
@@ -27,7 +34,8 @@ bool bm_cpu_convert(bm_cpu *c, bm_gemm *g, bm_form form, const float *x, size_t 
     const size_t stride = bm_form_bytes(form, (size_t)g->K);
     if ((size_t)g->M * stride > c->scratch_bytes) {
         if (!c->failed)
-            snprintf(c->sentence, sizeof c->sentence, "cpu: work space found for %zu bytes, expected %zu; reserve() it first",
+            snprintf(c->sentence, sizeof c->sentence,
+                     "cpu: work space found for %zu bytes, expected %zu; reserve() it first",
                      c->scratch_bytes, (size_t)g->M * stride);
         c->failed = BM_EDEVICE;
         return false;

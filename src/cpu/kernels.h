@@ -51,7 +51,8 @@ typedef struct bm_kernels {
     bm_gemm_fn gemm[2][BM_DTYPE_COUNT];
     void (*convert)(void *dst, bm_form form, const float *x, int n);
     void (*widen)(float *dst, bm_dtype type, const void *src, int n);
-    void (*activate)(float *h, const float *gate, const float *up, int n, bm_activation f);   /* act(gate) * up; gate NULL: act(up) */
+    /* h = act(gate) * up; gate NULL: act(up) */
+    void (*activate)(float *h, const float *gate, const float *up, int n, bm_activation f);
     void (*norm)(const bm_op_norm *a, int begin, int end);      /* rows */
     void (*loss)(const bm_op_loss *a, int begin, int end);      /* rows */
     void (*conv)(const bm_op_conv *a, int begin, int end);      /* channels */

@@ -39,7 +39,8 @@ INLINE vf v_scale(vf p, vf n) {
 }
 /* u = m 2^k, m in [sqrt 1/2, sqrt 2) */
 INLINE vf v_split(vf u, vf *k) {
-    const __m256i b = _mm256_castps_si256(u), e = _mm256_srai_epi32(_mm256_sub_epi32(b, _mm256_set1_epi32(0x3f3504f3)), 23);
+    const __m256i b = _mm256_castps_si256(u), root = _mm256_set1_epi32(0x3f3504f3);
+    const __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(b, root), 23);
     *k = _mm256_cvtepi32_ps(e);
     return _mm256_castsi256_ps(_mm256_sub_epi32(b, _mm256_slli_epi32(e, 23)));
 }
@@ -55,7 +56,8 @@ INLINE float v_top(vf v) {
 }
 INLINE vd d_zero(void) { return (vd){ _mm256_setzero_pd(), _mm256_setzero_pd() }; }
 INLINE vd d_add(vd s, vf v) {
-    return (vd){ s.low + _mm256_cvtps_pd(_mm256_castps256_ps128(v)), s.high + _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)) };
+    return (vd){ s.low + _mm256_cvtps_pd(_mm256_castps256_ps128(v)),
+                 s.high + _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)) };
 }
 INLINE double d_sum(vd s) {
     double v[4];
@@ -74,7 +76,9 @@ INLINE vf v_bf16(const uint8_t *p) { return from_bf16(_mm_loadu_si128((const __m
 INLINE vf v_bf16_n(const uint8_t *p, int n) { return from_bf16(u16_n(p, n)); }
 INLINE vf v_f16(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 INLINE vf v_f16_n(const uint8_t *p, int n) { return _mm256_cvtph_ps(u16_n(p, n)); }
-INLINE vf v_q8(const uint8_t *q) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)q))); }
+INLINE vf v_q8(const uint8_t *q) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)q)));
+}
 INLINE vf v_q4(const uint8_t *q, int s) {
     const __m128i b = _mm_loadl_epi64((const __m128i *)(const void *)(q + s % 16));
     const __m128i h = _mm_and_si128(s < 16 ? b : _mm_srli_epi16(b, 4), _mm_set1_epi8(15));
