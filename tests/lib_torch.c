@@ -85,10 +85,11 @@ static const char *class_of(const torch_storage *s) {
 static void put_tensor(pickler *p, const torch_zip *z, const torch_item *t) {
     const torch_storage *s = &z->storage[t->storage];
     char key[16];
-    int64_t stride[4], step = 1;
+    int64_t stride[4];
+    uint64_t step = 1;          /* shapes that wrap are written too */
     bool given = false;
-    for (int i = t->n_dims - 1; i >= 0; step *= t->dim[i--]) {
-        stride[i] = step;
+    for (int i = t->n_dims - 1; i >= 0; step *= (uint64_t)t->dim[i--]) {
+        stride[i] = (int64_t)step;
         given = given || t->stride[i];
     }
     snprintf(key, sizeof key, "%d", t->storage);

@@ -35,16 +35,18 @@ static int depth_of(const char *text, size_t n) {
 
 /* jansson's scanner goes on when its buffer cannot grow (load.c ignores what strbuffer_append_byte
  * returns), and then reads past it.  So while a text is parsed, an allocation that fails leaves the
- * parser at once; what the parser had is on a list and freed here.  At all other times, and for any
- * other user of jansson in the process, these are malloc and free. */
-typedef struct parse { jmp_buf out_of_memory; void **block; size_t n, cap; } parse;
+ * parser at once; what the parser had is on a list and freed here.  Blocks given back meanwhile wait
+ * on a second list with room for all of the first, so that nothing is searched for.  At all other
+ * times, and for any other user of jansson in the process, these are malloc and free. */
+typedef struct parse { jmp_buf out_of_memory; void **block, **dead; size_t n, cap, n_dead, dead_cap; } parse;
 static _Thread_local parse *parsing;
 
 static void *json_malloc(size_t n) {
     parse *p = parsing;
     void *block = malloc(n);
     if (!p) return block;
-    if (block && !bm_grow(&p->block, &p->cap, p->n + 1, sizeof *p->block, "JSON")) {
+    if (block && !bm_grow(&p->block, &p->cap, p->n + 1, sizeof *p->block, "JSON") &&
+        !bm_grow(&p->dead, &p->dead_cap, p->n + 1, sizeof *p->dead, "JSON")) {
         p->block[p->n++] = block;
         return block;
     }
@@ -53,13 +55,8 @@ static void *json_malloc(size_t n) {
 }
 
 static void json_free(void *block) {
-    parse *p = parsing;
-    for (size_t i = p && block ? p->n : 0; i-- > 0; ) {     /* most are young */
-        if (p->block[i] != block) continue;
-        p->block[i] = p->block[--p->n];
-        break;
-    }
-    free(block);
+    if (!parsing) free(block);
+    else if (block) parsing->dead[parsing->n_dead++] = block;
 }
 
 static void use_own_allocator(void) { json_set_alloc_funcs(json_malloc, json_free); }
@@ -71,13 +68,16 @@ static json_t *load(const char *text, size_t n, json_error_t *error, bool *no_me
     pthread_once(&once, use_own_allocator);
     *no_memory = false;
     parsing = &p;
-    if (!setjmp(p.out_of_memory)) j = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, error);
-    else {
+    if (!setjmp(p.out_of_memory)) {
+        j = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, error);
+        for (size_t i = 0; i < p.n_dead; i++) free(p.dead[i]);
+    } else {
         *no_memory = true;
         for (size_t i = 0; i < p.n; i++) free(p.block[i]);
     }
     parsing = NULL;
     free(p.block);
+    free(p.dead);
     return j;
 }
 

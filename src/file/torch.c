@@ -291,7 +291,8 @@ static bm_status open_zip(bm_torch **out, zip_t *zip, uint64_t file_bytes, const
 }
 
 static bm_status not_zip(const char *path, zip_error_t *e) {
-    bm_status s = zip_error_code_zip(e) == ZIP_ER_NOZIP
+    bool starved = errno == ENOMEM;      /* libzip calls it "not a zip" when memory runs out in its search */
+    bm_status s = starved ? bm_fail_memory(0, path) : zip_error_code_zip(e) == ZIP_ER_NOZIP
         ? bm_fail(BM_EFORMAT, "%s: is no whole zip file, expected one that torch.save wrote (PyTorch 1.6 or later); "
                   "fetch or save it again", path)
         : zip_failed(path, "the zip's directory", e);
@@ -319,6 +320,7 @@ bm_status bm_torch_open(bm_torch **out, const char *path) {
 bm_status bm_torch_open_bytes(bm_torch **out, const uint8_t *data, size_t size, const char *path) {
     zip_error_t e;
     *out = NULL;
+    errno = 0;
     zip_error_init(&e);
     zip_source_t *source = zip_source_buffer_create(data, size, 0, &e);
     if (!source) return not_zip(path, &e);
