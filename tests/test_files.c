@@ -607,6 +607,7 @@ static void gguf_tensors_that_lie_are_refused(void **state) {
         {"a", 0, 0, 0, 0, BM_EFORMAT, "not positive"},
         {"a", top, 0, 0, 0, BM_EFORMAT, "not positive"},
         {"a", big, big, 0, 0, BM_EFORMAT, "2^60"},
+        {"a", top / 2, 0, 0, 0, BM_EFORMAT, "2^60"},        /* 4 bytes each: wraps to 0 */
         {"a", 4, 0, 2, 0, BM_EFORMAT, "multiple of 32"},
         {"a", 32, 0, 3, 0, BM_EFORMAT, "tensor a has type 3 (Q4_1), expected F32, F16, BF16, Q8_0 or Q4_0"},
         {"a", 32, 0, 31, 0, BM_EFORMAT, "type 31 (unknown)"},
