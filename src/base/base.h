@@ -41,8 +41,8 @@ typedef void (*bm_range_fn)(void *arg, int64_t begin, int64_t end, int thread);
 bm_status bm_pool_open(bm_pool **out, int threads);
 int  bm_pool_threads(const bm_pool *p);
 void bm_pool_close(bm_pool *p);
-/* Splits [0, n) into one contiguous range a thread, each a multiple of `grain` (but the last), and
- * returns when all are done.  Not reentrant; one caller at a time. */
+/* Splits [0, n) into a few contiguous ranges a thread, each a multiple of `grain` (but the last), and
+ * returns when all are done.  Which thread gets which is chance.  Not reentrant; one caller at a time. */
 void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg);
 
 /* ---- map.c: files as bytes ------------------------------------------------------------ */

@@ -1,8 +1,9 @@
 /* src/base/pool.c - threads that stay.  Room: base.
  *
- * One caller hands out a range; every thread, the caller included, takes its part.  Workers spin
- * for a short while between ranges (a token is hundreds of short ones) and then sleep on a futex,
- * so an idle pool costs nothing and a busy machine still makes progress. */
+ * One caller hands out a range; it is cut into a few chunks a thread, and every thread, the caller
+ * included, takes the next chunk until none is left.  So a worker that another program keeps off its
+ * processor delays nothing but the chunk it holds.  Workers spin for a short while between ranges (a
+ * token is hundreds of short ones) and then sleep on a futex. */
 #include "base/base.h"
 #include <errno.h>
 #include <linux/futex.h>
@@ -13,16 +14,18 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SPINS = 4000, MAX_THREADS = 256 };
+enum { SPINS = 4000, MAX_THREADS = 256, CHUNKS = 4 };
 
 struct bm_pool {
     int threads;
     pthread_t *id;
     int started;
-    _Alignas(64) atomic_uint epoch;     /* grows by one with each range */
-    _Alignas(64) atomic_uint pending;   /* workers that have not finished it */
-    atomic_uint sleepers, waiting;      /* workers asleep on epoch; the caller asleep on pending */
-    bool quit;
+    _Alignas(64) atomic_uint left;      /* chunks of the range nobody has taken; above 0 the fields below stand still */
+    _Alignas(64) atomic_uint done;      /* chunks finished */
+    _Alignas(64) atomic_uint epoch;     /* grows by one with each range; workers sleep on it */
+    atomic_uint sleepers, waiting;      /* workers asleep on epoch; the caller asleep on done */
+    atomic_bool quit;
+    unsigned chunks;
     bm_range_fn fn;
     void *arg;
     int64_t n, grain;
@@ -42,42 +45,53 @@ static void futex_wait(atomic_uint *a, unsigned value) {
 }
 static void futex_wake(atomic_uint *a, int n) { syscall(SYS_futex, a, FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0); }
 
-/* Waits until *a differs from value. */
-static void wait_change(atomic_uint *a, unsigned value, atomic_uint *sleepers) {
-    for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(a, memory_order_acquire) != value) return;
-        relax();
+/* Takes chunks until none is left.  Whoever took one may read the range: the caller waits for it. */
+static void take_chunks(bm_pool *p, int index) {
+    for (unsigned left = atomic_load(&p->left); left; ) {
+        if (!atomic_compare_exchange_weak(&p->left, &left, left - 1)) continue;
+        const int64_t units = (p->n + p->grain - 1) / p->grain, chunk = p->chunks - left;
+        const int64_t begin = units * chunk / p->chunks * p->grain, end = units * (chunk + 1) / p->chunks * p->grain;
+        const unsigned chunks = p->chunks;
+        if (begin < end) p->fn(p->arg, begin, end < p->n ? end : p->n, index);
+        if (atomic_fetch_add(&p->done, 1) + 1 == chunks && atomic_load(&p->waiting)) futex_wake(&p->done, 1);
+        left = atomic_load(&p->left);
     }
-    atomic_fetch_add(sleepers, 1);
-    while (atomic_load(a) == value) futex_wait(a, value);
-    atomic_fetch_sub(sleepers, 1);
 }
 
-static void part(bm_pool *p, int index) {
-    const int64_t units = (p->n + p->grain - 1) / p->grain;
-    const int64_t begin = units * index / p->threads * p->grain;
-    int64_t end = units * (index + 1) / p->threads * p->grain;
-    if (end > p->n) end = p->n;
-    if (begin < end) p->fn(p->arg, begin, end, index);
+static void wait_for_work(bm_pool *p) {
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load_explicit(&p->left, memory_order_relaxed) || atomic_load_explicit(&p->quit, memory_order_relaxed)) return;
+        relax();
+    }
+    atomic_fetch_add(&p->sleepers, 1);
+    const unsigned epoch = atomic_load(&p->epoch);
+    if (!atomic_load(&p->left) && !atomic_load(&p->quit)) futex_wait(&p->epoch, epoch);
+    atomic_fetch_sub(&p->sleepers, 1);
 }
 
 static void *work(void *arg) {
     worker w = *(worker *)arg;
     free(arg);
-    bm_pool *p = w.pool;
-    unsigned seen = 0;
-    for (;;) {
-        wait_change(&p->epoch, seen, &p->sleepers);
-        seen++;
-        if (p->quit) return NULL;
-        part(p, w.index);
-        if (atomic_fetch_sub(&p->pending, 1) == 1 && atomic_load(&p->waiting)) futex_wake(&p->pending, 1);
+    while (!atomic_load(&w.pool->quit)) {
+        wait_for_work(w.pool);
+        take_chunks(w.pool, w.index);
     }
+    return NULL;
 }
 
 static void announce(bm_pool *p) {
     atomic_fetch_add(&p->epoch, 1);
     if (atomic_load(&p->sleepers)) futex_wake(&p->epoch, INT_MAX);
+}
+
+static void wait_for_all(bm_pool *p) {
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load(&p->done) == p->chunks) return;
+        relax();
+    }
+    atomic_store(&p->waiting, 1);
+    for (unsigned done; (done = atomic_load(&p->done)) != p->chunks; ) futex_wait(&p->done, done);
+    atomic_store(&p->waiting, 0);
 }
 
 void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg) {
@@ -86,20 +100,17 @@ void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg
         fn(arg, 0, n, 0);
         return;
     }
+    const int64_t units = (n + grain - 1) / grain, most = (int64_t)p->threads * CHUNKS;
     p->fn = fn;
     p->arg = arg;
     p->n = n;
     p->grain = grain;
-    atomic_store(&p->pending, (unsigned)p->threads - 1);
+    p->chunks = (unsigned)(units < most ? units : most);
+    atomic_store(&p->done, 0);
+    atomic_store(&p->left, p->chunks);
     announce(p);
-    part(p, 0);
-    for (int i = 0; i < SPINS; i++) {
-        if (!atomic_load_explicit(&p->pending, memory_order_acquire)) return;
-        relax();
-    }
-    atomic_store(&p->waiting, 1);
-    for (unsigned left; (left = atomic_load(&p->pending)); ) futex_wait(&p->pending, left);
-    atomic_store(&p->waiting, 0);
+    take_chunks(p, 0);
+    wait_for_all(p);
 }
 
 int bm_pool_threads(const bm_pool *p) { return p->threads; }
@@ -132,7 +143,7 @@ bm_status bm_pool_open(bm_pool **out, int threads) {
 
 void bm_pool_close(bm_pool *p) {
     if (!p) return;
-    p->quit = true;
+    atomic_store(&p->quit, true);
     announce(p);
     for (int i = 1; i <= p->started; i++) pthread_join(p->id[i], NULL);
     free(p->id);
