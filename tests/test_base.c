@@ -103,7 +103,7 @@ static void test_blocks(void **state) {
         memset(x, 0, sizeof x);
         bm_narrow(bytes, (bm_dtype)t, x, 64);
         bm_widen(y, (bm_dtype)t, bytes, 64);
-        assert_memory_equal(x, y, sizeof x);
+        for (int i = 0; i < 64; i++) assert_true(y[i] == 0);
     }
     assert_int_equal(bm_dtype_bytes(BM_Q8_0, 64), 68);
     assert_int_equal(bm_dtype_bytes(BM_Q4_0, 64), 36);
