@@ -73,7 +73,7 @@ check-san: deps
 	@$(MAKE) $(JOBS) SAN=address,undefined tests
 	@BM_QUICK=1 tools/check build-address-undefined $(SAN_TESTS)
 	@$(MAKE) $(JOBS) SAN=thread tests
-	@BM_QUICK=1 tools/check build-thread test_laws test_stream test_golden
+	@BM_QUICK=1 tools/check build-thread test_base test_laws test_stream test_golden
 
 # ---- fuzzers: clang's libFuzzer with ASan and UBSan, each for SECONDS ----------------------------
 SECONDS ?= 60

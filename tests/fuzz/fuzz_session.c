@@ -1,5 +1,4 @@
 /* tests/fuzz/fuzz_session.c - session files: the checksum is put right, so that what lies behind it is reached. */
-#define _GNU_SOURCE
 #include "model/stream.h"
 #include <stdlib.h>
 #include <string.h>
