@@ -155,8 +155,9 @@ bm_status bm_config_from_json(bm_config *c, const json_t *o, const char *path) {
         return bm_fail(BM_ENOSUPPORT, "%s: model_type: found '%.40s', expected blackmamba or mamba", path, word);
     const bool hf = json_object_get(o, "num_hidden_layers") || !strcmp(word, "mamba");
     BM_TRY(hf ? from_hf(c, o, path) : from_released(c, o, path));
+    BM_TRY(bm_config_check(c, path));
     settle(c);
-    return bm_config_check(c, path);
+    return BM_OK;
 }
 
 bm_status bm_config_read(bm_config *out, const char *path) {
@@ -289,8 +290,9 @@ bm_status bm_config_of(bm_config *out, const bm_source *s) {
         return st;
     }
     BM_TRY(from_meta(out, s));
+    BM_TRY(bm_config_check(out, bm_source_path(s)));
     settle(out);
-    return bm_config_check(out, bm_source_path(s));
+    return BM_OK;
 }
 
 /* ---- the other way ------------------------------------------------------------------------------------------- */
