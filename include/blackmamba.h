@@ -52,10 +52,14 @@ typedef bool (*bm_progress_fn)(void *user, uint64_t done, uint64_t total);
 
 typedef int32_t bm_token;
 
-typedef enum bm_dtype { BM_F32, BM_BF16, BM_F16, BM_Q8_0, BM_Q4_0, BM_DTYPE_COUNT } bm_dtype;
-BM_API const char *bm_dtype_name(bm_dtype t);                      /* "bf16"; "?" when out of range */
-BM_API bm_status   bm_dtype_parse(const char *name, bm_dtype *out);
-BM_API size_t      bm_dtype_bytes(bm_dtype t, size_t n);           /* bytes of n elements; n % 32 == 0 for q8_0, q4_0 */
+/* The quantized types are GGUF's. */
+typedef enum bm_dtype {
+    BM_F32, BM_BF16, BM_F16, BM_Q8_0, BM_Q4_0, BM_Q4_1, BM_Q5_0, BM_Q5_1, BM_Q4_K, BM_Q5_K, BM_Q6_K, BM_DTYPE_COUNT
+} bm_dtype;
+BM_API const char *bm_dtype_name(bm_dtype t);                      /* "bf16", "q4_K"; "?" when out of range */
+BM_API bm_status   bm_dtype_parse(const char *name, bm_dtype *out);     /* in capitals or not */
+BM_API size_t      bm_dtype_bytes(bm_dtype t, size_t n);           /* bytes of n elements, whole blocks: n % 32 == 0
+                                                                      * for q types, n % 256 == 0 for K types */
 
 /* f32: activations in f32, weights widened.  native: bf16 weights times activations rounded to
  * bf16, quantized weights times 8-bit activations; f32 and f16 weights as in f32. */
@@ -108,14 +112,18 @@ typedef struct bm_info {
     uint64_t flops_per_token;       /* forward, head included; docs/MODEL.md has the formulas */
     uint64_t tensors;
 } bm_info;
-BM_API void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out);   /* as if all matrices were `type` */
+/* As if all matrices were `type`, or what their rows allow: q4_K, q5_K, q6_K fall back to q5_0, q5_1, q8_0
+ * where 256 does not divide a row, and every quantized type to bf16 where 32 does not. */
+BM_API void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out);
 
 /* ---- device and model ---------------------------------------------------------------- */
 
 typedef struct bm_device bm_device;
 typedef struct bm_model bm_model;
 
-/* name "cpu"; threads 0: one per processor this process may use (BM_THREADS overrides). */
+/* name "cpu", or with an instruction set "cpu:scalar", "cpu:avx2", "cpu:avx512" (BM_ENOSUPPORT when
+ * the machine lacks it; "cpu" takes the best, BM_CPU caps it).  threads 0: one per processor this
+ * process may use (BM_THREADS overrides). */
 BM_API bm_status   bm_device_open(bm_device **out, const char *name, int threads);
 BM_API const char *bm_device_name(const bm_device *d);      /* "cpu avx512, 2 threads" */
 BM_API int         bm_device_threads(const bm_device *d);
@@ -123,6 +131,9 @@ BM_API void        bm_device_close(bm_device *d);
 /* Reading bandwidth in bytes a second over `bytes` of memory (>= 1 GiB for a useful number),
  * same threads and page kind as mapped weights; median of `repeats`. */
 BM_API bm_status   bm_device_bandwidth(bm_device *d, size_t bytes, int repeats, double *out);
+/* Arithmetic peak in operations a second (a multiplication and an addition are two), all threads, of
+ * the instruction that products with weights of `type` use: dot products of bf16 or int8, or f32. */
+BM_API bm_status   bm_device_peak(bm_device *d, bm_arith arith, bm_dtype type, double *out);
 
 /* path: a folder (config.json with pytorch_model.bin, model.safetensors or a sharded
  * model.safetensors.index.json) or a .gguf file.  GGUF and safetensors are used as mapped. */
@@ -138,7 +149,7 @@ BM_API void             bm_model_close(bm_model *m);
 /* in: as bm_model_open.  out: ends in .gguf, or a folder that does not exist yet (safetensors).
  * Tensor by tensor, never the whole model in memory; out appears whole or not at all. */
 typedef struct bm_convert_options {
-    int type;                       /* bm_dtype of the matrices; -1: as they are */
+    int type;                       /* bm_dtype of the matrices, falls back as in bm_config_info; -1: as they are */
     int embedding_type;             /* bm_dtype of embedding and head; -1: as `type` */
     const char *tokenizer;          /* tokenizer.json to put in; NULL: the one of `in`, if any */
     bm_progress_fn progress; void *user;
@@ -206,6 +217,29 @@ BM_API size_t    bm_state_bytes(const bm_session *s);           /* of one slot, 
 BM_API bm_status bm_state_get(const bm_session *s, int slot, void *buf);
 BM_API bm_status bm_state_set(bm_session *s, int slot, const void *buf);   /* NULL: the empty text */
 BM_API bm_status bm_state_copy(bm_session *s, int dst, int src);
+
+/* Where the time of forward and score goes.  Measuring waits for the device between stages, so it is
+ * off unless asked for; on a processor it costs nothing worth mentioning. */
+typedef enum bm_stage {
+    BM_STAGE_PROJECTIONS,           /* in, x, dt and out of Mamba blocks */
+    BM_STAGE_CONV,
+    BM_STAGE_SCAN,
+    BM_STAGE_EXPERTS,               /* and dense feed-forward blocks */
+    BM_STAGE_NORM,                  /* norms, embedding, router */
+    BM_STAGE_HEAD,                  /* final norm, head, and whoever reads the logits */
+    BM_STAGE_COUNT
+} bm_stage;
+BM_API const char *bm_stage_name(bm_stage s);                   /* "projections"; "?" when out of range */
+typedef struct bm_times {
+    double stage[BM_STAGE_COUNT];   /* seconds */
+    double waiting;                 /* seconds of these in which the calling thread waited for the others */
+    uint64_t chunks;                /* times the rows of a chunk went through all layers */
+    uint64_t moe_layers;            /* of those, MoE layers passed, and */
+    uint64_t experts;               /* distinct experts that got rows, summed over them */
+    uint64_t weight_bytes;          /* weights that had to be read: once a chunk, of experts those that got rows */
+} bm_times;
+BM_API bm_status bm_session_profile(bm_session *s, bool on);    /* starts from zero; off forgets */
+BM_API void      bm_session_times(bm_session *s, bm_times *out);/* since the last call; zeros when off */
 
 /* ---- sampling ------------------------------------------------------------------------ */
 

@@ -44,6 +44,8 @@ void bm_pool_close(bm_pool *p);
 /* Splits [0, n) into a few contiguous ranges a thread, each a multiple of `grain` (but the last), and
  * returns when all are done.  Which thread gets which is chance.  Not reentrant; one caller at a time. */
 void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg);
+/* Seconds the caller had no range left and waited for the others, since the last call; counted while on. */
+double bm_pool_waited(bm_pool *p, bool on);
 
 /* ---- map.c: files as bytes ------------------------------------------------------------ */
 
@@ -97,11 +99,18 @@ uint64_t bm_rng_u64(uint64_t seed, uint64_t stream, uint64_t n);       /* Philox
 double   bm_rng_uniform(uint64_t seed, uint64_t stream, uint64_t n);   /* [0, 1), 53 bits */
 double   bm_rng_normal(uint64_t seed, uint64_t stream, uint64_t n);    /* Box-Muller on two words of its own */
 
-/* ---- dtype.c: element types ----------------------------------------------------------- */
+/* ---- dtype.c, quant.c: element types ----------------------------------------------------------- */
 
-enum { BM_BLOCK = 32 };                                        /* elements of a q8_0 or q4_0 block */
-typedef struct bm_q8_0 { uint16_t d; int8_t q[32]; } bm_q8_0;  /* value = f16(d) * q */
-typedef struct bm_q4_0 { uint16_t d; uint8_t q[16]; } bm_q4_0; /* element i: low nibble of q[i] - 8; i + 16: high */
+/* Quantized blocks as GGUF lays them out; docs/FORMAT.md has the values.  The largest is 210 bytes. */
+enum { BM_BLOCK = 32, BM_BLOCK_K = 256 };                      /* elements of a block */
+typedef struct bm_q8_0 { uint16_t d; int8_t q[32]; } bm_q8_0;
+typedef struct bm_q4_0 { uint16_t d; uint8_t q[16]; } bm_q4_0;
+typedef struct bm_q4_1 { uint16_t d, m; uint8_t q[16]; } bm_q4_1;
+typedef struct bm_q5_0 { uint16_t d; uint8_t h[4], q[16]; } bm_q5_0;
+typedef struct bm_q5_1 { uint16_t d, m; uint8_t h[4], q[16]; } bm_q5_1;
+typedef struct bm_q4_k { uint16_t d, m; uint8_t scale[12], q[128]; } bm_q4_k;
+typedef struct bm_q5_k { uint16_t d, m; uint8_t scale[12], h[32], q[128]; } bm_q5_k;
+typedef struct bm_q6_k { uint8_t q[128], h[64]; int8_t scale[16]; uint16_t d; } bm_q6_k;
 
 static inline float bm_bits_f32(uint32_t b) { float f; __builtin_memcpy(&f, &b, 4); return f; }
 static inline uint32_t bm_f32_bits(float f) { uint32_t b; __builtin_memcpy(&b, &f, 4); return b; }
@@ -114,10 +123,17 @@ static inline uint16_t bm_f32_bf16(float f) {                  /* nearest even; 
 float    bm_f16_f32(uint16_t h);
 uint16_t bm_f32_f16(float f);                                  /* nearest even, infinity past 65504 */
 
-bool bm_dtype_blocked(bm_dtype t);                             /* q8_0, q4_0 */
-/* n elements; n % 32 == 0 for blocked types.  src and dst need no alignment. */
+size_t   bm_dtype_block(bm_dtype t);                           /* elements of a block: 1, 32, 256 */
+bool     bm_dtype_blocked(bm_dtype t);                         /* the quantized ones */
+/* t, or what stands in for it where rows of cols are not whole blocks: q5_0 for q4_K, q5_1 for q5_K, q8_0 for
+ * q6_K; bf16 where 32 does not divide cols either. */
+bm_dtype bm_dtype_fitting(bm_dtype t, size_t cols);
+/* n elements, whole blocks.  src and dst need no alignment. */
 void bm_widen(float *dst, bm_dtype type, const void *src, size_t n);
-void bm_narrow(void *dst, bm_dtype type, const float *src, size_t n);  /* nearest even; blocks as ggml's reference rule */
+void bm_narrow(void *dst, bm_dtype type, const float *src, size_t n);  /* nearest even; blocks: quant.c */
+/* quant.c: the same for quantized types, n blocks. */
+void bm_quant_widen(float *dst, bm_dtype type, const uint8_t *src, size_t n);
+void bm_quant_narrow(uint8_t *dst, bm_dtype type, const float *src, size_t n);
 
 /* ---- clock.c -------------------------------------------------------------------------- */
 

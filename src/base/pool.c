@@ -26,6 +26,8 @@ struct bm_pool {
     atomic_uint sleepers, waiting;      /* workers asleep on epoch; the caller asleep on done */
     atomic_bool quit;
     unsigned chunks;
+    bool timed;
+    double waited;                      /* seconds, while timed: the caller without a chunk, others at work */
     bm_range_fn fn;
     void *arg;
     int64_t n, grain;
@@ -110,10 +112,19 @@ void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg
     atomic_store(&p->left, p->chunks);
     announce(p);
     take_chunks(p, 0);
+    const double start = p->timed ? bm_now() : 0;
     wait_for_all(p);
+    if (p->timed) p->waited += bm_now() - start;
 }
 
 int bm_pool_threads(const bm_pool *p) { return p->threads; }
+
+double bm_pool_waited(bm_pool *p, bool on) {
+    const double seconds = p->waited;
+    p->waited = 0;
+    p->timed = on;
+    return seconds;
+}
 
 bm_status bm_pool_open(bm_pool **out, int threads) {
     *out = NULL;

@@ -97,6 +97,8 @@ static bm_status cpu_bandwidth(bm_backend *b, size_t bytes, int repeats, double 
     return BM_OK;
 }
 
+static double cpu_waited(bm_backend *b, bool on) { return bm_pool_waited(((bm_cpu *)b)->pool, on); }
+
 /* ---- open and close ------------------------------------------------------------------- */
 
 /* Processors this process may run on. */
@@ -155,6 +157,7 @@ static bm_status open_with(bm_backend **out, int threads, const bm_kernels *k) {
         .threads = n, .reads_host = true,
         .alloc = cpu_alloc, .release = cpu_release, .put = cpu_put, .get = cpu_put, .copy = cpu_put, .zero = cpu_zero,
         .sync = cpu_sync, .close = cpu_close, .reserve = cpu_reserve, .bandwidth = cpu_bandwidth,
+        .peak = bm_cpu_peak, .waited = cpu_waited,
         .embed = bm_cpu_embed, .norm = bm_cpu_norm, .linear = bm_cpu_linear, .conv = bm_cpu_conv, .scan = bm_cpu_scan,
         .route = bm_cpu_route, .experts = bm_cpu_experts, .loss = bm_cpu_loss,
     };

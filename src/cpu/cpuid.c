@@ -32,7 +32,8 @@ bm_status bm_kernels_choose(bm_kernels *out, const char *cap) {
         while (wanted < LEVELS && strcmp(cap, level_name[wanted])) wanted++;
         if (wanted == LEVELS)
             return bm_fail(BM_EARG,
-                           "BM_CPU: found '%.32s', expected scalar, avx2 or avx512; unset it to use the best", cap);
+                           "BM_CPU or cpu level: found '%.32s', expected scalar, avx2 or avx512; "
+                           "leave it out to use the best", cap);
         if (wanted < level) level = wanted;
     }
     bm_kernels_scalar(out);

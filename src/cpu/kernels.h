@@ -74,9 +74,6 @@ typedef struct bm_cpu {
     bm_status failed; char sentence[160];       /* the first failure since the last sync */
 } bm_cpu;
 
-/* As bm_backend_open_cpu, at a level of the caller's choice; BM_ENOSUPPORT when the machine lacks it. */
-bm_status bm_backend_open_cpu_level(bm_backend **out, int threads, const char *level);
-
 /* Converts rows map[0..M) (NULL: 0..M) of x into scratch for weights w, and sets g's x.  False: it did not fit. */
 bool bm_cpu_convert(bm_cpu *c, bm_gemm *g, bm_form form, const float *x, size_t ldx, const int32_t *map);
 /* Computes all of g on all threads. */
@@ -90,6 +87,7 @@ void bm_cpu_scan   (bm_backend *b, const bm_op_scan *a);
 void bm_cpu_route  (bm_backend *b, const bm_op_route *a);
 void bm_cpu_experts(bm_backend *b, const bm_op_experts *a);
 void bm_cpu_loss   (bm_backend *b, const bm_op_loss *a);
+bm_status bm_cpu_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
 
 #pragma GCC visibility pop
 #endif

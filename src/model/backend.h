@@ -89,6 +89,10 @@ struct bm_backend {
     /* Work space for linear and experts up to rows x cols, so that no operation allocates. */
     bm_status (*reserve)(bm_backend *b, int rows, int cols);
     bm_status (*bandwidth)(bm_backend *b, size_t bytes, int repeats, double *out);
+    /* Operations a second (2 for a multiplication and an addition) that registers allow linear with such weights. */
+    bm_status (*peak)(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
+    /* Seconds the calling thread waited for the others since the last call; counted while on. */
+    double (*waited)(bm_backend *b, bool on);
 
     void (*embed)  (bm_backend *b, const bm_op_embed *a);
     void (*norm)   (bm_backend *b, const bm_op_norm *a);
@@ -101,6 +105,8 @@ struct bm_backend {
 };
 
 bm_status bm_backend_open_cpu(bm_backend **out, int threads);   /* threads 0: BM_THREADS or every processor allowed */
+/* The same at a level of the caller's choice; BM_ENOSUPPORT when the machine lacks it. */
+bm_status bm_backend_open_cpu_level(bm_backend **out, int threads, const char *level);
 
 #pragma GCC visibility pop
 #endif

@@ -126,9 +126,18 @@ struct bm_session {
     float *logits; bool *has_logits;        /* host: (S,V) (S) */
     int32_t *host;                          /* host: token (M) | start (M+1) | slot (M) of a chunk */
     struct bm_feed *feeds;                  /* (S) */
+    struct bm_profile *profile;             /* NULL: nobody asked */
 };
 /* forward.c: out, sum of M rows through every layer. */
 void bm_forward_layers(bm_session *s, int M, int Q);
+
+/* ---- profile.c: where the time goes ----------------------------------------------------------------- */
+
+/* Between start and stop, a mark gives the time since the last one to a stage. */
+void bm_profile_start(bm_session *s);
+void bm_profile_mark(bm_session *s, bm_stage stage);
+void bm_profile_experts(bm_session *s, int l);      /* layer l's route is known */
+bm_status bm_profile_stop(bm_session *s);           /* a failure of the device that a mark met */
 
 /* ---- sample.c ------------------------------------------------------------------------------------- */
 

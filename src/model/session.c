@@ -98,6 +98,7 @@ void bm_session_close(bm_session *s) {
     free(s->feeds);
     free(s->has_logits);
     free(s->logits);
+    free(s->profile);
     free(s);
 }
 
@@ -189,6 +190,7 @@ static bm_status deliver(bm_session *s, feed *f, int n, int M) {
 static bm_status run(bm_session *s, feed *f, int n) {
     int32_t *host = s->host, *start = host + s->chunk, *slot = start + s->chunk + 1;
     bm_status st = BM_OK;
+    bm_profile_start(s);
     while (!st) {
         int M, Q;
         pack(s, f, n, host, start, slot, &M, &Q);
@@ -198,10 +200,12 @@ static bm_status run(bm_session *s, feed *f, int n) {
         s->be->put(s->be, s->w.slot, slot, (size_t)Q * sizeof *host);
         bm_forward_layers(s, M, Q);
         st = deliver(s, f, n, M);
+        bm_profile_mark(s, BM_STAGE_HEAD);
         const bm_status device = s->be->sync(s->be);
         if (!st) st = device;
     }
-    return st;
+    const bm_status marked = bm_profile_stop(s);
+    return st ? st : marked;
 }
 
 static bm_status check_inputs(const bm_session *s, const bm_input *in, int n) {

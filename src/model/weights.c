@@ -13,10 +13,12 @@
 
 bm_status bm_device_open(bm_device **out, const char *name, int threads) {
     *out = NULL;
-    if (strcmp(name, "cpu")) return bm_fail(BM_ENOSUPPORT, "device: found '%.40s', expected cpu", name);
+    const char *level = strncmp(name, "cpu:", 4) ? NULL : name + 4;
+    if (!level && strcmp(name, "cpu"))
+        return bm_fail(BM_ENOSUPPORT, "device: found '%.40s', expected cpu, or cpu: and a level", name);
     bm_device *d;
     BM_TRY(bm_alloc(&d, sizeof *d, "a device"));
-    const bm_status s = bm_backend_open_cpu(&d->be, threads);
+    const bm_status s = level ? bm_backend_open_cpu_level(&d->be, threads, level) : bm_backend_open_cpu(&d->be, threads);
     if (s) {
         free(d);
         return s;
@@ -39,6 +41,15 @@ int bm_device_threads(const bm_device *d) { return d->be->threads; }
 bm_status bm_device_bandwidth(bm_device *d, size_t bytes, int repeats, double *out) {
     pthread_mutex_lock(&d->lock);
     const bm_status s = d->be->bandwidth(d->be, bytes, repeats, out);
+    pthread_mutex_unlock(&d->lock);
+    return s;
+}
+
+bm_status bm_device_peak(bm_device *d, bm_arith arith, bm_dtype type, double *out) {
+    if ((unsigned)arith > BM_ARITH_F32 || (unsigned)type >= BM_DTYPE_COUNT)
+        return bm_fail(BM_EARG, "peak: found arith %d and type %d, expected one of each", (int)arith, (int)type);
+    pthread_mutex_lock(&d->lock);
+    const bm_status s = d->be->peak(d->be, arith, type, out);
     pthread_mutex_unlock(&d->lock);
     return s;
 }
