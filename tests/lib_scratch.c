@@ -71,6 +71,15 @@ uint8_t *read_file(const char *path, size_t *n) {
     return p;
 }
 
+void same_files(const char *a, const char *b) {
+    size_t n, k;
+    uint8_t *x = read_file(a, &n), *y = read_file(b, &k);
+    assert_int_equal(n, k);
+    assert_memory_equal(x, y, n);
+    free(x);
+    free(y);
+}
+
 static size_t one(const uint8_t *data, size_t n, size_t flip, uint8_t bits, try_fn try) {
     uint8_t *copy = malloc(n ? n : 1);
     assert_non_null(copy);

@@ -14,6 +14,8 @@ const char *scratch_path(const char *name);
 const char *shared_path(const char *name);
 /* Whole file, malloc'ed. */
 uint8_t *read_file(const char *path, size_t *n);
+/* Fails the test when two files differ by a byte. */
+void same_files(const char *a, const char *b);
 
 /* Reads n bytes as a file and returns what happened; the sentence is checked by the caller below. */
 typedef bm_status (*try_fn)(const uint8_t *data, size_t n);

@@ -32,15 +32,6 @@ static void same_tensors(const char *a, const char *b) {
     bm_source_close(y);
 }
 
-static void same_files(const char *a, const char *b) {
-    size_t n, m;
-    uint8_t *x = read_file(a, &n), *y = read_file(b, &m);
-    assert_int_equal(n, m);
-    assert_memory_equal(x, y, n);
-    free(x);
-    free(y);
-}
-
 static void same_logits(const char *a, const char *b, bm_arith arith) {
     enum { N = 40 };
     rig x, y;

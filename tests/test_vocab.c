@@ -12,15 +12,6 @@ static void write_gguf(const bm_tokenizer *t, size_t n_vocab, const char *path) 
     bm_meta_close(m);
 }
 
-static void same_files(const char *a, const char *b) {
-    size_t n, k;
-    uint8_t *x = read_file(a, &n), *y = read_file(b, &k);
-    assert_int_equal(n, k);
-    assert_memory_equal(x, y, n);
-    free(x);
-    free(y);
-}
-
 static void same_vocabularies(const bm_tokenizer *t, const bm_tokenizer *u) {
     const bm_vocab *a = bm_tokenizer_vocab(t), *b = bm_tokenizer_vocab(u);
     assert_true(a->n == b->n && a->n_merges == b->n_merges);
