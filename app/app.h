@@ -58,7 +58,9 @@ extern const app_command app_run, app_tokenize, app_logits, app_perplexity, app_
 #define APP_ARITH(to, standard) {0, "arith", NULL, "native|f32", APP_CHOICE, to, 0, 0, NULL, \
     "native: 16-bit or 8-bit activations where the weights are; f32: everything in f32 (" standard ")"}
 #define APP_JSON(to) {0, "json", NULL, NULL, APP_FLAG, to, 0, 0, NULL, "print one JSON object"}
-#define APP_DTYPES "f32|bf16|f16|q8_0|q4_0"     /* in the order of bm_dtype */
+#define APP_DTYPES "f32|bf16|f16|q8_0|q4_0|q4_1|q5_0|q5_1|q4_K|q5_K|q6_K"   /* in the order of bm_dtype */
+#define APP_FALLS_BACK " Rows that the blocks of a type do not divide take another: q5_0 for q4_K, q5_1 for q5_K, " \
+    "q8_0 for q6_K where they are no multiple of 256; bf16 where they are no multiple of 32. The share is told at the end."
 
 /* Fills what the options point to.  *help: --help was given and nothing else matters. */
 int  app_parse(const app_command *c, int argc, char **argv, char **operand, bool *help);
@@ -97,6 +99,8 @@ app_progress app_progress_start(const char *what, bool bytes);  /* bytes: shown 
 bool app_progress_step(void *progress, uint64_t done, uint64_t total);  /* a bm_progress_fn; false after an interrupt */
 void app_progress_end(app_progress *p);
 
+void app_log_notes(void);                       /* shows the library's notes, BM_LOG or not */
+
 void app_catch_interrupts(void);                /* from here on they only set what the next two read */
 int  app_interrupt(void);                       /* the signal that came, 0: none */
 void app_interrupt_forget(void);
@@ -112,6 +116,7 @@ int  app_engine_tokenizer(app_engine *e, const char *path);             /* path 
 int  app_engine_session(app_engine *e, int arith, int slots);
 void app_engine_close(app_engine *e);
 int  app_bundled_model(char **path);
+int  app_config_read(bm_config *out, const char *preset);   /* a preset's name or a config.json */
 bool app_path_exists(const char *path);
 bool app_path_is_folder(const char *path);
 /* Refuses a path that must not be written over. */

@@ -8,6 +8,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 int app_usage(const app_command *c, const char *fmt, ...) {
     va_list args;
@@ -92,11 +93,11 @@ static const char *nearest_option(const app_command *c, const char *name) {
 
 /* ---- values ---------------------------------------------------------------------------- */
 
-/* The place of `word` among the words of "a|b|c", -1: none. */
+/* The place of `word`, in capitals or not, among the words of "a|b|c", -1: none. */
 static int choice_find(const char *choices, const char *word) {
     size_t n = strlen(word);
     for (int i = 0; choices; i++) {
-        if (n && strcspn(choices, "|") == n && memcmp(choices, word, n) == 0) return i;
+        if (n && strcspn(choices, "|") == n && strncasecmp(choices, word, n) == 0) return i;
         choices = strchr(choices, '|');
         if (choices) choices++;
     }

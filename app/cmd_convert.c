@@ -24,6 +24,7 @@ static int run(char **operand) {
     bm_convert_options c = {o.type, o.embedding_type, o.tokenizer, app_progress_step, &progress};
     int code = app_output_check(operand[1], o.force);
     if (code) return code;
+    app_log_notes();
     app_catch_interrupts();
     bm_status s = bm_convert(operand[0], operand[1], &c);
     app_progress_end(&progress);
@@ -34,5 +35,5 @@ const app_command app_convert = {
     "convert", "IN OUT [--type TYPE] [--embedding-type TYPE] [--tokenizer FILE] [--force]",
     "Converts a model into a .gguf file or a safetensors folder.",
     "IN is a folder (config.json with pytorch_model.bin or safetensors) or a .gguf file. OUT ends in .gguf, or is a "
-    "folder that does not exist yet; it appears whole or not at all.", options, 2, run,
+    "folder that does not exist yet; it appears whole or not at all." APP_FALLS_BACK, options, 2, run,
 };

@@ -2,7 +2,6 @@
  *
  * In: a preset's name or a config.json, a seed.  Out: a .gguf file or a safetensors folder. */
 #include "app.h"
-#include <string.h>
 
 static struct {
     const char *preset, *tokenizer;
@@ -21,22 +20,16 @@ static const app_option options[] = {
     {0},
 };
 
-static bool is_preset(const char *name) {
-    for (int i = 0; bm_config_preset_name(i); i++) if (strcmp(bm_config_preset_name(i), name) == 0) return true;
-    return false;
-}
-
 static int run(char **operand) {
     static bm_config c;
     if (!o.preset) return app_usage(&app_init, "--preset NAME or --preset FILE is missing");
-    bool file = !is_preset(o.preset) && (strchr(o.preset, '/') || app_path_exists(o.preset));
-    bm_status s = file ? bm_config_read(&c, o.preset) : bm_config_preset(&c, o.preset);
-    if (s) return app_failed(s);
-    int code = app_output_check(operand[0], o.force);
+    int code = app_config_read(&c, o.preset);
+    if (!code) code = app_output_check(operand[0], o.force);
     if (code) return code;
     app_progress progress = app_progress_start("writing", true);
+    app_log_notes();
     app_catch_interrupts();
-    s = bm_init(&c, o.seed, (bm_dtype)o.type, operand[0], o.tokenizer, app_progress_step, &progress);
+    bm_status s = bm_init(&c, o.seed, (bm_dtype)o.type, operand[0], o.tokenizer, app_progress_step, &progress);
     app_progress_end(&progress);
     return s ? app_failed(s) : APP_OK;
 }
@@ -45,5 +38,5 @@ const app_command app_init = {
     "init", "--preset NAME|FILE [--seed S] [--type TYPE] [--tokenizer FILE] [--force] OUT",
     "Writes a model with random weights.",
     "Names: blackmamba-1.5b, blackmamba-2.8b, mamba-130m, mamba-370m, mamba-790m, mamba-1.4b, mamba-2.8b. OUT ends "
-    "in .gguf, or is a folder that does not exist yet; it appears whole or not at all.", options, 1, run,
+    "in .gguf, or is a folder that does not exist yet; it appears whole or not at all." APP_FALLS_BACK, options, 1, run,
 };

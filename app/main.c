@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const app_command *const commands[] = {
     &app_run, &app_tokenize, &app_logits, &app_perplexity, &app_bench, &app_convert, &app_inspect, &app_init, NULL,
@@ -41,16 +42,23 @@ static void overview(FILE *to) {
           "BM_LOG=0|1|2 more words.\n", to);
 }
 
+static int log_level;
+
 static void log_line(void *user, int level, const char *line) {
-    if (level <= *(const int *)user) fprintf(stderr, "blackmamba: %s%s\n", level ? "" : "warning: ", line);
+    (void)user;
+    if (level > log_level) return;
+    fprintf(stderr, "%sblackmamba: %s%s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "", level ? "" : "warning: ", line);
 }
 
 static void log_start(void) {
-    static int level;
     long long v;
     const char *word = getenv("BM_LOG");
-    if (word && app_number_int(word, &v) && v >= 0 && v <= 2) level = (int)v;
-    bm_log_to(log_line, &level);
+    if (word && app_number_int(word, &v) && v >= 0 && v <= 2) log_level = (int)v;
+    bm_log_to(log_line, NULL);
+}
+
+void app_log_notes(void) {
+    if (log_level < 1) log_level = 1;
 }
 
 static int command_run(const app_command *c, int argc, char **argv) {

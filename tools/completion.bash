@@ -9,7 +9,7 @@ _blackmamba() {
         words=$("$program" help 2>/dev/null | sed -n 's/^  \([a-z]\+\)  .*/\1/p')
         ((COMP_CWORD == 1)) && words+=" --help --version"
     elif [[ $prev == --type || $prev == --embedding-type ]]; then
-        words="f32 bf16 f16 q8_0 q4_0"
+        words="f32 bf16 f16 q8_0 q4_0 q4_1 q5_0 q5_1 q4_K q5_K q6_K"
     elif [[ $prev == --arith ]]; then
         words="native f32"
     elif [[ $prev == --preset ]]; then

@@ -1,11 +1,10 @@
 /* src/base/dtype.c - element types and conversion between them.  Room: base.
  *
- * q8_0 and q4_0 are GGUF's: 32 elements and one f16 scale.  Rounding: f32 -> bf16, f16 to nearest
- * even; q8_0: d = amax / 127, q = round(x / d); q4_0: d = (the element of largest magnitude) / -8,
- * q = trunc(x / d + 8.5), at most 15. */
+ * In and out: f32 and bf16, f16 (to nearest even); the quantized types are quant.c's. */
 #include "base/base.h"
 #include <math.h>
 #include <string.h>
+#include <strings.h>
 
 static const struct { const char *name; size_t block, bytes; } type_info[BM_DTYPE_COUNT] = {
     [BM_F32]  = { "f32", 1, 4 },
@@ -13,21 +12,35 @@ static const struct { const char *name; size_t block, bytes; } type_info[BM_DTYP
     [BM_F16]  = { "f16", 1, 2 },
     [BM_Q8_0] = { "q8_0", BM_BLOCK, sizeof(bm_q8_0) },
     [BM_Q4_0] = { "q4_0", BM_BLOCK, sizeof(bm_q4_0) },
+    [BM_Q4_1] = { "q4_1", BM_BLOCK, sizeof(bm_q4_1) },
+    [BM_Q5_0] = { "q5_0", BM_BLOCK, sizeof(bm_q5_0) },
+    [BM_Q5_1] = { "q5_1", BM_BLOCK, sizeof(bm_q5_1) },
+    [BM_Q4_K] = { "q4_K", BM_BLOCK_K, sizeof(bm_q4_k) },
+    [BM_Q5_K] = { "q5_K", BM_BLOCK_K, sizeof(bm_q5_k) },
+    [BM_Q6_K] = { "q6_K", BM_BLOCK_K, sizeof(bm_q6_k) },
 };
 
 const char *bm_dtype_name(bm_dtype t) { return (unsigned)t < BM_DTYPE_COUNT ? type_info[t].name : "?"; }
 size_t bm_dtype_bytes(bm_dtype t, size_t n) {
     return (unsigned)t < BM_DTYPE_COUNT ? n / type_info[t].block * type_info[t].bytes : 0;
 }
+size_t bm_dtype_block(bm_dtype t) { return type_info[t].block; }
 bool bm_dtype_blocked(bm_dtype t) { return type_info[t].block > 1; }
+
+bm_dtype bm_dtype_fitting(bm_dtype t, size_t cols) {
+    if (cols % type_info[t].block == 0) return t;
+    if (cols % BM_BLOCK) return BM_BF16;
+    return t == BM_Q4_K ? BM_Q5_0 : t == BM_Q5_K ? BM_Q5_1 : BM_Q8_0;
+}
 
 bm_status bm_dtype_parse(const char *name, bm_dtype *out) {
     for (int t = 0; t < BM_DTYPE_COUNT; t++)
-        if (!strcmp(name, type_info[t].name)) {
+        if (!strcasecmp(name, type_info[t].name)) {
             *out = (bm_dtype)t;
             return BM_OK;
         }
-    return bm_fail(BM_EARG, "type: found '%.40s', expected f32, bf16, f16, q8_0 or q4_0", name);
+    return bm_fail(BM_EARG, "type: found '%.40s', expected f32, bf16, f16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K or q6_K",
+                   name);
 }
 
 float bm_f16_f32(uint16_t h) {
@@ -50,77 +63,22 @@ uint16_t bm_f32_f16(float f) {
     return (uint16_t)(sign | r >> 13);
 }
 
-static void widen_q8_0(float *dst, const uint8_t *src, size_t blocks) {
-    for (size_t i = 0; i < blocks; i++, dst += BM_BLOCK) {
-        bm_q8_0 b;
-        memcpy(&b, src + i * sizeof b, sizeof b);
-        const float d = bm_f16_f32(b.d);
-        for (int j = 0; j < BM_BLOCK; j++) dst[j] = d * b.q[j];
-    }
-}
-
-static void widen_q4_0(float *dst, const uint8_t *src, size_t blocks) {
-    for (size_t i = 0; i < blocks; i++, dst += BM_BLOCK) {
-        bm_q4_0 b;
-        memcpy(&b, src + i * sizeof b, sizeof b);
-        const float d = bm_f16_f32(b.d);
-        for (int j = 0; j < 16; j++) {
-            dst[j] = d * (float)((b.q[j] & 15) - 8);
-            dst[j + 16] = d * (float)((b.q[j] >> 4) - 8);
-        }
-    }
-}
-
 void bm_widen(float *dst, bm_dtype type, const void *src, size_t n) {
     const uint8_t *p = src;
-    switch (type) {
-    case BM_F32: memcpy(dst, src, 4 * n); return;
-    case BM_Q8_0: widen_q8_0(dst, p, n / BM_BLOCK); return;
-    case BM_Q4_0: widen_q4_0(dst, p, n / BM_BLOCK); return;
-    default: break;
-    }
-    for (size_t i = 0; i < n; i++) {
-        uint16_t h;
-        memcpy(&h, p + 2 * i, 2);
-        dst[i] = type == BM_BF16 ? bm_bf16_f32(h) : bm_f16_f32(h);
-    }
-}
-
-static bm_q8_0 narrow_q8_0(const float *x) {
-    float amax = 0;
-    for (int j = 0; j < BM_BLOCK; j++) amax = fmaxf(amax, fabsf(x[j]));
-    const float d = amax / 127, inv = d > 0 ? 1 / d : 0;
-    bm_q8_0 b = { .d = bm_f32_f16(d) };
-    for (int j = 0; j < BM_BLOCK; j++) b.q[j] = (int8_t)fmaxf(-127, fminf(127, roundf(x[j] * inv)));
-    return b;
-}
-
-static bm_q4_0 narrow_q4_0(const float *x) {
-    float peak = 0;
-    for (int j = 0; j < BM_BLOCK; j++)
-        if (fabsf(x[j]) > fabsf(peak)) peak = x[j];
-    const float d = peak / -8, inv = d != 0 ? 1 / d : 0;
-    bm_q4_0 b = { .d = bm_f32_f16(d) };
-    for (int j = 0; j < 16; j++) {
-        const float lo = fmaxf(0, fminf(15, x[j] * inv + 8.5f)), hi = fmaxf(0, fminf(15, x[j + 16] * inv + 8.5f));
-        b.q[j] = (uint8_t)((unsigned)lo | (unsigned)hi << 4);
-    }
-    return b;
+    if (type == BM_F32) memcpy(dst, src, 4 * n);
+    else if (bm_dtype_blocked(type)) bm_quant_widen(dst, type, p, n / bm_dtype_block(type));
+    else
+        for (size_t i = 0; i < n; i++) {
+            uint16_t h;
+            memcpy(&h, p + 2 * i, 2);
+            dst[i] = type == BM_BF16 ? bm_bf16_f32(h) : bm_f16_f32(h);
+        }
 }
 
 void bm_narrow(void *dst, bm_dtype type, const float *src, size_t n) {
     uint8_t *p = dst;
     if (type == BM_F32) memcpy(dst, src, 4 * n);
-    else if (type == BM_Q8_0)
-        for (size_t i = 0; i < n / BM_BLOCK; i++) {
-            const bm_q8_0 b = narrow_q8_0(src + i * BM_BLOCK);
-            memcpy(p + i * sizeof b, &b, sizeof b);
-        }
-    else if (type == BM_Q4_0)
-        for (size_t i = 0; i < n / BM_BLOCK; i++) {
-            const bm_q4_0 b = narrow_q4_0(src + i * BM_BLOCK);
-            memcpy(p + i * sizeof b, &b, sizeof b);
-        }
+    else if (bm_dtype_blocked(type)) bm_quant_narrow(p, type, src, n / bm_dtype_block(type));
     else
         for (size_t i = 0; i < n; i++) {
             const uint16_t h = type == BM_BF16 ? bm_f32_bf16(src[i]) : bm_f32_f16(src[i]);

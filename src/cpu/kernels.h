@@ -13,18 +13,18 @@ typedef enum bm_form {
     BM_FORM_F32,        /* as they are */
     BM_FORM_ROUNDED,    /* f32 holding values rounded to bf16 */
     BM_FORM_BF16,       /* bf16, zeros up to a multiple of 64 bytes */
-    BM_FORM_Q8          /* blocks of 32: int8, corrections, scales; see bm_q8_row */
+    BM_FORM_Q8          /* blocks of 32: int8, sums, scales; see bm_q8_row */
 } bm_form;
 
 /* One row of n activations as BM_FORM_Q8, zero-padded to a multiple of four blocks:
  * q = round(x / scale), scale = max|x| / 127 per block of 32.  A level lays q out as it likes within
- * its step of blocks and keeps in fix what its dot products must be corrected by. */
-typedef struct bm_q8_row { int8_t *q; int32_t *fix; float *scale; } bm_q8_row;
+ * its step of blocks and keeps in sum, eight numbers a block, the sums of its lanes' shares of q. */
+typedef struct bm_q8_row { int8_t *q; int16_t *sum; float *scale; } bm_q8_row;
 static inline size_t bm_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 static inline bm_q8_row bm_q8_row_at(const void *row, size_t n) {
     uint8_t *p = (uint8_t *)(uintptr_t)row;
     n = bm_round_up(n, 128);
-    return (bm_q8_row){ (int8_t *)p, (int32_t *)(p + n), (float *)(p + n + n / 2) };
+    return (bm_q8_row){ (int8_t *)p, (int16_t *)(p + n), (float *)(p + n + n / 2) };
 }
 /* Bytes of one converted row of n; an odd number of cache lines, so that rows spread over the sets. */
 static inline size_t bm_form_bytes(bm_form f, size_t n) {

@@ -9,7 +9,7 @@
 #define INLINE static inline __attribute__((always_inline))
 enum { VF = 8, QB = 1, TILE_M = 3, TILE_Q = 2, TILE_MAX = 3 };
 typedef __m256 vf;
-typedef __m256i vq;
+typedef int32_t vi __attribute__((vector_size(32)));
 typedef struct vd { __m256d low, high; } vd;
 
 INLINE __m256i lanes(int n) {
@@ -76,14 +76,6 @@ INLINE vf v_bf16(const uint8_t *p) { return from_bf16(_mm_loadu_si128((const __m
 INLINE vf v_bf16_n(const uint8_t *p, int n) { return from_bf16(u16_n(p, n)); }
 INLINE vf v_f16(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
 INLINE vf v_f16_n(const uint8_t *p, int n) { return _mm256_cvtph_ps(u16_n(p, n)); }
-INLINE vf v_q8(const uint8_t *q) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)q)));
-}
-INLINE vf v_q4(const uint8_t *q, int s) {
-    const __m128i b = _mm_loadl_epi64((const __m128i *)(const void *)(q + s % 16));
-    const __m128i h = _mm_and_si128(s < 16 ? b : _mm_srli_epi16(b, 4), _mm_set1_epi8(15));
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_cvtepu8_epi32(h), _mm256_set1_epi32(8)));
-}
 /* bm_f32_bf16 and back */
 INLINE vf v_rounded(vf v) {
     const __m256i b = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
@@ -97,21 +89,74 @@ INLINE void v_put_i8(int8_t *q, vf v) {
     _mm_storel_epi64((__m128i *)(void *)q, _mm_packs_epi16(h, h));
 }
 
-INLINE vq q_load(const int8_t *q) { return _mm256_loadu_si256((const __m256i *)(const void *)q); }
-INLINE vf q_spread(const float *scale) { return _mm256_broadcast_ss(scale); }
-INLINE vq q_weights8(const uint8_t *block) { return q_load((const int8_t *)block + 2); }
-INLINE vq q_weights4(const uint8_t *block) {
-    const __m128i b = _mm_loadu_si128((const __m128i *)(const void *)(block + 2));
-    const __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(b), _mm_srli_epi16(b, 4), 1);
-    return _mm256_sub_epi8(_mm256_and_si256(v, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+INLINE __m256i all_at(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE __m128i half_at(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+INLINE vi i_bytes(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
+INLINE vi i_signed(const uint8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
+INLINE vi i_lane(void) { return (vi){ 0, 1, 2, 3, 4, 5, 6, 7 }; }
+INLINE vf i_float(vi v) { return _mm256_cvtepi32_ps((__m256i)v); }
+
+#include "cpu/kernels_quant.inc"
+
+/* A step is one part, its bytes in order; lane l sums bytes 4 l to 4 l + 3. */
+typedef struct vw { __m256i q; vf scale, offset; } vw;
+typedef struct vx { __m256i q; vf scale, sum; } vx;
+INLINE vx x_step(const bm_q8_row *r, int t) {
+    const vf scale = _mm256_broadcast_ss(r->scale + t);
+    return (vx){ all_at(r->q + 32 * t), scale, scale * _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half_at(r->sum + 8 * t))) };
 }
-INLINE vf q_scales(const uint8_t *block, int bytes) { (void)bytes; return _mm256_set1_ps(f16_at(block)); }
-/* |w| times x with the sign of w: pairs stay within 2 * 128 * 127, so maddubs cannot saturate. */
-INLINE vf q_dot(vq w, vq x, const int32_t *fix) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    (void)fix;
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+INLINE __m256i q_low(__m256i v, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(shift)), _mm256_set1_epi8((char)mask));
 }
-INLINE void q_store(int8_t *dst, int32_t *fix, const int8_t *q) { (void)fix; memcpy(dst, q, 32); }
+INLINE __m256i q_nibbles(const uint8_t *q) {
+    const __m128i b = half_at(q);
+    return q_low(_mm256_inserti128_si256(_mm256_castsi128_si256(b), _mm_srli_epi16(b, 4), 1), 0, 15);
+}
+/* Bit j of h, as 16 in byte j. */
+INLINE __m256i q_fifth(const uint8_t *h) {
+    int32_t bits;
+    memcpy(&bits, h, sizeof bits);
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    const __m256i v = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(v, bit), _mm256_set1_epi8(16));
+}
+INLINE __m256i q_sixth(const uint8_t *p, int part) {
+    const __m256i low = q_low(all_at(p + part / 4 * 64 + part % 2 * 32), part / 2 % 2 * 4, 15);
+    const __m256i high = q_low(all_at(p + 128 + part / 4 * 32), part % 4 * 2, 3);
+    return _mm256_or_si256(low, _mm256_slli_epi16(high, 4));
+}
+/* q as signed bytes, or unsigned ones where there is an offset. */
+INLINE __m256i q_weights(bm_dtype type, const uint8_t *p, int part) {
+    switch (type) {
+    case BM_Q8_0: return all_at(p + 2);
+    case BM_Q4_0: return _mm256_sub_epi8(q_nibbles(p + 2), _mm256_set1_epi8(8));
+    case BM_Q4_1: return q_nibbles(p + 4);
+    case BM_Q5_0: return _mm256_sub_epi8(_mm256_or_si256(q_nibbles(p + 6), q_fifth(p + 2)), _mm256_set1_epi8(16));
+    case BM_Q5_1: return _mm256_or_si256(q_nibbles(p + 8), q_fifth(p + 4));
+    case BM_Q4_K: return q_low(all_at(p + 16 + part / 2 * 32), part % 2 * 4, 15);
+    case BM_Q5_K:
+        return _mm256_or_si256(q_low(all_at(p + 48 + part / 2 * 32), part % 2 * 4, 15),
+                               _mm256_slli_epi16(q_low(all_at(p + 16), part, 1), 4));
+    default: return _mm256_sub_epi8(q_sixth(p, part), _mm256_set1_epi8(32));
+    }
+}
+INLINE vw w_step(bm_dtype type, const uint8_t *p, int part) {
+    const part_scale d = w_part(type, p, part);
+    return (vw){ q_weights(type, p, part), _mm256_blend_ps(d.scale[0], d.scale[1], 0xf0), d.offset };
+}
+/* Signed q: |q| times x with the sign of q; pairs stay within 2 * 128 * 127, so maddubs cannot saturate. */
+INLINE vf q_add(bm_dtype type, const vw *w, const vx *x, vf acc) {
+    const __m256i pairs = has_offset(type) ? _mm256_maddubs_epi16(w->q, x->q)
+                                           : _mm256_maddubs_epi16(_mm256_abs_epi8(w->q), _mm256_sign_epi8(x->q, w->q));
+    const vf dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    acc = v_fma(dot, w->scale * x->scale, acc);
+    return has_offset(type) ? v_fma(x->sum, w->offset, acc) : acc;
+}
+INLINE void q_store(int8_t *dst, int16_t *sum, const int8_t *q) {
+    const __m256i v = all_at(q), s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), v), _mm256_set1_epi16(1));
+    memcpy(dst, q, 32);
+    _mm_storeu_si128((__m128i *)(void *)sum, _mm_packs_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1)));
+}
 
 #include "cpu/kernels.inc"

@@ -10,7 +10,7 @@
 #define INLINE static inline __attribute__((always_inline))
 enum { VF = 16, QB = 4, TILE_M = 6, TILE_Q = 4, TILE_MAX = 6 };
 typedef __m512 vf;
-typedef struct vq { __m512i first, second; } vq;
+typedef int32_t vi __attribute__((vector_size(64)));
 typedef __m512bh h_vector;
 typedef struct vd { __m512d low, high; } vd;
 
@@ -61,14 +61,6 @@ INLINE vf v_bf16(const uint8_t *p) { return from_bf16(_mm256_loadu_si256((const 
 INLINE vf v_bf16_n(const uint8_t *p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(lanes(n), p)); }
 INLINE vf v_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
 INLINE vf v_f16_n(const uint8_t *p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p)); }
-INLINE vf v_q8(const uint8_t *q) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)q)));
-}
-INLINE vf v_q4(const uint8_t *q, int s) {
-    const __m128i b = _mm_loadu_si128((const __m128i *)(const void *)q);
-    const __m128i h = _mm_and_si128(s ? _mm_srli_epi16(b, 4) : b, _mm_set1_epi8(15));
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(h), _mm512_set1_epi32(8)));
-}
 INLINE void v_put_i8(int8_t *q, vf v) {
     _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
 }
@@ -78,51 +70,165 @@ INLINE h_vector h_load_n(const uint8_t *p, int n) { return (h_vector)_mm512_mask
 INLINE vf h_dot(h_vector a, h_vector b, vf c) { return _mm512_dpbf16_ps(c, a, b); }
 INLINE void h_put(uint16_t *p, int n, vf v) { _mm256_mask_storeu_epi16(p, lanes(n), (__m256i)_mm512_cvtneps_pbh(v)); }
 
-/* Four blocks of 32 at a time: their first halves side by side, then their second halves, so that
- * quarter p of a vector belongs to block p.  vpdpbusd wants one side unsigned: weights are raised
- * by 128, and fix = -128 * (the sum of the activations a lane meets) starts the sum. */
 INLINE __m128i half_at(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
-INLINE __m512i pair_at(const uint8_t *a, const uint8_t *b) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)a)),
-                              _mm256_loadu_si256((const __m256i *)(const void *)b), 1);
-}
+INLINE vi i_bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(half_at(p)); }
+INLINE vi i_signed(const uint8_t *p) { return (vi)_mm512_cvtepi8_epi32(half_at(p)); }
+INLINE vi i_lane(void) { return (vi){ 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 }; }
+INLINE vf i_float(vi v) { return _mm512_cvtepi32_ps((__m512i)v); }
+
+#include "cpu/kernels_quant.inc"
+
+/* A step is four parts of 32: their first halves side by side, then their second halves, so that
+ * quarter p of a vector belongs to part p; lane l sums bytes 4 l to 4 l + 3 of both.  vpdpbusd wants
+ * one side unsigned: weights that are signed are raised by 128, or by 32 in q6_K, and the sums of the
+ * activations take that away again. */
+typedef struct vq { __m512i first, second; } vq;
+typedef struct vw { vq q; vf scale, offset; __m512i pairs; } vw;
+typedef struct vx { vq q; vf scale, sum; __m512i minus128, times32; } vx;
+
 INLINE vf spread(__m128 s) {
     const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(s));
 }
-INLINE vq q_load(const int8_t *q) { return (vq){ _mm512_loadu_si512(q), _mm512_loadu_si512(q + 64) }; }
-INLINE vf q_spread(const float *scale) { return spread(_mm_loadu_ps(scale)); }
-INLINE vq q_weights8(const uint8_t *block) {
-    const __m512i a = pair_at(block + 2, block + 36), b = pair_at(block + 70, block + 104);
-    const __m512i raised = _mm512_set1_epi8(-128);
-    return (vq){ _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0x88), raised),
-                 _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0xdd), raised) };
+INLINE vx x_step(const bm_q8_row *r, int t) {
+    const __m512i sums = _mm512_loadu_si512(r->sum + 8 * t);        /* of first and second: 16-bit pairs */
+    const vf scale = spread(_mm_loadu_ps(r->scale + t));
+    return (vx){
+        .q = { _mm512_loadu_si512(r->q + 32 * t), _mm512_loadu_si512(r->q + 32 * t + 64) }, .scale = scale,
+        .sum = scale * _mm512_cvtepi32_ps(_mm512_madd_epi16(sums, _mm512_set1_epi16(1))),
+        .minus128 = _mm512_madd_epi16(sums, _mm512_set1_epi16(-128)), .times32 = _mm512_slli_epi16(sums, 5),
+    };
 }
-INLINE vq q_weights4(const uint8_t *block) {        /* nibble - 8 + 128 */
-    const __m512i m = _mm512_set1_epi8(15), up = _mm512_set1_epi8(120);
-    __m512i v = _mm512_castsi128_si512(half_at(block + 2));
-    v = _mm512_inserti32x4(v, half_at(block + 20), 1);
-    v = _mm512_inserti32x4(v, half_at(block + 38), 2);
-    v = _mm512_inserti32x4(v, half_at(block + 56), 3);
-    return (vq){ _mm512_add_epi8(_mm512_and_si512(v, m), up),
-                 _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), m), up) };
+/* 16 bytes each of p, p + stride, p + 2 stride, p + 3 stride */
+INLINE __m512i four_at(const uint8_t *p, int stride) {
+    __m512i v = _mm512_castsi128_si512(half_at(p));
+    v = _mm512_inserti32x4(v, half_at(p + stride), 1);
+    v = _mm512_inserti32x4(v, half_at(p + 2 * stride), 2);
+    return _mm512_inserti32x4(v, half_at(p + 3 * stride), 3);
 }
-INLINE vf q_scales(const uint8_t *block, int bytes) {
+INLINE __m512i pair_at(const uint8_t *a, const uint8_t *b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)a)),
+                              _mm256_loadu_si256((const __m256i *)(const void *)b), 1);
+}
+/* (v & mask) | with */
+INLINE __m512i bits_with(__m512i v, int mask, __m512i with) {
+    return _mm512_ternarylogic_epi64(v, _mm512_set1_epi8((char)mask), with, 0xea);
+}
+INLINE __m512i bits(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
+
+/* ---- blocks of 32 */
+
+/* An f16 of each block, the i-th of its 16-bit words. */
+INLINE vf word_at(__m512i heads, int i) {
+    const __m512i quarters = _mm512_castsi256_si512(_mm256_setr_epi16(0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24));
+    const __m512i w = _mm512_permutexvar_epi16(_mm512_add_epi16(quarters, _mm512_set1_epi16((short)i)), heads);
+    return _mm512_cvtph_ps(_mm512_castsi512_si256(w));
+}
+/* no or yes in byte j of a quarter, as bit j of the two bytes `at` of its head says */
+INLINE __m512i fifth(__m512i heads, int at, int no, int yes) {
+    const __m512i byte = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
+    const __m512i bit = _mm512_set1_epi64((long long)0x8040201008040201ull);
+    const __m512i v = _mm512_shuffle_epi8(heads, _mm512_add_epi8(byte, _mm512_set1_epi8((char)at)));
+    return _mm512_mask_blend_epi8(_mm512_test_epi8_mask(v, bit), _mm512_set1_epi8((char)no), _mm512_set1_epi8((char)yes));
+}
+INLINE vw w_q8_0(const uint8_t *p) {
+    const __m512i a = pair_at(p + 2, p + 36), b = pair_at(p + 70, p + 104), raised = _mm512_set1_epi8(-128);
     uint16_t d[4];
-    for (int i = 0; i < 4; i++) memcpy(d + i, block + i * bytes, 2);
-    return spread(_mm_cvtph_ps(_mm_setr_epi16((short)d[0], (short)d[1], (short)d[2], (short)d[3], 0, 0, 0, 0)));
+    for (int i = 0; i < 4; i++) memcpy(d + i, p + 34 * i, 2);
+    return (vw){
+        .q = { _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0x88), raised),
+               _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0xdd), raised) },
+        .scale = spread(_mm_cvtph_ps(_mm_setr_epi16((short)d[0], (short)d[1], (short)d[2], (short)d[3], 0, 0, 0, 0))),
+    };
 }
-INLINE vf q_dot(vq w, vq x, const int32_t *fix) {
-    const __m512i half = _mm512_dpbusd_epi32(_mm512_loadu_si512(fix), w.first, x.first);
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(half, w.second, x.second));
+INLINE vw w_block32(bm_dtype type, const uint8_t *p) {
+    const int bytes = block_bytes(type), at = has_offset(type) ? 4 : 2;
+    const bool five = type == BM_Q5_0 || type == BM_Q5_1;
+    const __m512i heads = four_at(p, bytes), v = four_at(p + bytes - 16, bytes), high = _mm512_srli_epi16(v, 4);
+    vw w = { .scale = word_at(heads, 0), .offset = word_at(heads, 1) };
+    if (five) {         /* nibble + 16 bit, or nibble + 16 bit - 16 + 128 */
+        const int no = has_offset(type) ? 0 : 112, yes = no + 16;
+        w.q = (vq){ bits_with(v, 15, fifth(heads, at, no, yes)), bits_with(high, 15, fifth(heads, at + 2, no, yes)) };
+    } else {
+        const __m512i up = _mm512_set1_epi8(has_offset(type) ? 0 : 120);
+        w.q = (vq){ _mm512_add_epi8(bits(v, 15), up), _mm512_add_epi8(bits(high, 15), up) };
+    }
+    return w;
 }
-INLINE void q_store(int8_t *dst, int32_t *fix, const int8_t *q) {
+
+/* ---- blocks of 256: parts 0 to 3 or 4 to 7 */
+
+INLINE vf bytes_spread(uint32_t four) {
+    const __m128i quarters = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi32_si128((int)four), quarters)));
+}
+INLINE vw w_k45(bm_dtype type, const uint8_t *p, int part) {
+    const __m512i v = _mm512_loadu_si512(p + (type == BM_Q5_K ? 48 : 16) + part * 16);
+    const __m512i low = bits(v, 15), high = bits(_mm512_srli_epi16(v, 4), 15);
+    const __m512i firsts = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), seconds = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    uint32_t s[3];
+    memcpy(s, p + 4, sizeof s);
+    const uint32_t scale = part ? (s[2] & 0x0f0f0f0f) | (s[0] >> 2 & 0x30303030) : s[0] & 0x3f3f3f3f;
+    const uint32_t offset = part ? (s[2] >> 4 & 0x0f0f0f0f) | (s[1] >> 2 & 0x30303030) : s[1] & 0x3f3f3f3f;
+    vw w = {
+        .q = { _mm512_permutex2var_epi64(low, firsts, high), _mm512_permutex2var_epi64(low, seconds, high) },
+        .scale = bytes_spread(scale) * v_set(f16_at(p)), .offset = bytes_spread(offset) * v_set(-f16_at(p + 2)),
+    };
+    if (type == BM_Q5_K) {
+        const __m512i bit = _mm512_rolv_epi64(_mm512_set1_epi8(1), _mm512_setr_epi64(part, part, part + 1, part + 1, part + 2,
+                                                                                     part + 2, part + 3, part + 3));
+        const __m512i h0 = _mm512_broadcast_i32x4(half_at(p + 16)), h1 = _mm512_broadcast_i32x4(half_at(p + 32));
+        const __m512i sixteen = _mm512_set1_epi8(16);
+        w.q.first = _mm512_mask_add_epi8(w.q.first, _mm512_test_epi8_mask(h0, bit), w.q.first, sixteen);
+        w.q.second = _mm512_mask_add_epi8(w.q.second, _mm512_test_epi8_mask(h1, bit), w.q.second, sixteen);
+    }
+    return w;
+}
+/* pairs: the 16-bit scales of a part's halves */
+INLINE vw w_k6(const uint8_t *p, int part) {
+    const __m512i v = _mm512_loadu_si512(p + part * 16);
+    const __m512i low = bits(v, 15), high = bits(_mm512_srli_epi16(v, 4), 15);
+    const __m512i turn = _mm512_setr_epi64(4, 4, 2, 2, 0, 0, 62, 62);      /* two bits of each part to bits 4 and 5 */
+    const __m512i h0 = _mm512_broadcast_i32x4(half_at(p + 128 + part * 8)), h1 = _mm512_broadcast_i32x4(half_at(p + 144 + part * 8));
+    const __m256i twice = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3,
+                                           4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7);
+    long long scales;
+    memcpy(&scales, p + 192 + 2 * part, sizeof scales);
+    return (vw){
+        .q = { bits_with(_mm512_rolv_epi64(h0, turn), 48, _mm512_shuffle_i64x2(low, high, 0x88)),
+               bits_with(_mm512_rolv_epi64(h1, turn), 48, _mm512_shuffle_i64x2(low, high, 0xdd)) },
+        .scale = v_set(f16_at(p + 208)),
+        .pairs = _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(_mm256_set1_epi64x(scales), twice)),
+    };
+}
+
+INLINE vw w_step(bm_dtype type, const uint8_t *p, int part) {
+    if (type == BM_Q8_0) return w_q8_0(p);
+    if (block_parts(type) == 1) return w_block32(type, p);
+    return type == BM_Q6_K ? w_k6(p, part) : w_k45(type, p, part);
+}
+INLINE vf q_add(bm_dtype type, const vw *w, const vx *x, vf acc) {
+    const __m512i zero = _mm512_setzero_si512();
+    if (type == BM_Q6_K) {      /* sums of a lane's halves fit 16 bits: 4 * 63 * 128 */
+        const __m512i a = _mm512_dpbusd_epi32(zero, w->q.first, x->q.first);
+        const __m512i b = _mm512_dpbusd_epi32(zero, w->q.second, x->q.second);
+        const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
+        const __m512i dot = _mm512_madd_epi16(_mm512_sub_epi16(both, x->times32), w->pairs);
+        return v_fma(_mm512_cvtepi32_ps(dot), w->scale * x->scale, acc);
+    }
+    const __m512i half = _mm512_dpbusd_epi32(has_offset(type) ? zero : x->minus128, w->q.first, x->q.first);
+    const __m512i dot = _mm512_dpbusd_epi32(half, w->q.second, x->q.second);
+    acc = v_fma(_mm512_cvtepi32_ps(dot), w->scale * x->scale, acc);
+    return has_offset(type) ? v_fma(x->sum, w->offset, acc) : acc;
+}
+INLINE void q_store(int8_t *dst, int16_t *sum, const int8_t *q) {
     const __m512i a = _mm512_loadu_si512(q), b = _mm512_loadu_si512(q + 64), one = _mm512_set1_epi8(1);
     const vq v = { _mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd) };
-    const __m512i s = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), one, v.first), one, v.second);
+    const __m512i s = _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, v.first);
+    const __m512i t = _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, v.second);
     _mm512_storeu_si512(dst, v.first);
     _mm512_storeu_si512(dst + 64, v.second);
-    _mm512_storeu_si512(fix, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(s, 7)));
+    _mm512_storeu_si512(sum, _mm512_mask_blend_epi16(0xaaaaaaaa, s, _mm512_slli_epi32(t, 16)));
 }
 
 #include "cpu/kernels.inc"

@@ -10,7 +10,7 @@
 enum { VF = 1, QB = 1, TILE_M = 2, TILE_Q = 2, TILE_MAX = 2 };
 typedef float vf;
 typedef double vd;
-typedef struct vq { int8_t q[32]; } vq;
+typedef int32_t vi;
 
 INLINE vf v_set(float x) { return x; }
 INLINE vf v_load(const float *p) { float x; memcpy(&x, p, 4); return x; }
@@ -38,27 +38,38 @@ INLINE vf v_bf16(const uint8_t *p) { return bm_bf16_f32(u16_at(p)); }
 INLINE vf v_bf16_n(const uint8_t *p, int n) { return n ? v_bf16(p) : 0; }
 INLINE vf v_f16(const uint8_t *p) { return f16_at(p); }
 INLINE vf v_f16_n(const uint8_t *p, int n) { return n ? v_f16(p) : 0; }
-INLINE vf v_q8(const uint8_t *q) { return (float)(int8_t)*q; }
-INLINE vf v_q4(const uint8_t *q, int s) { return (float)((s < 16 ? q[s] & 15 : q[s - 16] >> 4) - 8); }
 INLINE vf v_rounded(vf v) { return bm_bf16_f32(bm_f32_bf16(v)); }
 /* Out of range, NaN included: -128. */
 INLINE void v_put_i8(int8_t *q, vf v) { *q = v > -128.5f && v < 127.5f ? (int8_t)lrintf(v) : -128; }
 
-INLINE vq q_load(const int8_t *q) { vq v; memcpy(v.q, q, 32); return v; }
-INLINE vf q_spread(const float *scale) { return *scale; }
-INLINE vq q_weights8(const uint8_t *block) { return q_load((const int8_t *)block + 2); }
-INLINE vq q_weights4(const uint8_t *block) {
-    vq v;
-    for (int i = 0; i < 32; i++) v.q[i] = (int8_t)v_q4(block + 2, i);
-    return v;
+INLINE vi i_bytes(const uint8_t *p) { return *p; }
+INLINE vi i_signed(const uint8_t *p) { return (int8_t)*p; }
+INLINE vi i_lane(void) { return 0; }
+INLINE vf i_float(vi v) { return (float)v; }
+
+#include "cpu/kernels_quant.inc"
+
+/* A step is one part: sums of its halves, each with its scale where the type has two. */
+typedef struct vw { int8_t q[32]; part_scale d; } vw;
+typedef struct vx { const int8_t *q; float scale; int sum; } vx;
+INLINE vx x_step(const bm_q8_row *r, int t) { return (vx){ r->q + 32 * t, r->scale[t], r->sum[8 * t] }; }
+INLINE vw w_step(bm_dtype type, const uint8_t *block, int part) {
+    vw w = { .d = w_part(type, block, part) };
+    for (int i = 0; i < 32; i++) w.q[i] = (int8_t)w_int(type, block, part, i);
+    return w;
 }
-INLINE vf q_scales(const uint8_t *block, int bytes) { (void)bytes; return f16_at(block); }
-INLINE vf q_dot(vq w, vq x, const int32_t *fix) {
+INLINE vf q_add(bm_dtype type, const vw *w, const vx *x, vf acc) {
+    int s[2] = { 0, 0 };
+    for (int i = 0; i < 32; i++) s[i / 16] += w->q[i] * x->q[i];
+    if (type == BM_Q6_K) return acc + (w->d.scale[0] * (float)s[0] + w->d.scale[1] * (float)s[1]) * x->scale;
+    acc = v_fma((float)(s[0] + s[1]), w->d.scale[0] * x->scale, acc);
+    return has_offset(type) ? v_fma((float)x->sum * x->scale, w->d.offset, acc) : acc;
+}
+INLINE void q_store(int8_t *dst, int16_t *sum, const int8_t *q) {
     int s = 0;
-    (void)fix;
-    for (int i = 0; i < 32; i++) s += w.q[i] * x.q[i];
-    return (float)s;
+    for (int i = 0; i < 32; i++) s += q[i];
+    memcpy(dst, q, 32);
+    *sum = (int16_t)s;
 }
-INLINE void q_store(int8_t *dst, int32_t *fix, const int8_t *q) { (void)fix; memcpy(dst, q, 32); }
 
 #include "cpu/kernels.inc"

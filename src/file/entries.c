@@ -43,9 +43,9 @@ bm_status bm_entries_add(bm_entries *list, bm_status s, const char *path, const 
     if (!shape_size(dim, n_dims, &n))
         return bm_fail(s, "%s: tensor %.*s has a dimension that is not positive or more than 2^60 elements", path,
                        (int)n_name, name);
-    if (bm_dtype_blocked(type) && dim[n_dims - 1] % BM_BLOCK)
-        return bm_fail(s, "%s: tensor %.*s of type %s has rows of %lld elements, expected a multiple of %d", path,
-                       (int)n_name, name, bm_dtype_name(type), (long long)dim[n_dims - 1], BM_BLOCK);
+    if (dim[n_dims - 1] % (int64_t)bm_dtype_block(type))
+        return bm_fail(s, "%s: tensor %.*s of type %s has rows of %lld elements, expected a multiple of %zu", path,
+                       (int)n_name, name, bm_dtype_name(type), (long long)dim[n_dims - 1], bm_dtype_block(type));
     BM_TRY(bm_grow(&list->e, &list->cap, list->n + 1, sizeof *list->e, "the list of tensors"));
     bm_entry *e = &list->e[list->n];
     memset(e, 0, sizeof *e);

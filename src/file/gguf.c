@@ -92,11 +92,18 @@ static bm_status tensor_type(const gguf *g, const char *name, size_t n_name, uin
     case 0: *out = BM_F32; return BM_OK;
     case 1: *out = BM_F16; return BM_OK;
     case 2: *out = BM_Q4_0; return BM_OK;
+    case 3: *out = BM_Q4_1; return BM_OK;
+    case 6: *out = BM_Q5_0; return BM_OK;
+    case 7: *out = BM_Q5_1; return BM_OK;
     case 8: *out = BM_Q8_0; return BM_OK;
+    case 12: *out = BM_Q4_K; return BM_OK;
+    case 13: *out = BM_Q5_K; return BM_OK;
+    case 14: *out = BM_Q6_K; return BM_OK;
     case 30: *out = BM_BF16; return BM_OK;
     }
-    return bm_fail(BM_EFORMAT, "%s: tensor %s has type %u (%s), expected F32, F16, BF16, Q8_0 or Q4_0; convert it",
-                   g->path, bm_show(name, n_name).s, number, number < TENSOR_TYPES ? names[number] : "unknown");
+    return bm_fail(BM_EFORMAT, "%s: tensor %s has type %u (%s), expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, "
+                   "Q4_K, Q5_K or Q6_K; convert it", g->path, bm_show(name, n_name).s, number,
+                   number < TENSOR_TYPES ? names[number] : "unknown");
 }
 
 /* Name, dimensions innermost first, type, offset. */

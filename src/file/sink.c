@@ -125,7 +125,8 @@ bm_status bm_sink_write(bm_sink *s, const void *bytes, size_t n) {
 
 static uint32_t gguf_type(bm_dtype t) {
     static const uint32_t number[BM_DTYPE_COUNT] = {
-        [BM_F32] = 0, [BM_F16] = 1, [BM_Q4_0] = 2, [BM_Q8_0] = 8, [BM_BF16] = 30};
+        [BM_F32] = 0, [BM_F16] = 1, [BM_Q4_0] = 2, [BM_Q4_1] = 3, [BM_Q5_0] = 6, [BM_Q5_1] = 7, [BM_Q8_0] = 8,
+        [BM_Q4_K] = 12, [BM_Q5_K] = 13, [BM_Q6_K] = 14, [BM_BF16] = 30};
     return number[t];
 }
 

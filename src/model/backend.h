@@ -21,7 +21,7 @@
 typedef struct bm_tensor {      /* a matrix of weights as stored; data NULL: absent */
     const void *data;
     bm_dtype type;
-    int32_t rows, cols;         /* row-major; blocked types have cols % 32 == 0 */
+    int32_t rows, cols;         /* row-major; a row is whole blocks */
 } bm_tensor;
 
 typedef struct bm_op_embed {    /* y (M,D) = table[token] */

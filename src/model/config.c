@@ -95,7 +95,7 @@ void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out) {
     for (bm_walk w = bm_params_walk(c, BM_LAYOUT_GGUF); bm_walk_next(&w, &t); ) {
         const uint64_t one = (uint64_t)t.first.rows * (uint64_t)t.first.cols, all = one * (uint64_t)t.n_parts;
         const bool matrix = t.first.param->flags & BM_P_MATRIX;
-        const bm_dtype stored = !matrix ? BM_F32 : bm_dtype_blocked(type) && t.first.cols % BM_BLOCK ? BM_BF16 : type;
+        const bm_dtype stored = matrix ? bm_dtype_fitting(type, (size_t)t.first.cols) : BM_F32;
         const bool looked_up = t.first.param->init == BM_INIT_EMBED && !c->tied_head;
         i.parameters += all;
         i.parameters_per_token += one;

@@ -17,12 +17,20 @@ typedef struct target {
     bm_layout layout;
     bm_folder *folder;
     bm_sink *sink;
+    bm_pool *pool;
     bm_entry *list; size_t n, cap;      /* declared tensors; names are owned */
     bm_progress_fn progress; void *user;
     uint64_t done, total;               /* bytes written, to write */
+    uint64_t fell, tensors_fell;        /* bytes and number of the tensors whose rows are no blocks of the type asked for */
 } target;
 
+static bm_status target_threads(target *t) {
+    const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    return bm_pool_open(&t->pool, cpus < 1 ? 1 : cpus > 64 ? 64 : (int)cpus);
+}
+
 static void target_close(target *t) {
+    bm_pool_close(t->pool);
     bm_sink_abort(&t->sink);
     bm_folder_abort(&t->folder);
     for (size_t i = 0; i < t->n; i++) free(t->list[i].name);
@@ -39,6 +47,17 @@ static bm_status declare(target *t, const bm_file_tensor *f, bm_dtype type) {
     t->total += e.bytes;
     t->list[t->n++] = e;
     return BM_OK;
+}
+
+/* The type that tensor f takes when `want` is asked for. */
+static bm_dtype fit(target *t, const bm_file_tensor *f, bm_dtype want) {
+    const bm_dtype type = bm_dtype_fitting(want, (size_t)f->first.cols);
+    if (type == want) return type;
+    t->fell += (uint64_t)f->n_parts * bm_dtype_bytes(type, (size_t)f->first.rows * (size_t)f->first.cols);
+    t->tensors_fell++;
+    bm_log(2, "%s: rows of %d are no multiple of %zu: %s instead of %s", f->name, (int)f->first.cols, bm_dtype_block(want),
+           bm_dtype_name(type), bm_dtype_name(want));
+    return type;
 }
 
 static bm_status put_json(const bm_folder *f, const char *name, const json_t *o) {
@@ -92,9 +111,25 @@ static bm_status target_put(target *t, const void *bytes, size_t n) {
     return BM_OK;
 }
 
+/* Numbers into blocks, on all threads. */
+typedef struct narrow_job { char *dst; const float *src; bm_dtype type; } narrow_job;
+static void narrow_range(void *arg, int64_t begin, int64_t end, int thread) {
+    const narrow_job *j = arg;
+    (void)thread;
+    bm_narrow(j->dst + bm_dtype_bytes(j->type, (size_t)begin), j->type, j->src + begin, (size_t)(end - begin));
+}
+static bm_status target_put_values(target *t, bm_dtype type, const float *x, size_t n, char *bytes) {
+    bm_parallel(t->pool, (int64_t)n, 16 * BM_BLOCK_K, narrow_range, &(narrow_job){ bytes, x, type });
+    return target_put(t, bytes, bm_dtype_bytes(type, n));
+}
+
 static bm_status target_finish(target *t) {
     BM_TRY(bm_sink_finish(&t->sink));
-    return t->folder ? bm_folder_finish(&t->folder) : BM_OK;
+    if (t->folder) BM_TRY(bm_folder_finish(&t->folder));
+    if (t->fell)
+        bm_log(1, "%.1f%% of the weight bytes (%llu tensors) are in another type than asked for, whose blocks do not divide their rows",
+               100 * (double)t->fell / (double)t->total, (unsigned long long)t->tensors_fell);
+    return BM_OK;
 }
 
 /* ---- convert -------------------------------------------------------------------------------------------- */
@@ -179,7 +214,7 @@ static bm_status exact_in(job *j, const bm_file_tensor *t, bm_dtype type, bool *
 }
 
 /* Small tensors are f32 in a GGUF.  In a folder they keep their type, or take the 16-bit one asked for when
- * that loses nothing.  Matrices take the type asked for; rows that no block divides fall back to bf16. */
+ * that loses nothing.  Matrices take the type asked for, or the one that fits their rows. */
 static bm_status choose_type(job *j, const bm_file_tensor *t, bm_dtype *out) {
     place at;
     BM_TRY(find_part(j, &t->first, &at));
@@ -197,10 +232,7 @@ static bm_status choose_type(job *j, const bm_file_tensor *t, bm_dtype *out) {
     if (bm_dtype_blocked(*out) && !j->t.gguf)
         return bm_fail(BM_ENOSUPPORT, "safetensors holds no %s (tensor '%s'): choose --type f32, bf16 or f16, or write a .gguf",
                        bm_dtype_name(*out), t->name);
-    if (bm_dtype_blocked(*out) && t->first.cols % BM_BLOCK) {
-        *out = BM_BF16;
-        bm_log(1, "%s: rows of %d are no multiple of %d: bf16 instead", t->name, (int)t->first.cols, BM_BLOCK);
-    }
+    *out = fit(&j->t, t, *out);
     return BM_OK;
 }
 
@@ -217,8 +249,7 @@ static bm_status write_part(job *j, const bm_part *p, bm_dtype type) {
         if (type == at.e->type && !changes) BM_TRY(target_put(&j->t, from, bm_dtype_bytes(type, n)));
         else {
             block_of(j, p, at.e->type, bytes, b, n);
-            bm_narrow(j->out, type, j->f, n);
-            BM_TRY(target_put(&j->t, j->out, bm_dtype_bytes(type, n)));
+            BM_TRY(target_put_values(&j->t, type, j->f, n, j->out));
         }
         if (at.e->data) bm_map_drop(from, bm_dtype_bytes(at.e->type, n));
     }
@@ -273,7 +304,8 @@ bm_status bm_convert(const char *in, const char *out, const bm_convert_options *
         j.from = bm_layout_of(&j.c, bm_source_format(s));
         j.t = (target){ .gguf = bm_ends_with(out, ".gguf"), .progress = j.opt->progress, .user = j.opt->user };
         j.t.layout = bm_layout_of(&j.c, j.t.gguf ? BM_FORMAT_GGUF : BM_FORMAT_SAFETENSORS);
-        st = convert_tensors(&j, out, tok);
+        st = target_threads(&j.t);
+        if (!st) st = convert_tensors(&j, out, tok);
     }
     target_close(&j.t);
     bm_tokenizer_close(tok);
@@ -322,7 +354,7 @@ static void fill_range(void *arg, int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; i++) f->x[i] = initial(f, f->first + (uint64_t)i);
 }
 
-static bm_status init_tensors(target *t, const bm_config *c, uint64_t seed, float *x, char *bytes, bm_pool *pool) {
+static bm_status init_tensors(target *t, const bm_config *c, uint64_t seed, float *x, char *bytes) {
     bm_file_tensor ft;
     uint64_t stream = 0;
     size_t at = 0;
@@ -332,9 +364,8 @@ static bm_status init_tensors(target *t, const bm_config *c, uint64_t seed, floa
             const uint64_t all = (uint64_t)f.p.rows * (uint64_t)f.p.cols;
             for (; f.first < all; f.first += BLOCK_ELEMENTS) {
                 const size_t n = all - f.first < BLOCK_ELEMENTS ? all - f.first : BLOCK_ELEMENTS;
-                bm_parallel(pool, (int64_t)n, 4096, fill_range, &f);
-                bm_narrow(bytes, t->list[at].type, x, n);
-                BM_TRY(target_put(t, bytes, bm_dtype_bytes(t->list[at].type, n)));
+                bm_parallel(t->pool, (int64_t)n, 4096, fill_range, &f);
+                BM_TRY(target_put_values(t, t->list[at].type, x, n, bytes));
             }
         }
     return BM_OK;
@@ -346,8 +377,7 @@ static bm_status init_declare(target *t, const bm_config *c, bm_dtype type) {
         return bm_fail(BM_ENOSUPPORT, "safetensors holds no %s: choose --type f32, bf16 or f16, or write a .gguf", bm_dtype_name(type));
     for (bm_walk w = bm_params_walk(c, t->layout); bm_walk_next(&w, &ft); ) {
         const bool matrix = ft.first.param->flags & BM_P_MATRIX;
-        const bm_dtype own = !matrix ? BM_F32 : bm_dtype_blocked(type) && ft.first.cols % BM_BLOCK ? BM_BF16 : type;
-        BM_TRY(declare(t, &ft, own));
+        BM_TRY(declare(t, &ft, matrix ? fit(t, &ft, type) : BM_F32));
     }
     return BM_OK;
 }
@@ -356,24 +386,21 @@ bm_status bm_init(const bm_config *c, uint64_t seed, bm_dtype type, const char *
                   void *user) {
     target t = { .gguf = bm_ends_with(out, ".gguf"), .progress = progress, .user = user };
     bm_tokenizer *tok = NULL;
-    bm_pool *pool = NULL;
     float *x = NULL;
     char *bytes = NULL;
-    const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
     BM_TRY(bm_config_check(c, "configuration"));
     BM_TRY(check_types((int)type, -1));
     t.layout = bm_layout_of(c, t.gguf ? BM_FORMAT_GGUF : BM_FORMAT_SAFETENSORS);
     bm_status st = open_tokenizer(NULL, tokenizer, &tok);
     if (!st) st = bm_alloc(&x, BLOCK_ELEMENTS * sizeof *x, "a block of weights");
     if (!st) st = bm_alloc(&bytes, BLOCK_ELEMENTS * sizeof *x, "a block of weights");
-    if (!st) st = bm_pool_open(&pool, cpus < 1 ? 1 : cpus > 64 ? 64 : (int)cpus);
+    if (!st) st = target_threads(&t);
     if (!st) st = init_declare(&t, c, type);
     if (!st) st = target_open(&t, c, out, tok);
-    if (!st) st = init_tensors(&t, c, seed, x, bytes, pool);
+    if (!st) st = init_tensors(&t, c, seed, x, bytes);
     if (!st) st = target_finish(&t);
     target_close(&t);
     bm_tokenizer_close(tok);
-    bm_pool_close(pool);
     free(x);
     free(bytes);
     return st;

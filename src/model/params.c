@@ -238,9 +238,9 @@ static bm_status match_one(const bm_source *s, const bm_file_tensor *t, const bm
     if (bm_dtype_blocked(e->type) && !(t->first.param->flags & BM_P_MATRIX))
         return bm_fail(BM_EFORMAT, "%s: tensor '%s' is %s, expected f32, bf16 or f16: only matrices may be quantized", path,
                        t->name, bm_dtype_name(e->type));
-    if (bm_dtype_blocked(e->type) && t->first.cols % BM_BLOCK)
-        return bm_fail(BM_EFORMAT, "%s: tensor '%s' is %s with rows of %d, expected a multiple of %d", path, t->name,
-                       bm_dtype_name(e->type), (int)t->first.cols, BM_BLOCK);
+    if ((size_t)t->first.cols % bm_dtype_block(e->type))
+        return bm_fail(BM_EFORMAT, "%s: tensor '%s' is %s with rows of %d, expected a multiple of %zu", path, t->name,
+                       bm_dtype_name(e->type), (int)t->first.cols, bm_dtype_block(e->type));
     *out = e;
     return BM_OK;
 }
