@@ -1,149 +1,393 @@
-/* cmd_bench.c - blackmamba bench: how fast this machine reads memory and runs a model.  Room: app.
+/* cmd_bench.c - blackmamba bench: how fast this machine reads, multiplies and runs a model.  Room: app.
  *
- * In: a model or none.  Out: reading bandwidth; tokens a second of prefill and decode, bytes a second
- * of decode and their share of the bandwidth.  All are measured in turn, round by round, and the
+ * In: a model, a preset or none.  Out: tokens a second of decode, prefill and batches beside the
+ * bandwidth and the arithmetic peak that bound them.  All are measured in turn, round by round, and the
  * medians reported, so a machine that slows down slows them all. */
-#include "app.h"
+#include "bench.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static struct {
-    const char *model;
-    int prompt, gen, rounds, threads, arith;
-    bool bandwidth, json;
-} o = {.prompt = 512, .gen = 128, .rounds = 5};
+    const char *model, *preset, *batch, *json, *csv;
+    int type, prompt, gen, rounds, threads, arith;
+    bool type_given, bandwidth, kernels;
+} o = {.type = BM_BF16, .prompt = 512, .gen = 128, .rounds = 5, .batch = "1,4,16,32"};
 
 static const app_option options[] = {
     APP_MODEL(&o.model),
+    {0, "preset", NULL, "NAME|FILE", APP_TEXT, &o.preset, 0, 0, NULL,
+     "random weights of this configuration, made in memory for the time of the run; as for init"},
+    {0, "type", NULL, APP_DTYPES, APP_CHOICE, &o.type, 0, 0, &o.type_given, "type of their matrices (bf16)"},
+    {0, "prompt", NULL, "N", APP_INT, &o.prompt, 1, 1 << 24, NULL, "tokens of prefill in a round (512)"},
+    {0, "gen", NULL, "N", APP_INT, &o.gen, 1, 1 << 20, NULL, "tokens of decode in a round (128)"},
+    {0, "batch", NULL, "N,N,...", APP_TEXT, &o.batch, 0, 0, NULL,
+     "texts decoded at once, up to 32 tokens each; 0: none (1,4,16,32)"},
+    {'r', "rounds", NULL, "N", APP_INT, &o.rounds, 1, BENCH_ROUNDS, NULL, "rounds; the medians are reported (5)"},
     {0, "bandwidth", NULL, NULL, APP_FLAG, &o.bandwidth, 0, 0, NULL,
      "only the bandwidth of reading memory, over 1 GiB"},
-    {0, "prompt", NULL, "N", APP_INT, &o.prompt, 1, 1 << 20, NULL, "tokens of prefill in a round (512)"},
-    {0, "gen", NULL, "N", APP_INT, &o.gen, 1, 1 << 20, NULL, "tokens of decode in a round (128)"},
-    {'r', "rounds", NULL, "N", APP_INT, &o.rounds, 1, 99, NULL, "rounds; the medians are reported (5)"},
+    {0, "kernels", NULL, NULL, APP_FLAG, &o.kernels, 0, 0, NULL,
+     "only each operation by itself, at each instruction set of this machine"},
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "native"),
-    APP_JSON(&o.json),
+    {0, "json", NULL, "FILE", APP_TEXT, &o.json, 0, 0, NULL, "write one JSON object; -: instead of the table"},
+    {0, "csv", NULL, "FILE", APP_TEXT, &o.csv, 0, 0, NULL, "write lines for bench/MACHINE.csv; -: instead of the table"},
     {0},
 };
 
-typedef struct samples { double bandwidth[99], prefill[99], decode[99]; int n; } samples;
+static const size_t WINDOW = (size_t)1 << 30;
+enum { MOST_TEXTS = 1024, BATCH_STEPS = 32, PIECE = 2048 };
+
+static bool table_wanted(void) { return !((o.json && !strcmp(o.json, "-")) || (o.csv && !strcmp(o.csv, "-"))); }
 
 static int ascending(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-static double median(double *v, int n) {
-    qsort(v, (size_t)n, sizeof *v, ascending);
-    return n % 2 ? v[n / 2] : 0.5 * (v[n / 2 - 1] + v[n / 2]);
+bench_summary bench_summarize(const bench_series *s) {
+    bench_series t = *s;
+    if (!t.n) return (bench_summary){0};
+    qsort(t.v, (size_t)t.n, sizeof *t.v, ascending);
+    const double median = t.n % 2 ? t.v[t.n / 2] : 0.5 * (t.v[t.n / 2 - 1] + t.v[t.n / 2]);
+    return (bench_summary){median, t.v[0], t.v[t.n - 1]};
 }
 
-static const size_t WINDOW = (size_t)1 << 30;
+static void series_add(bench_series *s, double x) { if (s->n < BENCH_ROUNDS) s->v[s->n++] = x; }
 
-/* ---- one round ------------------------------------------------------------------------- */
+/* ---- one pass of a line ---------------------------------------------------------------- */
 
-static bm_status round_run(const app_engine *e, const bm_token *ids, samples *m) {
-    bm_input in = {.tokens = ids, .n = (size_t)o.prompt, .want = BM_WANT_LAST};
-    bm_status s = bm_device_bandwidth(e->device, WINDOW, 3, &m->bandwidth[m->n]);
-    if (!s) s = bm_state_set(e->session, 0, NULL);
-    double start = app_seconds();
-    if (!s) s = bm_forward(e->session, &in, 1);
-    double middle = app_seconds();
-    for (int i = 0; !s && i < o.gen; i++) {
-        in = (bm_input){.tokens = ids + o.prompt + i, .n = 1, .want = BM_WANT_LAST};
-        s = bm_forward(e->session, &in, 1);
-        if (app_interrupt()) return BM_ECANCELLED;
+typedef struct bench {
+    app_engine e;
+    bench_result r;
+    bm_token *ids;              /* of text i from i on */
+    bm_input *in;               /* one for each text of the largest batch */
+    bool timed;                 /* this pass counts */
+} bench;
+
+static bm_status feed(bench *b, int from, int n, bool last) {
+    bm_input in = {.tokens = b->ids + from, .n = (size_t)n, .want = last ? BM_WANT_LAST : BM_WANT_NONE};
+    if (app_interrupt()) return BM_ECANCELLED;
+    return bm_forward(b->e.session, &in, 1);
+}
+
+/* Seconds of n tokens at once; a prompt of more than two pieces is fed in pieces, the odd one second. */
+static bm_status prefill_pass(bench *b, bench_line *l, int n, double *seconds) {
+    bm_status s = bm_state_set(b->e.session, 0, NULL);
+    const bool pieces = n > 2 * PIECE;
+    const double start = app_seconds();
+    double mark = start;
+    for (int at = 0; !s && at < n; ) {
+        const int odd = n % PIECE, take = !pieces ? n : at == PIECE && odd ? odd : PIECE;
+        mark = app_seconds();
+        s = feed(b, at, take, at + take == n);
+        const double spent = app_seconds() - mark;
+        if (pieces && b->timed && at == 0) {
+            series_add(&l->first, spent / take);
+            b->r.memory_first = bench_memory("VmRSS:");
+        }
+        at += take;
+        if (pieces && b->timed && at == n) series_add(&l->last, spent / take);
     }
-    m->prefill[m->n] = o.prompt / (middle - start);
-    m->decode[m->n] = o.gen / (app_seconds() - middle);
-    m->n++;
+    *seconds = app_seconds() - start;
+    if (pieces && b->timed) b->r.memory_last = bench_memory("VmRSS:");
     return s;
 }
 
-static int report(const app_engine *e, samples *m) {
-    bm_info info;
-    bm_model_info(e->model, &info);
-    double bandwidth = median(m->bandwidth, m->n), prefill = median(m->prefill, m->n), decode = median(m->decode, m->n);
-    double rate = decode * (double)info.weight_bytes_per_token;
-    if (o.json)
-        return app_print_json(json_pack("{s:s, s:s, s:I, s:I, s:I, s:s, s:o, s:o, s:I, s:o, s:o, s:o}",
-            "model", e->path, "device", bm_device_name(e->device), "prompt", (json_int_t)o.prompt, "gen",
-                (json_int_t)o.gen,
-            "rounds", (json_int_t)m->n, "arith", o.arith == BM_ARITH_F32 ? "f32" : "native",
-            "prefill_tokens_per_s", app_json_real(prefill), "decode_tokens_per_s", app_json_real(decode),
-            "bytes_per_token", (json_int_t)info.weight_bytes_per_token, "decode_bytes_per_s", app_json_real(rate),
-            "bandwidth_bytes_per_s", app_json_real(bandwidth), "bandwidth_share", app_json_real(rate / bandwidth)));
-    printf("device        %s, arithmetic %s, median of %d rounds\n", bm_device_name(e->device),
-           o.arith == BM_ARITH_F32 ? "f32" : "native", m->n);
-    printf("prefill       %10.1f tokens/s  (%d tokens)\n", prefill, o.prompt);
-    printf("decode        %10.1f tokens/s  (%d tokens, %.1f MB a token)\n", decode, o.gen,
-           1e-6 * (double)info.weight_bytes_per_token);
-    printf("              %10.2f GB/s, %.0f%% of the bandwidth\n", 1e-9 * rate, 100 * rate / bandwidth);
-    printf("bandwidth     %10.2f GB/s\n", 1e-9 * bandwidth);
-    return APP_OK;
+/* Seconds of so many steps of n texts, a token each; the step before them is not counted. */
+static bm_status decode_pass(bench *b, const bench_line *l, double *seconds) {
+    bm_status s = BM_OK;
+    double start = 0;
+    bm_times forget;
+    for (int i = 0; !s && i < l->n; i++) {
+        s = bm_state_set(b->e.session, i, NULL);
+        b->in[i] = (bm_input){.slot = i, .n = 1, .want = BM_WANT_LAST};
+    }
+    for (int step = -1; !s && step < l->steps; step++) {
+        if (step == 0) {
+            bm_session_times(b->e.session, &forget);
+            start = app_seconds();
+        }
+        for (int i = 0; i < l->n; i++) b->in[i].tokens = b->ids + 1 + step + i * BATCH_STEPS;
+        s = app_interrupt() ? BM_ECANCELLED : bm_forward(b->e.session, b->in, l->n);
+    }
+    *seconds = app_seconds() - start;
+    return s;
+}
+
+static double tokens_of(const bench_line *l) { return l->kind == BENCH_PREFILL ? l->steps : (double)l->n * l->steps; }
+
+/* Once without the clock: caches warm, stages, bytes read, operations. */
+static bm_status line_profile(bench *b, bench_line *l) {
+    const bm_config *c = bm_model_config(b->e.model);
+    const double head = 2.0 * c->d_model * c->n_vocab, token = (double)b->r.info.flops_per_token;
+    const int part = l->steps < PIECE ? l->steps : PIECE;       /* of a long prompt the beginning */
+    double seconds, share = 1;
+    bm_times t;
+    bm_session_times(b->e.session, &t);
+    bm_status s = l->kind == BENCH_PREFILL ? prefill_pass(b, l, part, &seconds) : decode_pass(b, l, &seconds);
+    if (l->kind == BENCH_PREFILL) share = (double)l->steps / part;
+    bm_session_times(b->e.session, &l->times);
+    l->bytes = share * (double)l->times.weight_bytes;
+    l->ops = tokens_of(l) * token - (l->kind == BENCH_PREFILL ? (l->steps - 1) * head : 0);
+    return s;
+}
+
+static bm_status bandwidth_once(bench *b, bench_series *w) {
+    double x = 0;
+    bm_status s = app_interrupt() ? BM_ECANCELLED : bm_device_bandwidth(b->e.device, WINDOW, 3, &x);
+    series_add(w, x);
+    return s;
+}
+
+static bm_status peaks_once(bench *b, double *peak) {
+    double f32 = 0;
+    bm_status s = bm_device_peak(b->e.device, (bm_arith)o.arith, b->r.type, peak);
+    if (!s) s = bm_device_peak(b->e.device, BM_ARITH_F32, BM_F32, &f32);
+    series_add(&b->r.peak, *peak);
+    series_add(&b->r.peak_f32, f32);
+    return s;
+}
+
+/* Bandwidth before and after each line that it bounds, the peak after the one that the peak bounds. */
+static bm_status round_run(bench *b) {
+    bench_series w = {.n = 0};
+    bm_status s = bandwidth_once(b, &w);
+    for (int i = 0; !s && i < b->r.n_lines; i++) {
+        bench_line *l = &b->r.line[i];
+        const bool prefill = l->kind == BENCH_PREFILL;
+        double seconds, roof = 0;
+        s = prefill ? prefill_pass(b, l, l->steps, &seconds) : decode_pass(b, l, &seconds);
+        if (!s) s = prefill ? peaks_once(b, &roof) : bandwidth_once(b, &w);
+        if (s) break;
+        if (!prefill) roof = 0.5 * (w.v[w.n - 2] + w.v[w.n - 1]);
+        series_add(&l->rate, tokens_of(l) / seconds);
+        series_add(&l->fraction, (prefill ? l->ops : l->bytes) / roof / seconds);
+    }
+    series_add(&b->r.bandwidth, bench_summarize(&w).median);
+    return s;
+}
+
+/* ---- a model --------------------------------------------------------------------------- */
+
+static int lines_make(bench_result *r) {
+    r->line[r->n_lines++] = (bench_line){.kind = BENCH_DECODE, .n = 1, .steps = o.gen};
+    r->line[r->n_lines++] = (bench_line){.kind = BENCH_PREFILL, .n = 1, .steps = o.prompt};
+    if (strcmp(o.batch, "0") == 0) return APP_OK;
+    for (const char *p = o.batch; ; p++) {
+        char word[16];
+        long long n = 0;
+        const size_t length = strcspn(p, ",");
+        snprintf(word, sizeof word, "%.*s", (int)(length < 15 ? length : 15), p);
+        if (!app_number_int(word, &n) || n < 1 || n > MOST_TEXTS)
+            return app_usage(&app_bench, "--batch: found '%s', expected numbers from 1 to %d with commas between", word, MOST_TEXTS);
+        if (r->n_lines == 2 + BENCH_BATCHES) return app_usage(&app_bench, "--batch: more than %d numbers", BENCH_BATCHES);
+        r->line[r->n_lines++] = (bench_line){.kind = BENCH_BATCH, .n = (int)n, .steps = o.gen < BATCH_STEPS ? o.gen : BATCH_STEPS};
+        p += length;
+        if (!*p) return APP_OK;
+    }
 }
 
 /* Ids without pattern, so that the experts are used as by a mixed text. */
-static bm_token *ids_make(size_t n, int32_t V) {
-    bm_token *ids = malloc(n * sizeof *ids);
-    uint32_t x = 1;
-    for (size_t i = 0; ids && i < n; i++) {
+static int ids_make(bench *b) {
+    int texts = 1;
+    for (int i = 0; i < b->r.n_lines; i++) if (b->r.line[i].n > texts) texts = b->r.line[i].n;
+    size_t n = (size_t)(o.prompt > o.gen ? o.prompt : o.gen) + 1 + (size_t)texts * BATCH_STEPS;
+    uint32_t x = 1, V = (uint32_t)bm_model_config(b->e.model)->n_vocab;
+    b->ids = malloc(n * sizeof *b->ids);
+    b->in = calloc((size_t)texts, sizeof *b->in);
+    if (!b->ids || !b->in) return app_error("out of memory: %zu ids", n);
+    for (size_t i = 0; i < n; i++) {
         x = x * 1664525u + 1013904223u;
-        ids[i] = (bm_token)((x >> 8) % (uint32_t)V);
+        b->ids[i] = (bm_token)((x >> 8) % V);
     }
-    return ids;
+    return app_engine_session(&b->e, o.arith, texts);
+}
+
+/* The type of most weights. */
+static bm_dtype type_of(const bm_model *m, const bm_info *info) {
+    double bytes[BM_DTYPE_COUNT] = {0};
+    int best = 0;
+    for (uint64_t i = 0; i < info->tensors; i++) {
+        bm_tensor_info t;
+        size_t n = 1;
+        if (bm_model_tensor(m, i, &t)) continue;
+        for (int d = 0; d < t.n_dims; d++) n *= (size_t)t.dim[d];
+        bytes[t.type] += (double)bm_dtype_bytes(t.type, n);
+    }
+    for (int t = 1; t < BM_DTYPE_COUNT; t++) if (bytes[t] > bytes[best]) best = t;
+    return (bm_dtype)best;
+}
+
+/* The last part of a path, without what names its form. */
+static void name_of(char *out, size_t size, const char *path) {
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    size_t at = n;
+    while (at && path[at - 1] != '/') at--;
+    snprintf(out, size, "%.*s", (int)(n - at), path + at);
+    char *dot = strrchr(out, '.');
+    if (dot && (!strcmp(dot, ".gguf") || !strcmp(dot, ".json"))) *dot = 0;
+}
+
+/* A preset's random weights in a file that vanishes as soon as it is open. */
+static int preset_open(bench *b) {
+    static bm_config c;
+    char folder[512], path[600];
+    bm_info info;
+    int code = app_config_read(&c, o.preset);
+    if (code) return code;
+    bm_config_info(&c, (bm_dtype)o.type, &info);
+    snprintf(folder, sizeof folder, "%.400s/blackmamba-bench-XXXXXX", bench_folder((double)info.weight_bytes));
+    if (!mkdtemp(folder)) return app_error("cannot make the folder %s: %s; name another with TMPDIR", folder, strerror(errno));
+    snprintf(path, sizeof path, "%s/random.gguf", folder);
+    app_progress progress = app_progress_start("making weights", true);
+    bm_status s = bm_init(&c, 0, (bm_dtype)o.type, path, NULL, app_progress_step, &progress);
+    app_progress_end(&progress);
+    code = s ? app_failed(s) : app_engine_open(&b->e, path, o.threads);
+    unlink(path);
+    rmdir(folder);
+    return code;
+}
+
+static int report(const bench_result *r) {
+    int code = APP_OK;
+    if (table_wanted()) bench_print(r);
+    if (o.json) code = bench_json(r, o.json);
+    if (!code && o.csv) code = bench_csv(r, o.csv);
+    return code;
+}
+
+static int lines_run(bench *b) {
+    bm_status s = feed(b, 0, o.prompt < 512 ? o.prompt : 512, false);      /* every page of the file once */
+    if (!s) s = bm_session_profile(b->e.session, true);
+    for (int i = 0; !s && i < b->r.n_lines; i++) s = line_profile(b, &b->r.line[i]);
+    if (!s) s = bm_session_profile(b->e.session, false);
+    b->r.peak_memory = bench_memory("VmHWM:");
+    b->r.anonymous_memory = bench_memory("RssAnon:");
+    bench_machine_ask(&b->r.machine, b->e.device);
+    b->timed = true;
+    for (int i = 0; !s && i < o.rounds; i++) s = round_run(b);
+    return s ? app_failed(s) : APP_OK;
 }
 
 static int model_run(void) {
-    app_engine e = {0};
-    samples m = {0};
-    bm_token *ids = NULL;
-    int code = app_engine_open(&e, o.model, o.threads);
-    if (!code) code = app_engine_session(&e, o.arith, 1);
-    if (code) goto out;
-    ids = ids_make((size_t)o.prompt + (size_t)o.gen, bm_model_config(e.model)->n_vocab);
-    if (!ids) {
-        code = app_error("out of memory: %d ids", o.prompt + o.gen);
-        goto out;
-    }
+    static bench b;
+    bench_result *r = &b.r;
+    *r = (bench_result){.arith = o.arith, .prompt = o.prompt, .gen = o.gen, .rounds = o.rounds};
+    int code = lines_make(r);
+    if (code) return code;
     app_catch_interrupts();
-    for (int i = 0; !code && i < o.rounds; i++) {
-        bm_status s = round_run(&e, ids, &m);
-        if (!s && app_interrupt()) s = BM_ECANCELLED;
-        if (s) code = app_failed(s);
+    code = o.preset ? preset_open(&b) : app_engine_open(&b.e, o.model, o.threads);
+    if (!code) {
+        bm_model_info(b.e.model, &r->info);
+        r->type = type_of(b.e.model, &r->info);
+        name_of(r->model, sizeof r->model, o.preset ? o.preset : b.e.path);
+        code = ids_make(&b);
     }
-    if (!code) code = report(&e, &m);
-out:
-    app_engine_close(&e);
-    free(ids);
+    if (!code) code = lines_run(&b);
+    if (!code) code = report(r);
+    app_engine_close(&b.e);
+    free(b.ids);
+    free(b.in);
     return code;
 }
 
+/* ---- without a model ------------------------------------------------------------------- */
+
 static int bandwidth_run(void) {
     bm_device *d = NULL;
-    double rate = 0;
+    bench_machine m;
+    bench_series w = {.n = 0};
     bm_status s = bm_device_open(&d, "cpu", o.threads);
-    if (!s) s = bm_device_bandwidth(d, WINDOW, o.rounds, &rate);
-    int code = s ? app_failed(s) : APP_OK;
-    if (!code && o.json)
-        code = app_print_json(json_pack("{s:s, s:o, s:I}", "device", bm_device_name(d), "bandwidth_bytes_per_s",
-                                        app_json_real(rate), "bytes", (json_int_t)WINDOW));
-    else if (!code) printf("reading memory: %.2f GB/s (%s, 1 GiB, median of %d)\n", 1e-9 * rate, bm_device_name(d),
-                           o.rounds);
-    if (d) bm_device_close(d);
+    for (int i = 0; !s && i < o.rounds; i++) {
+        double rate = 0;
+        s = bm_device_bandwidth(d, WINDOW, 1, &rate);
+        series_add(&w, rate);
+    }
+    if (s) {
+        if (d) bm_device_close(d);
+        return app_failed(s);
+    }
+    bench_machine_ask(&m, d);
+    const bench_summary sum = bench_summarize(&w);
+    if (table_wanted())
+        printf("reading memory: %.2f GB/s, %.2f to %.2f (%s, 1 GiB, median of %d)\n", 1e-9 * sum.median, 1e-9 * sum.min,
+               1e-9 * sum.max, bm_device_name(d), w.n);
+    int code = o.json ? bench_bandwidth_json(&m, &w, o.json) : APP_OK;
+    if (!code && o.csv) code = bench_bandwidth_csv(&m, &w, o.csv);
+    bm_device_close(d);
     return code;
+}
+
+static bool kernel_keep(void *user, const bm_kernel_time *t) {
+    bench_kernels *k = user;
+    if (app_interrupt() || !app_grow(&k->time, k->n, sizeof *k->time)) return false;
+    k->time[k->n++] = *t;
+    if (!table_wanted()) return true;
+    bench_kernel_print(k, k->n - 1);
+    return app_flush() == APP_OK;
+}
+
+static int kernels_run(void) {
+    static const char *const level[] = {"cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon"};
+    enum { LEVELS = sizeof level / sizeof *level };
+    bench_kernels k[LEVELS] = {{.n = 0}};
+    int n = 0, code = APP_OK;
+    app_catch_interrupts();
+    for (int i = 0; !code && i < LEVELS; i++) {
+        bm_device *d;
+        bm_status s = bm_device_open(&d, level[i], o.threads);
+        if (s == BM_ENOSUPPORT) continue;
+        if (s) {
+            code = app_failed(s);
+            break;
+        }
+        bench_machine_ask(&k[n].machine, d);
+        s = bm_device_kernels(d, kernel_keep, &k[n++]);
+        bm_device_close(d);
+        if (s) code = app_flush() ? APP_FAILED : app_failed(s);     /* nobody reads on: told at the end */
+    }
+    if (!code && o.json) code = bench_kernels_json(k, n, o.json);
+    if (!code && o.csv) code = bench_kernels_csv(k, n, o.csv);
+    for (int i = 0; i < n; i++) free(k[i].time);
+    return code;
+}
+
+/* That a result can be written, before minutes are spent on it. */
+static int output_try(const char *path) {
+    if (!path || !strcmp(path, "-")) return APP_OK;
+    const bool there = app_path_exists(path);
+    FILE *f = fopen(path, "a");
+    if (!f) return app_error("cannot write %s: %s", path, strerror(errno));
+    fclose(f);
+    if (!there) unlink(path);
+    return APP_OK;
 }
 
 static int run(char **operand) {
     (void)operand;
-    if (o.bandwidth && o.model) return app_usage(&app_bench,
-                                                 "--bandwidth measures no model; with -m both are measured");
-    return o.bandwidth ? bandwidth_run() : model_run();
+    if (o.bandwidth && o.kernels) return app_usage(&app_bench, "--bandwidth and --kernels: expected one of them");
+    if ((o.bandwidth || o.kernels) && (o.model || o.preset))
+        return app_usage(&app_bench, "--%s measures no model; -m and --preset measure the rest",
+                         o.bandwidth ? "bandwidth" : "kernels");
+    if (o.model && o.preset) return app_usage(&app_bench, "-m and --preset: expected one of them");
+    if (o.type_given && !o.preset)
+        return app_usage(&app_bench, "--type goes with --preset; a model has its types, 'blackmamba convert' makes others");
+    if (o.json && o.csv && !strcmp(o.json, "-") && !strcmp(o.csv, "-"))
+        return app_usage(&app_bench, "--json and --csv: only one of them can be standard output");
+    int code = output_try(o.json);
+    if (!code) code = output_try(o.csv);
+    if (code) return code;
+    return o.bandwidth ? bandwidth_run() : o.kernels ? kernels_run() : model_run();
 }
 
 const app_command app_bench = {
-    "bench", "(--bandwidth | [-m MODEL] [--prompt N] [--gen N]) [-r N] [-t N] [--arith native|f32] [--json]",
-    "Measures the speed of a model and of this machine's memory.",
-    "Decode reads every weight a token uses once, so bytes a second over the bandwidth tells how much of the machine "
-    "it reaches. Without -m the bundled model is measured.", options, 0, run,
+    "bench", "[-m MODEL | --preset NAME|FILE [--type TYPE] | --bandwidth | --kernels] [--prompt N] [--gen N] [--batch N,N,...] "
+    "[-r N] [-t N] [--arith native|f32] [--json FILE] [--csv FILE]",
+    "Measures the speed of a model and of this machine.",
+    "Decode reads every weight a token uses once, so its roof is the bandwidth of reading memory over these bytes; a batch "
+    "reads the experts its texts chose together. Prefill is products, so its roof is the arithmetic peak. Bandwidth and "
+    "peak are measured between the lines. Without -m or --preset the bundled model is measured.", options, 0, run,
 };

@@ -48,6 +48,17 @@ int app_bundled_model(char **path) {
     return app_error("no model: %s/%s, the bundled one, is not there; name a model with -m", program, place[0]);
 }
 
+static bool is_preset(const char *name) {
+    for (int i = 0; bm_config_preset_name(i); i++) if (strcmp(bm_config_preset_name(i), name) == 0) return true;
+    return false;
+}
+
+int app_config_read(bm_config *out, const char *preset) {
+    bool file = !is_preset(preset) && (strchr(preset, '/') || app_path_exists(preset));
+    bm_status s = file ? bm_config_read(out, preset) : bm_config_preset(out, preset);
+    return s ? app_failed(s) : APP_OK;
+}
+
 int app_engine_open(app_engine *e, const char *path, int threads) {
     memset(e, 0, sizeof *e);
     int code = APP_OK;

@@ -134,6 +134,16 @@ BM_API bm_status   bm_device_bandwidth(bm_device *d, size_t bytes, int repeats, 
 /* Arithmetic peak in operations a second (a multiplication and an addition are two), all threads, of
  * the instruction that products with weights of `type` use: dot products of bf16 or int8, or f32. */
 BM_API bm_status   bm_device_peak(bm_device *d, bm_arith arith, bm_dtype type, double *out);
+/* Each operation by itself, at sizes of blackmamba-1.5b. */
+typedef struct bm_kernel_time {
+    const char *kernel;             /* "linear", "experts", "conv", "scan", "norm", "route", "loss" */
+    bm_dtype type; bm_arith arith;  /* of weights, in linear and experts */
+    int M, N, K;                    /* rows, width of the output, length of the sums (scan: states; others: 1) */
+    const char *unit;               /* "B", "op", "updates" or "rows", a second */
+    double rate, roof;              /* roof: bandwidth for B, peak for op; 0: not measured */
+} bm_kernel_time;
+/* fn gets each as it is measured and may not call the device; false stops with BM_ECANCELLED. */
+BM_API bm_status   bm_device_kernels(bm_device *d, bool (*fn)(void *user, const bm_kernel_time *t), void *user);
 
 /* path: a folder (config.json with pytorch_model.bin, model.safetensors or a sharded
  * model.safetensors.index.json) or a .gguf file.  GGUF and safetensors are used as mapped. */

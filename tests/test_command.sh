@@ -131,8 +131,46 @@ test_numbers() {
     same "carried state" "$(jq -n "[$(loss_sum 12 --carry --ctx 9), $(loss_sum 12), $(loss_sum 11), $(loss_sum 10)] |
         (.[0] - (.[1] - (.[2] - .[3])) | fabs) < 1e-4")" true
     fails 1 "at least 2" perplexity -m "$tiny" --tokens <(echo 1)
-    check "bench" bm bench -m "$tiny" -r 1 --prompt 8 --gen 4 --json
+}
+
+test_bench() {
+    local keys='.decode_tok_s, .bytes_per_token, .read_gb_s, .decode_fraction, .prefill_tok_s, .prefill_fraction,
+        .decode_tok_s_min, .decode_tok_s_max, .prefill_tok_s_min, .prefill_tok_s_max, .bandwidth_gb_s, .peak_gflop_s,
+        .peak_memory_bytes, .machine.threads, (.batch[] | .n, .tok_s, .roof_tok_s, .fraction, .experts_per_layer)'
+    bm bench --preset "$work/tiny.json" -r 2 --prompt 24 --gen 8 --batch 1,3 --json "$work/b.json" --csv "$work/b.csv" >"$work/out"
+    same "bench" "$? $(grep -cE '^(decode|prefill 24|batch [13]) ' "$work/out")" "0 8"
+    same "keys of bench, all above 0" "$(jq "[$keys] | length == 24 and all(. > 0)" "$work/b.json")" true
+    same "batch" "$(jq -c '[.batch[].n]' "$work/b.json")" '[1,3]'
+    same "a token reads what inspect says" "$(jq .bytes_per_token "$work/b.json")" \
+        "$(bm inspect --json "$tiny" | jq .weight_bytes_per_token)"
+    same "one text uses one expert, three at most three" \
+        "$(jq '.batch | .[0].experts_per_layer == 1 and (.[1].experts_per_layer | . > 1 and . <= 3)' "$work/b.json")" true
+    same "the stages are the whole" "$(jq '[.stages.decode, .stages.prefill, .batch[].stages |
+        (add - .waiting - 1 | fabs) < 1e-6 and .waiting >= 0] | all' "$work/b.json")" true
+    same "median between least and most" "$(jq '.decode_tok_s_min <= .decode_tok_s and .decode_tok_s <= .decode_tok_s_max' "$work/b.json")" true
+    same "CSV" "$(head -1 "$work/b.csv" | cut -d, -f1,9-12) $(wc -l <"$work/b.csv") $(awk -F, '{ print NF }' "$work/b.csv" | sort -u | wc -l)" \
+        "machine,line,tokens,tok_s,tok_s_min 5 1"
+    same "CSV instead of the table" "$(bm bench -m "$tiny" -r 1 --prompt 8 --gen 4 --batch 0 --arith f32 --csv - | cut -d, -f9 | xargs)" \
+        "line decode prefill 8"
+    same "a long prompt" "$(bm bench -m "$tiny" -r 1 --prompt 5000 --gen 1 --batch 0 --json - |
+        jq '.prefill_first_us_per_token > 0 and .prefill_last_us_per_token > 0 and .resident_growth_bytes < 1e7')" true
     check "bandwidth" bm bench --bandwidth -r 1
+    same "bandwidth in JSON" "$(bm bench --bandwidth -r 1 --json - | jq '.bandwidth_gb_s > 0')" true
+    same "bandwidth in CSV" "$(bm bench --bandwidth -r 1 --csv - | wc -l)" 2
+    bm bench --kernels 2>"$work/err" | head -3 >"$work/out"
+    check "the first kernels" grep -q '^linear  *f32 .* GB/s' "$work/out"
+    check "a closed pipe stops them quietly" test ! -s "$work/err"
+    fails 2 "--type goes with --preset" bench -m "$tiny" --type bf16
+    fails 2 "expected one of them" bench -m "$tiny" --preset mamba-130m
+    fails 2 "measures no model" bench -m "$tiny" --bandwidth
+    fails 2 "measures no model" bench --preset mamba-130m --kernels
+    fails 2 "expected one of them" bench --bandwidth --kernels
+    fails 2 "--batch: found '0'" bench -m "$tiny" --batch 1,0
+    fails 2 "--batch: found 'x'" bench -m "$tiny" --batch x
+    fails 2 "--batch: found ''" bench -m "$tiny" --batch 1,
+    fails 2 "only one of them" bench -m "$tiny" --json - --csv -
+    fails 1 "no/such.json" bench --preset no/such.json
+    fails 1 "missing/x.csv" bench -m "$tiny" -r 1 --prompt 1 --gen 1 --batch 0 --csv "$work/missing/x.csv"
 }
 
 test_ids() {
@@ -231,6 +269,7 @@ test_output
 make_tiny
 test_files
 test_numbers
+test_bench
 test_ids
 test_text
 echo "$passed passed, $failed failed, $skipped skipped"

@@ -19,29 +19,34 @@ typedef struct loop { loop_fn run; int ops; } loop;     /* ops: operations of a 
 #define CHAINS_12(S) CHAINS_8(S) S(8) S(9) S(10) S(11)
 #define CHAINS_16(S) CHAINS_12(S) S(12) S(13) S(14) S(15)
 
-/* ---- any processor: the operations of the scalar level ----------------------------------------------- */
+/* ---- any processor: what a compiler can make of plain C, 16 bytes at a time --------------------------- */
 
-static float scalar_f32(int steps) {
+typedef float f32_vector __attribute__((vector_size(16)));
+typedef unsigned short u16_vector __attribute__((vector_size(16)));
+
+static float plain_f32(int steps) {
     volatile float opaque = 0.5f;
-    const float x = opaque, y = opaque;
-#define DECLARE(i) float a##i = (float)i;
-#define STEP(i) a##i = a##i * x + y;
+    const f32_vector x = { opaque, opaque, opaque, opaque };
+#define DECLARE(i) f32_vector a##i = x * (float)i;
+#define STEP(i) a##i = a##i * x + x;
 #define SUM(i) + a##i
     CHAINS_12(DECLARE)
     for (int k = 0; k < steps; k++) { CHAINS_12(STEP) }
-    return 0 CHAINS_12(SUM);
+    const f32_vector s = x CHAINS_12(SUM);
+    return s[0] + s[1] + s[2] + s[3];
 #undef DECLARE
 #undef STEP
 }
 
-static float scalar_int(int steps) {
-    volatile unsigned opaque = 3;
-    const unsigned x = opaque, y = opaque;
-#define DECLARE(i) unsigned a##i = i;
-#define STEP(i) a##i = a##i * x + y;
-    CHAINS_8(DECLARE)
-    for (int k = 0; k < steps; k++) { CHAINS_8(STEP) }
-    return (float)(0 CHAINS_8(SUM));
+static float plain_int(int steps) {
+    volatile unsigned short opaque = 3;
+    const u16_vector x = { opaque, opaque, opaque, opaque, opaque, opaque, opaque, opaque };
+#define DECLARE(i) u16_vector a##i = x * (unsigned short)i;
+#define STEP(i) a##i = a##i * x + x;
+    CHAINS_12(DECLARE)
+    for (int k = 0; k < steps; k++) { CHAINS_12(STEP) }
+    const u16_vector s = x CHAINS_12(SUM);
+    return (float)(s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7]);
 #undef DECLARE
 #undef STEP
 }
@@ -159,7 +164,7 @@ static loop loop_of(const char *level, bm_form form) {
         return form == BM_FORM_Q8 ? (loop){ neon_int8, 12 * 16 } : (loop){ neon_f32, 16 * 8 };
 #endif
     (void)level;
-    return form == BM_FORM_Q8 ? (loop){ scalar_int, 8 * 2 } : (loop){ scalar_f32, 12 * 2 };
+    return form == BM_FORM_Q8 ? (loop){ plain_int, 12 * 16 } : (loop){ plain_f32, 12 * 8 };
 }
 
 enum { STEPS = 1 << 13, RUNS = 5 };
