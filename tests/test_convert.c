@@ -112,6 +112,14 @@ static void test_types(void **state) {
     assert_non_null(strstr(bm_error(), "exists already"));
 }
 
+/* One seed, one model: whichever form it is written in. */
+static void test_init(void **state) {
+    (void)state;
+    const bm_config c = tiny_config();
+    OK(bm_init(&c, 7, BM_BF16, scratch_path("seven"), NULL, NULL, NULL));
+    same_logits(tiny_gguf(BM_BF16), scratch_path("seven"), BM_ARITH_NATIVE);
+}
+
 /* A Mamba of the wider world: Hugging Face's names and its GGUF. */
 static void test_mamba(void **state) {
     (void)state;
@@ -296,7 +304,7 @@ static void test_damage(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_goldens), cmocka_unit_test(test_types),  cmocka_unit_test(test_mamba),  cmocka_unit_test(test_A_log),
+        cmocka_unit_test(test_goldens), cmocka_unit_test(test_types),  cmocka_unit_test(test_init),  cmocka_unit_test(test_mamba),  cmocka_unit_test(test_A_log),
         cmocka_unit_test(test_counts),  cmocka_unit_test(test_config), cmocka_unit_test(test_damage),
     };
     return cmocka_run_group_tests_name("convert", tests, NULL, NULL);

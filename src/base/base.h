@@ -98,6 +98,8 @@ static inline bool bm_take_u64(bm_reader *r, uint64_t *out) { return bm_take_to(
 uint64_t bm_rng_u64(uint64_t seed, uint64_t stream, uint64_t n);       /* Philox-4x32-10 (Salmon et al. 2011) */
 double   bm_rng_uniform(uint64_t seed, uint64_t stream, uint64_t n);   /* [0, 1), 53 bits */
 double   bm_rng_normal(uint64_t seed, uint64_t stream, uint64_t n);    /* Box-Muller on two words of its own */
+/* Numbers first, first + 1, ... of [0, 1), 24 bits each, four to a block of Philox. */
+void bm_rng_fill(uint64_t seed, uint64_t stream, uint64_t first, float *out, size_t n);
 
 /* ---- dtype.c, quant.c: element types ----------------------------------------------------------- */
 

@@ -38,3 +38,11 @@ double bm_rng_normal(uint64_t seed, uint64_t stream, uint64_t n) {
     philox(seed, stream, n, w);
     return sqrt(-2 * log1p(-unit(w[0], w[1]))) * cos(6.283185307179586477 * unit(w[2], w[3]));
 }
+
+void bm_rng_fill(uint64_t seed, uint64_t stream, uint64_t first, float *out, size_t n) {
+    uint32_t w[4];
+    for (size_t i = 0; i < n; i++) {
+        if (i == 0 || (first + i) % 4 == 0) philox(seed, stream, (first + i) / 4, w);
+        out[i] = (float)(w[(first + i) % 4] >> 8) * 0x1p-24f;
+    }
+}

@@ -328,39 +328,48 @@ typedef struct fill {
     bool as_A;
 } fill;
 
-/* Training's initialisation: docs/MODEL.md, "Training". */
-static float initial(const fill *f, uint64_t i) {
+/* Bound of the uniform initialisations, 0 for the others: docs/MODEL.md, "Training". */
+static double bound_of(const fill *f) {
     const bm_config *c = f->c;
-    const double u = bm_rng_uniform(f->seed, f->stream, i) * 2 - 1;
-    double dt;
+    switch (f->p.param->init) {
+    case BM_INIT_LINEAR: return 1 / sqrt(f->p.cols);
+    case BM_INIT_OUT: return 1 / sqrt(f->p.cols) / sqrt(c->n_layers);
+    case BM_INIT_CONV: return 1 / sqrt(c->d_conv);
+    case BM_INIT_DT_WEIGHT: return 1 / sqrt(c->dt_rank);
+    default: return 0;
+    }
+}
+
+/* Element i of the others; u is its number in [0, 1). */
+static float initial(const fill *f, uint64_t i, double u) {
+    double v;
     switch (f->p.param->init) {
     case BM_INIT_EMBED: return (float)(0.02 * bm_rng_normal(f->seed, f->stream, i));
     case BM_INIT_ONE: return 1;
-    case BM_INIT_LINEAR: return (float)(u / sqrt(f->p.cols));
-    case BM_INIT_OUT: return (float)(u / sqrt(f->p.cols) / sqrt(c->n_layers));
-    case BM_INIT_CONV: return (float)(u / sqrt(c->d_conv));
-    case BM_INIT_DT_WEIGHT: return (float)(u / sqrt(c->dt_rank));
     case BM_INIT_DT_BIAS:
-        dt = fmax(1e-4, exp(log(1e-3) + (u + 1) / 2 * (log(1e-1) - log(1e-3))));
-        return (float)(dt + log(-expm1(-dt)));
-    case BM_INIT_ALOG: dt = log((double)(i % (uint64_t)c->d_state + 1)); return f->as_A ? bm_A_from_log((float)dt) : (float)dt;
+        v = fmax(1e-4, exp(log(1e-3) + u * (log(1e-1) - log(1e-3))));
+        return (float)(v + log(-expm1(-v)));
+    case BM_INIT_ALOG: v = log((double)(i % (uint64_t)f->c->d_state + 1)); return f->as_A ? bm_A_from_log((float)v) : (float)v;
     default: return 0;
     }
 }
 
 static void fill_range(void *arg, int64_t begin, int64_t end, int thread) {
     const fill *f = arg;
+    const float bound = (float)bound_of(f);
     (void)thread;
-    for (int64_t i = begin; i < end; i++) f->x[i] = initial(f, f->first + (uint64_t)i);
+    bm_rng_fill(f->seed, f->stream, f->first + (uint64_t)begin, f->x + begin, (size_t)(end - begin));
+    for (int64_t i = begin; i < end; i++)
+        f->x[i] = bound > 0 ? (2 * f->x[i] - 1) * bound : initial(f, f->first + (uint64_t)i, (double)f->x[i]);
 }
 
 static bm_status init_tensors(target *t, const bm_config *c, uint64_t seed, float *x, char *bytes) {
     bm_file_tensor ft;
-    uint64_t stream = 0;
     size_t at = 0;
     for (bm_walk w = bm_params_walk(c, t->layout); bm_walk_next(&w, &ft); at++)
         for (int k = 0; k < ft.n_parts; k++) {
-            fill f = { .c = c, .p = bm_file_tensor_part(&ft, k), .seed = seed, .stream = stream++, .x = x, .as_A = t->gguf };
+            fill f = { .c = c, .p = bm_file_tensor_part(&ft, k), .seed = seed, .x = x, .as_A = t->gguf };
+            f.stream = bm_part_number(&f.p);
             const uint64_t all = (uint64_t)f.p.rows * (uint64_t)f.p.cols;
             for (; f.first < all; f.first += BLOCK_ELEMENTS) {
                 const size_t n = all - f.first < BLOCK_ELEMENTS ? all - f.first : BLOCK_ELEMENTS;

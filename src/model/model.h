@@ -62,6 +62,7 @@ typedef struct bm_walk { const bm_config *c; bm_layout layout; int row, layer, e
 bm_walk bm_params_walk(const bm_config *c, bm_layout layout);      /* the tensors of a file, in order */
 bool    bm_walk_next(bm_walk *w, bm_file_tensor *out);
 bm_part bm_file_tensor_part(const bm_file_tensor *t, int i);
+uint64_t bm_part_number(const bm_part *p);    /* the same in every layout, another for every part */
 bool    bm_part_of_model(const bm_part *p);   /* a field of bm_weights; else of a bm_layer */
 /* The file tensors of a source in the layout's order, every shape checked, no tensor left over.
  * entry[i] belongs to the i-th tensor of the walk; free() it. */

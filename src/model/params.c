@@ -89,6 +89,10 @@ bm_layout bm_layout_of(const bm_config *c, bm_format f) {
 
 static bool of_model(const bm_param *p) { return p->where <= FINAL_BIAS; }
 
+uint64_t bm_part_number(const bm_part *p) {
+    return ((uint64_t)(p->param - table) * BM_MAX_LAYERS + (uint64_t)p->layer) * BM_MAX_EXPERTS + (uint64_t)p->expert;
+}
+
 bool bm_part_of_model(const bm_part *p) { return of_model(p->param); }
 
 static bool model_has(const bm_config *c, const bm_param *p) {
