@@ -36,6 +36,8 @@ typedef struct bench_line {
     bench_series rate, fraction;                /* tokens a second; of what the roof of the same round allows */
     bench_series first, last;                   /* seconds a token of the first and the last tokens of a long prompt */
 } bench_line;
+/* Seconds a pass takes at least, at so many bytes and operations a second. */
+double bench_roof_seconds(const bench_line *l, double bandwidth, double peak);
 
 typedef struct bench_result {
     bench_machine machine;

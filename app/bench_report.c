@@ -19,10 +19,9 @@ static void line_name(char out[32], const bench_line *l) {
     if (l->kind != BENCH_DECODE) snprintf(out, 32, "%s %d", kind[l->kind], l->kind == BENCH_BATCH ? l->n : l->steps);
 }
 
-/* Tokens a second that the bandwidth (of prefill: the peak) allows. */
+/* Tokens a second that bandwidth and peak allow. */
 static double roof(const bench_result *r, const bench_line *l) {
-    if (l->kind == BENCH_PREFILL) return tokens(l) / l->ops * bench_summarize(&r->peak).median;
-    return tokens(l) / l->bytes * bench_summarize(&r->bandwidth).median;
+    return tokens(l) / bench_roof_seconds(l, bench_summarize(&r->bandwidth).median, bench_summarize(&r->peak).median);
 }
 
 static double experts(const bench_line *l) {
@@ -43,34 +42,36 @@ static void print_machine(const bench_machine *m) {
 }
 
 static void print_head(const bench_result *r) {
-    const bench_summary w = bench_summarize(&r->bandwidth), p = bench_summarize(&r->peak), f = bench_summarize(&r->peak_f32);
+    const bench_summary w = bench_summarize(&r->bandwidth);
+    const double peak = bench_summarize(&r->peak).median, f32 = bench_summarize(&r->peak_f32).median;
     print_machine(&r->machine);
-    printf("model      %s, %s, arithmetic %s; medians of %d round%s\n", r->model, bm_dtype_name(r->type), arith_name(r->arith),
-           r->rounds, r->rounds == 1 ? "" : "s");
-    printf("memory     %.0f MB at most, %.0f MB of it not the file's\n", 1e-6 * r->peak_memory, 1e-6 * r->anonymous_memory);
+    printf("model      %s, %s, arithmetic %s; medians of %d round%s\n", r->model, bm_dtype_name(r->type),
+           arith_name(r->arith), r->rounds, r->rounds == 1 ? "" : "s");
+    printf("memory     %.0f MB at most, %.0f MB of it not the file's\n", 1e-6 * r->peak_memory,
+           1e-6 * r->anonymous_memory);
     printf("bandwidth  %.2f GB/s, %.2f to %.2f\n", 1e-9 * w.median, 1e-9 * w.min, 1e-9 * w.max);
-    printf("peak       %.0f GFLOP/s in products of this model, %.0f in f32\n", 1e-9 * p.median, 1e-9 * f.median);
+    printf("peak       %.0f GFLOP/s in products of this model, %.0f in f32\n", 1e-9 * peak, 1e-9 * f32);
 }
 
 static void print_long(const bench_result *r, const bench_line *l) {
     if (!l->first.n) return;
     const double a = bench_summarize(&l->first).median, b = bench_summarize(&l->last).median;
-    printf("\nlong text  %.1f us a token in the first 2048, %.1f in the last (%+.1f%%); resident memory %+.1f MB between\n",
-           1e6 * a, 1e6 * b, 100 * (b / a - 1), 1e-6 * (r->memory_last - r->memory_first));
+    printf("\nlong text  %.1f us a token in the first 2048, %.1f in the last (%+.1f%%); resident memory %+.1f MB "
+           "between\n", 1e6 * a, 1e6 * b, 100 * (b / a - 1), 1e-6 * (r->memory_last - r->memory_first));
 }
 
 void bench_print(const bench_result *r) {
     char name[32];
     print_head(r);
-    printf("\n%-14s %9s %9s %9s %9s %8s %9s %9s %6s %8s\n", "", "tokens/s", "least", "most", "MB/token", "GB/s", "GFLOP/s",
-           "roof", "share", "experts");
+    printf("\n%-14s %9s %9s %9s %9s %8s %9s %9s %6s %8s\n", "", "tokens/s", "least", "most", "MB/token", "GB/s",
+           "GFLOP/s", "roof", "share", "experts");
     for (int i = 0; i < r->n_lines; i++) {
         const bench_line *l = &r->line[i];
         const bench_summary s = bench_summarize(&l->rate);
+        const double bytes = l->bytes / tokens(l), ops = l->ops / tokens(l);
         line_name(name, l);
-        printf("%-14s %9.1f %9.1f %9.1f %9.2f %8.2f %9.1f %9.1f %5.0f%%", name, s.median, s.min, s.max,
-               1e-6 * l->bytes / tokens(l), 1e-9 * l->bytes / tokens(l) * s.median, 1e-9 * l->ops / tokens(l) * s.median,
-               roof(r, l), 100 * bench_summarize(&l->fraction).median);
+        printf("%-14s %9.1f %9.1f %9.1f %9.2f %8.2f %9.1f %9.1f %5.0f%%", name, s.median, s.min, s.max, 1e-6 * bytes,
+               1e-9 * bytes * s.median, 1e-9 * ops * s.median, roof(r, l), 100 * bench_summarize(&l->fraction).median);
         if (l->times.moe_layers) printf(" %8.2f\n", experts(l));
         else printf(" %8s\n", "-");
     }
@@ -97,7 +98,9 @@ static const char *unit_of(const bm_kernel_time *t, double *scale) {
     return "M rows/s";
 }
 
-static bool has_weights(const bm_kernel_time *t) { return !strcmp(t->kernel, "linear") || !strcmp(t->kernel, "experts"); }
+static bool has_weights(const bm_kernel_time *t) {
+    return !strcmp(t->kernel, "linear") || !strcmp(t->kernel, "experts");
+}
 
 void bench_kernel_print(const bench_kernels *k, size_t i) {
     const bm_kernel_time *t = &k->time[i];
@@ -105,7 +108,8 @@ void bench_kernel_print(const bench_kernels *k, size_t i) {
     const char *unit = unit_of(t, &scale);
     if (!i) {
         print_machine(&k->machine);
-        printf("%-8s %-7s %-6s %5s %6s %5s %12s %-12s %s\n", "kernel", "weights", "arith", "M", "N", "K", "rate", "", "of roof");
+        printf("%-8s %-7s %-6s %5s %6s %5s %12s %-12s %s\n", "kernel", "weights", "arith", "M", "N", "K", "rate", "",
+               "of roof");
     }
     printf("%-8s %-7s %-6s %5d %6d %5d %12.2f %-12s", t->kernel, has_weights(t) ? bm_dtype_name(t->type) : "-",
            has_weights(t) ? arith_name(t->arith) : "-", t->M, t->N, t->K, scale * t->rate, unit);
@@ -116,8 +120,9 @@ void bench_kernel_print(const bench_kernels *k, size_t i) {
 /* ---- JSON ------------------------------------------------------------------------------ */
 
 static json_t *json_machine(const bench_machine *m) {
-    return json_pack("{s:s, s:s, s:i, s:s, s:[I, I, I]}", "cpu", m->cpu, "level", m->level, "threads", m->threads, "pages",
-                     m->pages, "caches", (json_int_t)m->cache[0], (json_int_t)m->cache[1], (json_int_t)m->cache[2]);
+    return json_pack("{s:s, s:s, s:i, s:s, s:[I, I, I]}", "cpu", m->cpu, "level", m->level, "threads", m->threads,
+                     "pages", m->pages, "caches", (json_int_t)m->cache[0], (json_int_t)m->cache[1],
+                     (json_int_t)m->cache[2]);
 }
 
 static json_t *json_stages(const bench_line *l) {
@@ -143,7 +148,8 @@ static int json_write(json_t *object, const char *path) {
 static void json_rate(json_t *to, const char *prefix, const bench_line *l) {
     const bench_summary s = bench_summarize(&l->rate);
     const struct { const char *name; double x; } key[] = {
-        {"tok_s", s.median}, {"tok_s_min", s.min}, {"tok_s_max", s.max}, {"fraction", bench_summarize(&l->fraction).median},
+        {"tok_s", s.median}, {"tok_s_min", s.min}, {"tok_s_max", s.max},
+        {"fraction", bench_summarize(&l->fraction).median},
     };
     for (size_t i = 0; i < sizeof key / sizeof *key; i++) {
         char name[64];
@@ -153,9 +159,9 @@ static void json_rate(json_t *to, const char *prefix, const bench_line *l) {
 }
 
 static json_t *json_batch(const bench_result *r, const bench_line *l) {
-    json_t *o = json_pack("{s:i, s:o, s:o, s:o, s:o}", "n", l->n, "roof_tok_s", app_json_real(roof(r, l)), "experts_per_layer",
-                          app_json_real(experts(l)), "bytes_per_token", app_json_real(l->bytes / tokens(l)), "stages",
-                          json_stages(l));
+    json_t *o = json_pack("{s:i, s:o, s:o, s:o, s:o}", "n", l->n, "roof_tok_s", app_json_real(roof(r, l)),
+                          "experts_per_layer", app_json_real(experts(l)), "bytes_per_token",
+                          app_json_real(l->bytes / tokens(l)), "stages", json_stages(l));
     if (o) json_rate(o, "", l);
     return o;
 }
@@ -171,9 +177,11 @@ int bench_json(const bench_result *r, const char *path) {
     const bench_line *decode = &r->line[0], *prefill = &r->line[1];
     const bench_summary w = bench_summarize(&r->bandwidth), p = bench_summarize(&r->peak);
     const double rate = bench_summarize(&decode->rate).median, speed = bench_summarize(&prefill->rate).median;
-    json_t *o = json_pack("{s:s, s:o, s:s, s:s, s:s, s:i, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:o, s:o, s:o, s:o}",
-        "version", bm_version(), "machine", json_machine(&r->machine), "model", r->model, "type", bm_dtype_name(r->type), "arith",
-        arith_name(r->arith), "prompt", r->prompt, "gen", r->gen, "rounds", r->rounds, "bandwidth_gb_s",
+    json_t *o = json_pack(
+        "{s:s, s:o, s:s, s:s, s:s, s:i, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:o, s:o, s:o, s:o}",
+        "version", bm_version(), "machine", json_machine(&r->machine), "model", r->model, "type",
+        bm_dtype_name(r->type), "arith", arith_name(r->arith), "prompt", r->prompt, "gen", r->gen, "rounds", r->rounds,
+        "bandwidth_gb_s",
         app_json_real(1e-9 * w.median), "bandwidth_gb_s_min", app_json_real(1e-9 * w.min), "bandwidth_gb_s_max",
         app_json_real(1e-9 * w.max), "peak_gflop_s", app_json_real(1e-9 * p.median), "peak_f32_gflop_s",
         app_json_real(1e-9 * bench_summarize(&r->peak_f32).median), "bytes_per_token",
@@ -207,9 +215,10 @@ int bench_kernels_json(const bench_kernels *k, int n, const char *path) {
     for (int i = 0; i < n; i++)
         for (size_t j = 0; j < k[i].n; j++) {
             const bm_kernel_time *t = &k[i].time[j];
-            json_array_append_new(all, json_pack("{s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:s, s:o, s:o}", "level", k[i].machine.level,
-                "kernel", t->kernel, "type", has_weights(t) ? bm_dtype_name(t->type) : "", "arith",
-                has_weights(t) ? arith_name(t->arith) : "", "M", t->M, "N", t->N, "K", t->K, "unit", t->unit, "rate",
+            json_array_append_new(all, json_pack("{s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:s, s:o, s:o}",
+                "level", k[i].machine.level, "kernel", t->kernel, "type", has_weights(t) ? bm_dtype_name(t->type) : "",
+                "arith", has_weights(t) ? arith_name(t->arith) : "", "M", t->M, "N", t->N, "K", t->K, "unit", t->unit,
+                "rate",
                 app_json_real(t->rate), "fraction", t->roof > 0 ? app_json_real(t->rate / t->roof) : json_null()));
         }
     return json_write(json_pack("{s:o, s:o}", "machine", json_machine(&k[n - 1].machine), "kernels", all), path);
@@ -248,8 +257,9 @@ static void csv_machine(FILE *f, const bench_machine *m) {
 int bench_csv(const bench_result *r, const char *path) {
     FILE *f = csv_open(path);
     if (!f) return APP_FAILED;
-    fputs("machine,level,threads,pages,version,model,type,arith,line,tokens,tok_s,tok_s_min,tok_s_max,bytes_per_token,gb_s,gflop_s,"
-          "roof_tok_s,fraction,experts_per_layer,bandwidth_gb_s,peak_gflop_s,peak_memory_mb,rounds", f);
+    fputs("machine,level,threads,pages,version,model,type,arith,line,tokens,tok_s,tok_s_min,tok_s_max,"
+          "bytes_per_token,gb_s,gflop_s,roof_tok_s,fraction,experts_per_layer,bandwidth_gb_s,peak_gflop_s,"
+          "peak_memory_mb,rounds", f);
     for (int k = 0; k < BM_STAGE_COUNT; k++) fprintf(f, ",%s", bm_stage_name((bm_stage)k));
     fputs(",waiting\n", f);
     for (int i = 0; i < r->n_lines; i++) {
@@ -260,10 +270,11 @@ int bench_csv(const bench_result *r, const char *path) {
         csv_machine(f, &r->machine);
         fprintf(f, "%s,", bm_version());
         csv_text(f, r->model);
-        fprintf(f, ",%s,%s,%s,%.0f,%.2f,%.2f,%.2f,%.0f,%.3f,%.2f,%.2f,%.4f,%.3f,%.3f,%.1f,%.1f,%d", bm_dtype_name(r->type),
-                arith_name(r->arith), name, tokens(l), s.median, s.min, s.max, l->bytes / tokens(l),
-                1e-9 * l->bytes / tokens(l) * s.median, 1e-9 * l->ops / tokens(l) * s.median, roof(r, l),
-                bench_summarize(&l->fraction).median, experts(l), 1e-9 * bench_summarize(&r->bandwidth).median,
+        fprintf(f, ",%s,%s,%s,%.0f,%.2f,%.2f,%.2f", bm_dtype_name(r->type), arith_name(r->arith), name, tokens(l),
+                s.median, s.min, s.max);
+        fprintf(f, ",%.0f,%.3f,%.2f,%.2f,%.4f,%.3f", l->bytes / tokens(l), 1e-9 * l->bytes / tokens(l) * s.median,
+                1e-9 * l->ops / tokens(l) * s.median, roof(r, l), bench_summarize(&l->fraction).median, experts(l));
+        fprintf(f, ",%.3f,%.1f,%.1f,%d", 1e-9 * bench_summarize(&r->bandwidth).median,
                 1e-9 * bench_summarize(&r->peak).median, 1e-6 * r->peak_memory, r->rounds);
         for (int k = 0; k < BM_STAGE_COUNT; k++) fprintf(f, ",%.4f", stage_share(l, l->times.stage[k]));
         fprintf(f, ",%.4f\n", stage_share(l, l->times.waiting));
@@ -289,8 +300,9 @@ int bench_kernels_csv(const bench_kernels *k, int n, const char *path) {
         for (size_t j = 0; j < k[i].n; j++) {
             const bm_kernel_time *t = &k[i].time[j];
             csv_machine(f, &k[i].machine);
-            fprintf(f, "%s,%s,%s,%s,%d,%d,%d,%s/s,%.4e,", bm_version(), t->kernel, has_weights(t) ? bm_dtype_name(t->type) : "",
-                    has_weights(t) ? arith_name(t->arith) : "", t->M, t->N, t->K, t->unit, t->rate);
+            fprintf(f, "%s,%s,%s,%s,%d,%d,%d,%s/s,%.4e,", bm_version(), t->kernel,
+                    has_weights(t) ? bm_dtype_name(t->type) : "", has_weights(t) ? arith_name(t->arith) : "", t->M,
+                    t->N, t->K, t->unit, t->rate);
             if (t->roof > 0) fprintf(f, "%.4f", t->rate / t->roof);
             fputc('\n', f);
         }

@@ -32,7 +32,8 @@ static const app_option options[] = {
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "native"),
     {0, "json", NULL, "FILE", APP_TEXT, &o.json, 0, 0, NULL, "write one JSON object; -: instead of the table"},
-    {0, "csv", NULL, "FILE", APP_TEXT, &o.csv, 0, 0, NULL, "write lines for bench/MACHINE.csv; -: instead of the table"},
+    {0, "csv", NULL, "FILE", APP_TEXT, &o.csv, 0, 0, NULL,
+     "write lines for bench/MACHINE.csv; -: instead of the table"},
     {0},
 };
 
@@ -116,6 +117,12 @@ static bm_status decode_pass(bench *b, const bench_line *l, double *seconds) {
     return s;
 }
 
+double bench_roof_seconds(const bench_line *l, double bandwidth, double peak) {
+    if (l->kind == BENCH_PREFILL) return l->ops / peak;
+    const double reading = l->bytes / bandwidth, computing = l->kind == BENCH_BATCH ? l->ops / peak : 0;
+    return reading > computing ? reading : computing;
+}
+
 static double tokens_of(const bench_line *l) { return l->kind == BENCH_PREFILL ? l->steps : (double)l->n * l->steps; }
 
 /* Once without the clock: caches warm, stages, bytes read, operations. */
@@ -150,20 +157,21 @@ static bm_status peaks_once(bench *b, double *peak) {
     return s;
 }
 
-/* Bandwidth before and after each line that it bounds, the peak after the one that the peak bounds. */
+/* Bandwidth before and after each line that it bounds, the peak after prefill.  A batch is bounded by both. */
 static bm_status round_run(bench *b) {
     bench_series w = {.n = 0};
+    double peak = 0;
     bm_status s = bandwidth_once(b, &w);
     for (int i = 0; !s && i < b->r.n_lines; i++) {
         bench_line *l = &b->r.line[i];
         const bool prefill = l->kind == BENCH_PREFILL;
-        double seconds, roof = 0;
+        double seconds;
         s = prefill ? prefill_pass(b, l, l->steps, &seconds) : decode_pass(b, l, &seconds);
-        if (!s) s = prefill ? peaks_once(b, &roof) : bandwidth_once(b, &w);
+        if (!s) s = prefill ? peaks_once(b, &peak) : bandwidth_once(b, &w);
         if (s) break;
-        if (!prefill) roof = 0.5 * (w.v[w.n - 2] + w.v[w.n - 1]);
+        const double bandwidth = prefill ? 0 : 0.5 * (w.v[w.n - 2] + w.v[w.n - 1]);
         series_add(&l->rate, tokens_of(l) / seconds);
-        series_add(&l->fraction, (prefill ? l->ops : l->bytes) / roof / seconds);
+        series_add(&l->fraction, bench_roof_seconds(l, bandwidth, peak) / seconds);
     }
     series_add(&b->r.bandwidth, bench_summarize(&w).median);
     return s;
@@ -181,9 +189,12 @@ static int lines_make(bench_result *r) {
         const size_t length = strcspn(p, ",");
         snprintf(word, sizeof word, "%.*s", (int)(length < 15 ? length : 15), p);
         if (!app_number_int(word, &n) || n < 1 || n > MOST_TEXTS)
-            return app_usage(&app_bench, "--batch: found '%s', expected numbers from 1 to %d with commas between", word, MOST_TEXTS);
-        if (r->n_lines == 2 + BENCH_BATCHES) return app_usage(&app_bench, "--batch: more than %d numbers", BENCH_BATCHES);
-        r->line[r->n_lines++] = (bench_line){.kind = BENCH_BATCH, .n = (int)n, .steps = o.gen < BATCH_STEPS ? o.gen : BATCH_STEPS};
+            return app_usage(&app_bench, "--batch: found '%s', expected numbers from 1 to %d with commas between", word,
+                             MOST_TEXTS);
+        if (r->n_lines == 2 + BENCH_BATCHES)
+            return app_usage(&app_bench, "--batch: found more than %d numbers, expected fewer", BENCH_BATCHES);
+        const int steps = o.gen < BATCH_STEPS ? o.gen : BATCH_STEPS;
+        r->line[r->n_lines++] = (bench_line){.kind = BENCH_BATCH, .n = (int)n, .steps = steps};
         p += length;
         if (!*p) return APP_OK;
     }
@@ -240,7 +251,8 @@ static int preset_open(bench *b) {
     if (code) return code;
     bm_config_info(&c, (bm_dtype)o.type, &info);
     snprintf(folder, sizeof folder, "%.400s/blackmamba-bench-XXXXXX", bench_folder((double)info.weight_bytes));
-    if (!mkdtemp(folder)) return app_error("cannot make the folder %s: %s; name another with TMPDIR", folder, strerror(errno));
+    if (!mkdtemp(folder))
+        return app_error("cannot make the folder %s: %s; name another with TMPDIR", folder, strerror(errno));
     snprintf(path, sizeof path, "%s/random.gguf", folder);
     app_progress progress = app_progress_start("making weights", true);
     bm_status s = bm_init(&c, 0, (bm_dtype)o.type, path, NULL, app_progress_step, &progress);
@@ -339,7 +351,7 @@ static int kernels_run(void) {
     for (int i = 0; !code && i < LEVELS; i++) {
         bm_device *d;
         bm_status s = bm_device_open(&d, level[i], o.threads);
-        if (s == BM_ENOSUPPORT) continue;
+        if (s == BM_ENOSUPPORT || s == BM_EARG) continue;       /* this machine or this build lacks it */
         if (s) {
             code = app_failed(s);
             break;
@@ -374,7 +386,8 @@ static int run(char **operand) {
                          o.bandwidth ? "bandwidth" : "kernels");
     if (o.model && o.preset) return app_usage(&app_bench, "-m and --preset: expected one of them");
     if (o.type_given && !o.preset)
-        return app_usage(&app_bench, "--type goes with --preset; a model has its types, 'blackmamba convert' makes others");
+        return app_usage(&app_bench, "--type goes with --preset; a model has its types, "
+                                     "'blackmamba convert' makes others");
     if (o.json && o.csv && !strcmp(o.json, "-") && !strcmp(o.csv, "-"))
         return app_usage(&app_bench, "--json and --csv: only one of them can be standard output");
     int code = output_try(o.json);
@@ -384,10 +397,11 @@ static int run(char **operand) {
 }
 
 const app_command app_bench = {
-    "bench", "[-m MODEL | --preset NAME|FILE [--type TYPE] | --bandwidth | --kernels] [--prompt N] [--gen N] [--batch N,N,...] "
-    "[-r N] [-t N] [--arith native|f32] [--json FILE] [--csv FILE]",
+    "bench", "[-m MODEL | --preset NAME|FILE [--type TYPE] | --bandwidth | --kernels] [--prompt N] [--gen N] "
+    "[--batch N,N,...] [-r N] [-t N] [--arith native|f32] [--json FILE] [--csv FILE]",
     "Measures the speed of a model and of this machine.",
-    "Decode reads every weight a token uses once, so its roof is the bandwidth of reading memory over these bytes; a batch "
-    "reads the experts its texts chose together. Prefill is products, so its roof is the arithmetic peak. Bandwidth and "
-    "peak are measured between the lines. Without -m or --preset the bundled model is measured.", options, 0, run,
+    "Decode reads every weight a token uses once, so its roof is the bandwidth of reading memory over these bytes; a "
+    "batch reads the experts its texts chose together. Prefill is products, so its roof is the arithmetic peak. "
+    "Bandwidth and peak are measured between the lines. Without -m or --preset the bundled model is measured.",
+    options, 0, run,
 };

@@ -111,7 +111,7 @@ static void test_kernels(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_same_bits), cmocka_unit_test(test_bytes), cmocka_unit_test(test_peak),
-                                        cmocka_unit_test(test_kernels) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(test_same_bits), cmocka_unit_test(test_bytes),
+                                        cmocka_unit_test(test_peak), cmocka_unit_test(test_kernels) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

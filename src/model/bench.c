@@ -73,7 +73,8 @@ static bm_tensor copy_of(const bench *b, int i) {
 static void linear_once(bench *b) {
     for (int i = 0; i < (b->M == 1 ? b->copies : 1); i++) {
         const bm_tensor w = copy_of(b, i);
-        b->be->linear(b->be, &(bm_op_linear){ .M = b->M, .ldx = w.cols, .w = &w, .x = b->noise, .y = b->out, .arith = b->arith });
+        b->be->linear(b->be, &(bm_op_linear){ .M = b->M, .ldx = w.cols, .w = &w, .x = b->noise, .y = b->out,
+                                              .arith = b->arith });
     }
 }
 
@@ -86,8 +87,8 @@ static bm_status linear_lines(bench *b, bm_dtype type, bm_arith arith, double pe
         weights_fill(b, type, rows, cols);
         b->M = 1;
         b->amount = (double)b->copies * (double)bm_dtype_bytes(type, (size_t)rows * (size_t)cols);
-        bm_kernel_time t = { .kernel = "linear", .type = type, .arith = arith, .M = 1, .N = rows, .K = cols, .unit = "B",
-                             .roof = b->bandwidth };
+        bm_kernel_time t = { .kernel = "linear", .type = type, .arith = arith, .M = 1, .N = rows, .K = cols,
+                             .unit = "B", .roof = b->bandwidth };
         BM_TRY(measure(b, linear_once, t));
         t.M = b->M = ROWS;
         t.unit = "op";
@@ -108,9 +109,11 @@ static void experts_once(bench *b) {
         down[e].rows = D;
         down[e].cols = F;
     }
-    const bm_op_route route = { .M = ROWS, .X = X, .expert = b->expert, .order = b->order, .first = b->first, .gate = b->noise };
-    b->be->experts(b->be, &(bm_op_experts){ .M = ROWS, .D = D, .F = F, .X = X, .arith = b->arith, .route = &route, .gate = gate,
-                                            .up = up, .down = down, .x = b->noise, .hidden = b->out, .y = b->out + NOISE });
+    const bm_op_route route = { .M = ROWS, .X = X, .expert = b->expert, .order = b->order, .first = b->first,
+                                .gate = b->noise };
+    b->be->experts(b->be, &(bm_op_experts){ .M = ROWS, .D = D, .F = F, .X = X, .arith = b->arith, .route = &route,
+                                            .gate = gate, .up = up, .down = down, .x = b->noise, .hidden = b->out,
+                                            .y = b->out + NOISE });
 }
 
 static bm_status product_lines(bench *b) {
@@ -134,25 +137,28 @@ static bm_status product_lines(bench *b) {
 /* ---- the others ------------------------------------------------------------------------------------------ */
 
 static void conv_once(bench *b) {
-    b->be->conv(b->be, &(bm_op_conv){ .Q = 1, .start = b->start, .slot = b->first, .I = I, .K = 4, .ldx = 2 * I, .x = b->noise,
-                                      .weight = b->noise, .bias = b->noise, .y = b->out, .state = b->state });
+    b->be->conv(b->be, &(bm_op_conv){ .Q = 1, .start = b->start, .slot = b->first, .I = I, .K = 4, .ldx = 2 * I,
+                                      .x = b->noise, .weight = b->noise, .bias = b->noise, .y = b->out,
+                                      .state = b->state });
 }
 static void scan_once(bench *b) {
     const float *bc = b->noise + R;
-    b->be->scan(b->be, &(bm_op_scan){ .Q = 1, .start = b->start, .slot = b->first, .I = I, .N = N, .ldz = 2 * I, .ldbc = R + 2 * N,
-                                      .u = b->noise, .dt = b->noise + I, .dt_bias = b->noise, .A = b->A, .B = bc, .C = bc + N,
-                                      .D = b->noise, .z = b->noise + I, .y = b->out, .state = b->state });
+    b->be->scan(b->be, &(bm_op_scan){ .Q = 1, .start = b->start, .slot = b->first, .I = I, .N = N, .ldz = 2 * I,
+                                      .ldbc = R + 2 * N, .u = b->noise, .dt = b->noise + I, .dt_bias = b->noise,
+                                      .A = b->A, .B = bc, .C = bc + N, .D = b->noise, .z = b->noise + I, .y = b->out,
+                                      .state = b->state });
 }
 static void norm_once(bench *b) {
     b->be->norm(b->be, &(bm_op_norm){ .M = ROWS, .D = D, .eps = 1e-5f, .x = b->noise, .residual = b->noise + ROWS * D,
                                       .weight = b->noise, .sum = b->out, .y = b->out + ROWS * D });
 }
 static void route_once(bench *b) {
-    b->be->route(b->be, &(bm_op_route){ .M = ROWS, .X = X, .logits = b->noise, .expert = b->target, .order = b->target + ROWS,
-                                        .first = b->target + 2 * ROWS, .gate = b->out });
+    b->be->route(b->be, &(bm_op_route){ .M = ROWS, .X = X, .logits = b->noise, .expert = b->target,
+                                        .order = b->target + ROWS, .first = b->target + 2 * ROWS, .gate = b->out });
 }
 static void loss_once(bench *b) {
-    b->be->loss(b->be, &(bm_op_loss){ .M = LOSS_ROWS, .V = V, .logits = b->noise, .target = b->expert, .loss = b->out });
+    b->be->loss(b->be, &(bm_op_loss){ .M = LOSS_ROWS, .V = V, .logits = b->noise, .target = b->expert,
+                                      .loss = b->out });
 }
 
 static bm_status other_lines(bench *b) {
@@ -183,8 +189,9 @@ static bm_status buffers_make(bench *b) {
     const struct { void *out; size_t bytes; } want[] = {
         { &b->noise, NOISE * sizeof(float) }, { &b->out, ((size_t)NOISE + ROWS * D) * sizeof(float) },
         { &b->state, (size_t)(N + 3) * I * sizeof(float) }, { &b->A, (size_t)N * I * sizeof(float) },
-        { &b->start, 2 * sizeof(int32_t) }, { &b->expert, ROWS * sizeof(int32_t) }, { &b->order, ROWS * sizeof(int32_t) },
-        { &b->first, (X + 1) * sizeof(int32_t) }, { &b->target, (2 * ROWS + X + 1) * sizeof(int32_t) }, { &b->weights, WEIGHTS },
+        { &b->start, 2 * sizeof(int32_t) }, { &b->expert, ROWS * sizeof(int32_t) },
+        { &b->order, ROWS * sizeof(int32_t) }, { &b->first, (X + 1) * sizeof(int32_t) },
+        { &b->target, (2 * ROWS + X + 1) * sizeof(int32_t) }, { &b->weights, WEIGHTS },
     };
     for (size_t i = 0; i < sizeof want / sizeof *want; i++)
         BM_TRY(be->alloc(be, want[i].out, want[i].bytes, "measuring kernels"));
@@ -211,7 +218,8 @@ static void buffers_fill(bench *b) {
 }
 
 static void buffers_free(bench *b) {
-    void *const all[] = { b->noise, b->out, b->state, b->A, b->start, b->expert, b->order, b->first, b->target, b->weights };
+    void *const all[] = { b->noise, b->out, b->state, b->A, b->start, b->expert, b->order, b->first, b->target,
+                          b->weights };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (all[i]) b->be->release(b->be, all[i]);
     free(b->host);
