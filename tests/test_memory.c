@@ -82,6 +82,7 @@ static bm_status open_and_score(void) {
     float nll[2];
     bm_status st = bm_model_open(&m, device, model_path);
     if (!st) st = bm_session_open(&s, m, &(bm_session_options){ .slots = 2, .chunk = 4 });
+    if (!st) st = bm_session_profile(s, true);
     if (!st) st = bm_score(s, 1, ids, 3, nll);
     bm_session_close(s);
     bm_model_close(m);
