@@ -4,7 +4,8 @@
 #include "lib_golden.h"
 #include "model/model.h"
 
-/* Every block kind in one model: Mamba, MoE (4), dense MLP, Mamba beside MoE (3), Mamba beside MLP. */
+/* Every block kind in one model: Mamba, MoE (4), dense MLP, Mamba beside MoE (3), Mamba beside MLP; rows of 4, 64 and 256,
+ * so that in every type some matrices fall back and some do not. */
 bm_config tiny_config(void);
 /* A scratch file "tiny-TYPE.gguf" with it, written once. */
 const char *tiny_gguf(bm_dtype type);

@@ -45,8 +45,14 @@ static const bm_entry mixed[] = {
     {.name = "half\"\\", .type = BM_F16, .n_dims = 3, .dim = {2, 3, 4}},
     {.name = "q8", .type = BM_Q8_0, .n_dims = 2, .dim = {3, 64}},
     {.name = "q4", .type = BM_Q4_0, .n_dims = 2, .dim = {2, 32}},
+    {.name = "q4_1", .type = BM_Q4_1, .n_dims = 2, .dim = {3, 32}},
+    {.name = "q5_0", .type = BM_Q5_0, .n_dims = 1, .dim = {96}},
+    {.name = "q5_1", .type = BM_Q5_1, .n_dims = 2, .dim = {1, 32}},
+    {.name = "q4_K", .type = BM_Q4_K, .n_dims = 2, .dim = {2, 256}},
+    {.name = "q5_K", .type = BM_Q5_K, .n_dims = 3, .dim = {2, 1, 512}},
+    {.name = "q6_K", .type = BM_Q6_K, .n_dims = 2, .dim = {3, 256}},
 };
-enum { PLAIN = 4, MIXED = 6 };
+enum { PLAIN = 4, MIXED = 12 };
 
 static uint64_t bytes_of(const bm_entry *e) {
     uint64_t n = 1;
@@ -609,7 +615,10 @@ static void gguf_tensors_that_lie_are_refused(void **state) {
         {"a", big, big, 0, 0, BM_EFORMAT, "2^60"},
         {"a", top / 2, 0, 0, 0, BM_EFORMAT, "2^60"},        /* 4 bytes each: wraps to 0 */
         {"a", 4, 0, 2, 0, BM_EFORMAT, "multiple of 32"},
-        {"a", 32, 0, 3, 0, BM_EFORMAT, "tensor a has type 3 (Q4_1), expected F32, F16, BF16, Q8_0 or Q4_0"},
+        {"a", 32, 0, 3, 0, BM_OK, ""},
+        {"a", 256, 0, 12, 0, BM_OK, ""},
+        {"a", 224, 0, 12, 0, BM_EFORMAT, "tensor a of type q4_K has rows of 224 elements, expected a multiple of 256"},
+        {"a", 256, 0, 10, 0, BM_EFORMAT, "tensor a has type 10 (Q2_K), expected F32, F16, BF16, Q4_0, Q4_1"},
         {"a", 32, 0, 31, 0, BM_EFORMAT, "type 31 (unknown)"},
         {"a", 32, 0, UINT32_MAX, 0, BM_EFORMAT, "(unknown)"},
         {"", 4, 0, 0, 0, BM_EFORMAT, "name"},

@@ -70,7 +70,7 @@ static void test_bytes(void **state) {
     bm_session_times(r.s, &all);
     assert_int_equal(all.moe_layers, 2);
     assert_in_range(all.experts, 2, most);
-    const uint64_t expert = bm_dtype_bytes(BM_Q8_0, 3 * 64 * 96);
+    const uint64_t expert = bm_dtype_bytes(BM_Q8_0, 3 * 64 * 256);
     assert_int_equal(all.weight_bytes, info.weight_bytes_per_token + (all.experts - 2) * expert);
     rig_close(&r);
 }
