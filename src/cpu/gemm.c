@@ -4,7 +4,7 @@
  * K is never cut, so how the outputs are cut changes no bit of them. */
 #include "cpu/kernels.h"
 
-enum { PANEL_BYTES = 256 << 10 };       /* converted activations that stay in the second-level cache */
+enum { PANEL_BYTES = 640 << 10 };       /* converted activations that stay in the second-level cache */
 enum { UNIT = 1 << 15 };                /* multiplications that are worth waking a thread for */
 
 typedef struct convert_job {
