@@ -60,7 +60,8 @@ extern const app_command app_run, app_tokenize, app_logits, app_perplexity, app_
 #define APP_JSON(to) {0, "json", NULL, NULL, APP_FLAG, to, 0, 0, NULL, "print one JSON object"}
 #define APP_DTYPES "f32|bf16|f16|q8_0|q4_0|q4_1|q5_0|q5_1|q4_K|q5_K|q6_K"   /* in the order of bm_dtype */
 #define APP_FALLS_BACK " Rows that the blocks of a type do not divide take another: q5_0 for q4_K, q5_1 for q5_K, " \
-    "q8_0 for q6_K where they are no multiple of 256; bf16 where they are no multiple of 32. The share is told at the end."
+    "q8_0 for q6_K where they are no multiple of 256; bf16 where they are no multiple of 32. The share is told at " \
+    "the end."
 
 /* Fills what the options point to.  *help: --help was given and nothing else matters. */
 int  app_parse(const app_command *c, int argc, char **argv, char **operand, bool *help);

@@ -96,8 +96,10 @@ test_files() {
     fails 1 "cut.gguf" inspect "$work/cut.gguf"
     fails 1 "cut.gguf" convert "$work/cut.gguf" "$work/no.gguf"
     check "nothing is left half written" test -z "$(find "$work" -name '*no.gguf*')"
-    for type in f32 f16 q8_0 q4_0; do check "convert to $type" bm convert "$tiny" "$work/$type.gguf" --type $type; done
+    for type in f32 f16 q8_0 q4_0 q4_1 q5_0 q5_1 q4_K Q5_K q6_k; do check "convert to $type" bm convert "$tiny" "$work/$type.gguf" --type $type; done
     same "parameters" "$(bm inspect --json "$work/q8_0.gguf" | jq -c '[.parameters, .config.n_layers, .format]')" '[213640,4,"GGUF"]'
+    check "the share that fell back is told" grep -q '[0-9]% of the weight bytes ([0-9]* tensors) fell back' \
+        <(bm convert "$tiny" "$work/told.gguf" --type q4_K 2>&1)
     check "inspect" bm inspect --tensors "$work/folder"
     same "tensors" "$(bm inspect --json --tensors "$tiny" | jq '.tensors | length')" "$(bm inspect --json "$tiny" | jq .n_tensors)"
 }

@@ -39,8 +39,8 @@ bm_status bm_dtype_parse(const char *name, bm_dtype *out) {
             *out = (bm_dtype)t;
             return BM_OK;
         }
-    return bm_fail(BM_EARG, "type: found '%.40s', expected f32, bf16, f16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K or q6_K",
-                   name);
+    return bm_fail(BM_EARG, "type: found '%.40s', expected f32, bf16, f16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K or "
+                   "q6_K", name);
 }
 
 float bm_f16_f32(uint16_t h) {

@@ -67,8 +67,8 @@ static void unpack_scales(uint8_t *s, uint8_t *t, const uint8_t *p) {
         t[i + 4] = (uint8_t)(p[i + 8] >> 4 | p[i + 4] >> 6 << 4);
     }
 }
-/* q6_K: in each half of 128, part j of 32 (0..3) has its low nibbles in bytes 32 (j % 2).. of q, low or high by j / 2,
- * and its upper two bits at 2 j of h. */
+/* q6_K: in each half of 128, part j of 32 (0..3) has its nibbles in bytes 32 (j % 2).. of q, low or high ones by
+ * j / 2, and its upper two bits at bit 2 j of h. */
 static uint8_t *place6(uint8_t *q, int i) { return q + i / 128 * 64 + i % 64; }
 static void pack6(bm_q6_k *b, const uint8_t *v) {
     memset(b->q, 0, sizeof b->q);
@@ -79,8 +79,10 @@ static void pack6(bm_q6_k *b, const uint8_t *v) {
     }
 }
 static void unpack6(uint8_t *v, bm_q6_k *b) {
-    for (int i = 0; i < 256; i++)
-        v[i] = (uint8_t)((*place6(b->q, i) >> i / 64 % 2 * 4 & 15) | (b->h[i / 128 * 32 + i % 32] >> i / 32 % 4 * 2 & 3) << 4);
+    for (int i = 0; i < 256; i++) {
+        const int high = b->h[i / 128 * 32 + i % 32] >> i / 32 % 4 * 2 & 3;
+        v[i] = (uint8_t)((*place6(b->q, i) >> i / 64 % 2 * 4 & 15) | high << 4);
+    }
 }
 
 /* ---- blocks of 32 -------------------------------------------------------------------------------------- */
@@ -246,7 +248,8 @@ static void narrow_q6_k(uint8_t *p, const float *x) {
     for (int i = 0; i < 2 * PARTS; i++) {
         b.scale[i] = (int8_t)clamp(nearest(scale[i] * inverse(d)), -128, 127);
         const float inv = inverse(d * b.scale[i]);
-        for (int j = HALF_PART * i; j < HALF_PART * (i + 1); j++) v[j] = (uint8_t)(clamp(nearest(x[j] * inv), -32, 31) + 32);
+        for (int j = HALF_PART * i; j < HALF_PART * (i + 1); j++)
+            v[j] = (uint8_t)(clamp(nearest(x[j] * inv), -32, 31) + 32);
     }
     pack6(&b, v);
     memcpy(p, &b, sizeof b);

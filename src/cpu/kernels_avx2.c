@@ -91,8 +91,9 @@ INLINE void v_put_i8(int8_t *q, vf v) {
 
 INLINE __m256i all_at(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 INLINE __m128i half_at(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
-INLINE vi i_bytes(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
-INLINE vi i_signed(const uint8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
+INLINE __m128i eight_at(const void *p) { return _mm_loadl_epi64((const __m128i *)p); }
+INLINE vi i_bytes(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(eight_at(p)); }
+INLINE vi i_signed(const uint8_t *p) { return (vi)_mm256_cvtepi8_epi32(eight_at(p)); }
 INLINE vi i_lane(void) { return (vi){ 0, 1, 2, 3, 4, 5, 6, 7 }; }
 INLINE vf i_float(vi v) { return _mm256_cvtepi32_ps((__m256i)v); }
 
@@ -103,7 +104,8 @@ typedef struct vw { __m256i q; vf scale, offset; } vw;
 typedef struct vx { __m256i q; vf scale, sum; } vx;
 INLINE vx x_step(const bm_q8_row *r, int t) {
     const vf scale = _mm256_broadcast_ss(r->scale + t);
-    return (vx){ all_at(r->q + 32 * t), scale, scale * _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half_at(r->sum + 8 * t))) };
+    const __m256i sum = _mm256_cvtepi16_epi32(half_at(r->sum + 8 * t));
+    return (vx){ all_at(r->q + 32 * t), scale, scale * _mm256_cvtepi32_ps(sum) };
 }
 INLINE __m256i q_low(__m256i v, int shift, int mask) {
     return _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(shift)), _mm256_set1_epi8((char)mask));
@@ -154,9 +156,11 @@ INLINE vf q_add(bm_dtype type, const vw *w, const vx *x, vf acc) {
     return has_offset(type) ? v_fma(x->sum, w->offset, acc) : acc;
 }
 INLINE void q_store(int8_t *dst, int16_t *sum, const int8_t *q) {
-    const __m256i v = all_at(q), s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), v), _mm256_set1_epi16(1));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), all_at(q));
+    const __m256i s = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    const __m128i low = _mm256_castsi256_si128(s), high = _mm256_extracti128_si256(s, 1);
     memcpy(dst, q, 32);
-    _mm_storeu_si128((__m128i *)(void *)sum, _mm_packs_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1)));
+    _mm_storeu_si128((__m128i *)(void *)sum, _mm_packs_epi32(low, high));
 }
 
 #include "cpu/kernels.inc"

@@ -120,8 +120,9 @@ INLINE __m512i bits(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set
 
 /* An f16 of each block, the i-th of its 16-bit words. */
 INLINE vf word_at(__m512i heads, int i) {
-    const __m512i quarters = _mm512_castsi256_si512(_mm256_setr_epi16(0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24));
-    const __m512i w = _mm512_permutexvar_epi16(_mm512_add_epi16(quarters, _mm512_set1_epi16((short)i)), heads);
+    const __m256i quarters = _mm256_setr_epi16(0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24);
+    const __m512i at = _mm512_castsi256_si512(_mm256_add_epi16(quarters, _mm256_set1_epi16((short)i)));
+    const __m512i w = _mm512_permutexvar_epi16(at, heads);
     return _mm512_cvtph_ps(_mm512_castsi512_si256(w));
 }
 /* no or yes in byte j of a quarter, as bit j of the two bytes `at` of its head says */
@@ -129,7 +130,8 @@ INLINE __m512i fifth(__m512i heads, int at, int no, int yes) {
     const __m512i byte = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
     const __m512i bit = _mm512_set1_epi64((long long)0x8040201008040201ull);
     const __m512i v = _mm512_shuffle_epi8(heads, _mm512_add_epi8(byte, _mm512_set1_epi8((char)at)));
-    return _mm512_mask_blend_epi8(_mm512_test_epi8_mask(v, bit), _mm512_set1_epi8((char)no), _mm512_set1_epi8((char)yes));
+    const __mmask64 set = _mm512_test_epi8_mask(v, bit);
+    return _mm512_mask_blend_epi8(set, _mm512_set1_epi8((char)no), _mm512_set1_epi8((char)yes));
 }
 INLINE vw w_q8_0(const uint8_t *p) {
     const __m512i a = pair_at(p + 2, p + 36), b = pair_at(p + 70, p + 104), raised = _mm512_set1_epi8(-128);
@@ -165,7 +167,8 @@ INLINE vf bytes_spread(uint32_t four) {
 INLINE vw w_k45(bm_dtype type, const uint8_t *p, int part) {
     const __m512i v = _mm512_loadu_si512(p + (type == BM_Q5_K ? 48 : 16) + part * 16);
     const __m512i low = bits(v, 15), high = bits(_mm512_srli_epi16(v, 4), 15);
-    const __m512i firsts = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), seconds = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    const __m512i firsts = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    const __m512i seconds = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     uint32_t s[3];
     memcpy(s, p + 4, sizeof s);
     const uint32_t scale = part ? (s[2] & 0x0f0f0f0f) | (s[0] >> 2 & 0x30303030) : s[0] & 0x3f3f3f3f;
@@ -175,8 +178,8 @@ INLINE vw w_k45(bm_dtype type, const uint8_t *p, int part) {
         .scale = bytes_spread(scale) * v_set(f16_at(p)), .offset = bytes_spread(offset) * v_set(-f16_at(p + 2)),
     };
     if (type == BM_Q5_K) {
-        const __m512i bit = _mm512_rolv_epi64(_mm512_set1_epi8(1), _mm512_setr_epi64(part, part, part + 1, part + 1, part + 2,
-                                                                                     part + 2, part + 3, part + 3));
+        const __m512i shift = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
+        const __m512i bit = _mm512_rolv_epi64(_mm512_set1_epi8((char)(1 << part)), shift);
         const __m512i h0 = _mm512_broadcast_i32x4(half_at(p + 16)), h1 = _mm512_broadcast_i32x4(half_at(p + 32));
         const __m512i sixteen = _mm512_set1_epi8(16);
         w.q.first = _mm512_mask_add_epi8(w.q.first, _mm512_test_epi8_mask(h0, bit), w.q.first, sixteen);
@@ -189,7 +192,8 @@ INLINE vw w_k6(const uint8_t *p, int part) {
     const __m512i v = _mm512_loadu_si512(p + part * 16);
     const __m512i low = bits(v, 15), high = bits(_mm512_srli_epi16(v, 4), 15);
     const __m512i turn = _mm512_setr_epi64(4, 4, 2, 2, 0, 0, 62, 62);      /* two bits of each part to bits 4 and 5 */
-    const __m512i h0 = _mm512_broadcast_i32x4(half_at(p + 128 + part * 8)), h1 = _mm512_broadcast_i32x4(half_at(p + 144 + part * 8));
+    const __m512i h0 = _mm512_broadcast_i32x4(half_at(p + 128 + part * 8));
+    const __m512i h1 = _mm512_broadcast_i32x4(half_at(p + 144 + part * 8));
     const __m256i twice = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3,
                                            4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7);
     long long scales;

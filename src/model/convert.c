@@ -127,7 +127,8 @@ static bm_status target_finish(target *t) {
     BM_TRY(bm_sink_finish(&t->sink));
     if (t->folder) BM_TRY(bm_folder_finish(&t->folder));
     if (t->fell)
-        bm_log(1, "%.1f%% of the weight bytes (%llu tensors) are in another type than asked for, whose blocks do not divide their rows",
+        bm_log(1, "%.1f%% of the weight bytes (%llu tensors) fell back to another type: their rows are no whole blocks of "
+               "the one asked for",
                100 * (double)t->fell / (double)t->total, (unsigned long long)t->tensors_fell);
     return BM_OK;
 }
