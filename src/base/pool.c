@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SPINS = 4000, MAX_THREADS = 256, CHUNKS = 4 };
+enum { SPINS = 4000, MAX_THREADS = 256, CHUNKS = 2 };
 
 struct bm_pool {
     int threads;
