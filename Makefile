@@ -20,9 +20,10 @@ ALL_CFLAGS = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wstrict-prototypes -
              -fPIC -fvisibility=hidden -Iinclude -Isrc $(PKG_CFLAGS) $(SAN_FLAGS) $(CFLAGS)
 LIBS     = $(PKG_LIBS) -lm -pthread $(if $(SAN),-fsanitize=$(SAN))
 
-# kernels_scalar.c, kernels_avx2.c, kernels_avx512.c: one source, kernels.inc, per instruction set
+# kernels_{scalar,avx2,avx512,neon}.c: one source, kernels.inc, per instruction set
 ARCH := $(shell $(CC) -dumpmachine 2>/dev/null | cut -d- -f1)
 ISA_x86_64 := avx2 avx512
+ISA_aarch64 := neon
 FLAGS_avx2   := -mavx2 -mfma -mf16c
 FLAGS_avx512 := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c
 

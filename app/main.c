@@ -38,7 +38,7 @@ static void overview(FILE *to) {
           "  blackmamba --version    the version\n\n"
           "A first text:  blackmamba run -p \"Once upon a time\"\n\n"
           "exit code: 0 done, 1 the input or the machine, 2 the command line, 130 interrupted.\n"
-          "environment: BM_THREADS threads, BM_CPU=scalar|avx2|avx512 the highest instruction set,\n"
+          "environment: BM_THREADS threads, BM_CPU=scalar|avx2|avx512|neon the highest instruction set,\n"
           "BM_LOG=0|1|2 more words.\n", to);
 }
 

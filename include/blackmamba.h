@@ -121,8 +121,8 @@ BM_API void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out);
 typedef struct bm_device bm_device;
 typedef struct bm_model bm_model;
 
-/* name "cpu", or with an instruction set "cpu:scalar", "cpu:avx2", "cpu:avx512" (BM_ENOSUPPORT when
- * the machine lacks it; "cpu" takes the best, BM_CPU caps it).  threads 0: one per processor this
+/* name "cpu", or with an instruction set "cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon" (BM_ENOSUPPORT
+ * when the machine lacks it; "cpu" takes the best, BM_CPU caps it).  threads 0: one per processor this
  * process may use (BM_THREADS overrides). */
 BM_API bm_status   bm_device_open(bm_device **out, const char *name, int threads);
 BM_API const char *bm_device_name(const bm_device *d);      /* "cpu avx512, 2 threads" */

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-const char *const levels[LEVELS] = { "scalar", "avx2", "avx512" };
+const char *const levels[LEVELS] = { "scalar", "avx2", "avx512", "neon" };
 static uint64_t counter;
 
 bm_backend *open_level(int level, int threads) {

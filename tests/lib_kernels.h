@@ -8,7 +8,7 @@
 #include <cmocka.h>
 #include "cpu/kernels.h"
 
-enum { LEVELS = 3, MAX_M = 67 };
+enum { LEVELS = 4, MAX_M = 67 };
 extern const char *const levels[LEVELS];    /* scalar first */
 /* NULL when this machine lacks the level. */
 bm_backend *open_level(int level, int threads);

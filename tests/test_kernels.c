@@ -5,6 +5,11 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __aarch64__
+#define FOREIGN_LEVEL "avx2"
+#else
+#define FOREIGN_LEVEL "neon"
+#endif
 
 /* What native arithmetic makes of a row of activations before it multiplies, in f32 or better. */
 static void native_row(double *out, bm_dtype type, const float *x, int n) {
@@ -352,6 +357,9 @@ static void test_open(void **state) {
     setenv("BM_CPU", "avx3", 1);
     assert_int_equal(bm_backend_open_cpu(&b, 0), BM_EARG);
     assert_non_null(strstr(bm_error(), "BM_CPU"));
+    setenv("BM_CPU", FOREIGN_LEVEL, 1);
+    assert_int_equal(bm_backend_open_cpu(&b, 1), BM_ENOSUPPORT);
+    assert_non_null(strstr(bm_error(), FOREIGN_LEVEL));
     setenv("BM_CPU", "scalar", 1);
     assert_int_equal(bm_backend_open_cpu(&b, 1), BM_OK);
     assert_string_equal(b->name, "cpu scalar, 1 thread");

@@ -46,7 +46,7 @@ typedef struct bm_gemm {
 typedef void (*bm_gemm_fn)(const bm_gemm *g, int i0, int i1, int j0, int j1);
 
 typedef struct bm_kernels {
-    const char *level;                          /* "scalar", "avx2", "avx512" */
+    const char *level;                          /* "scalar", "avx2", "avx512", "neon" */
     bm_form    form[2][BM_DTYPE_COUNT];         /* [bm_arith][type of the weights] */
     bm_gemm_fn gemm[2][BM_DTYPE_COUNT];
     void (*convert)(void *dst, bm_form form, const float *x, int n);
@@ -63,7 +63,8 @@ typedef struct bm_kernels {
 void bm_kernels_scalar(bm_kernels *k);
 void bm_kernels_avx2(bm_kernels *k);
 void bm_kernels_avx512(bm_kernels *k);
-/* The best level of this machine that cap ("scalar", "avx2", "avx512"; NULL: any) allows. */
+void bm_kernels_neon(bm_kernels *k);
+/* The best level of this machine that cap ("scalar", "avx2", "avx512", "neon"; NULL: any) allows. */
 bm_status bm_kernels_choose(bm_kernels *out, const char *cap);
 
 typedef struct bm_cpu {
