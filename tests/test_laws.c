@@ -34,6 +34,17 @@ static void in_steps(law *w, int slot, const size_t *step, size_t n_steps) {
     }
 }
 
+/* The whole text in a session of its own, against what another gave. */
+static void another(law *w, float *want, int threads, int chunk, const char *what) {
+    law_open(w, threads, 1, chunk);
+    free(w->want);
+    w->want = want;
+    all_logits(w->r.s, 0, w->ids, T, w->got);
+    same(w, what);
+    w->want = NULL;
+    law_close(w);
+}
+
 static void chunking(law *w) {
     law_open(w, 1, 1, 512);
     all_logits(w->r.s, 0, w->ids, T, w->want);
@@ -44,24 +55,8 @@ static void chunking(law *w) {
     float *want = w->want;
     w->want = NULL;
     law_close(w);
-    for (int chunk = 1; chunk < 70; chunk += 11) {
-        law_open(w, 2, 1, chunk);
-        free(w->want);
-        w->want = want;
-        all_logits(w->r.s, 0, w->ids, T, w->got);
-        same(w, "another chunk size");
-        w->want = NULL;
-        law_close(w);
-    }
-    for (int threads = 2; threads <= 5; threads++) {
-        law_open(w, threads, 1, 512);
-        free(w->want);
-        w->want = want;
-        all_logits(w->r.s, 0, w->ids, T, w->got);
-        same(w, "another number of threads");
-        w->want = NULL;
-        law_close(w);
-    }
+    for (int chunk = 1; chunk < 70; chunk += 11) another(w, want, 2, chunk, "another chunk size");
+    for (int threads = 2; threads <= 5; threads++) another(w, want, threads, 512, "another number of threads");
     free(want);
 }
 
