@@ -67,7 +67,7 @@ typedef enum bm_arith { BM_ARITH_NATIVE, BM_ARITH_F32 } bm_arith;
 
 /* ---- configuration ------------------------------------------------------------------- */
 
-typedef enum bm_mixer { BM_MIXER_NONE, BM_MIXER_MAMBA } bm_mixer;
+typedef enum bm_mixer { BM_MIXER_NONE, BM_MIXER_MAMBA, BM_MIXER_ATTENTION } bm_mixer;
 typedef enum bm_ffn { BM_FFN_NONE, BM_FFN_DENSE, BM_FFN_MOE } bm_ffn;
 typedef enum bm_activation { BM_GELU, BM_SILU } bm_activation;            /* GELU: exact, with erf */
 typedef enum bm_routing { BM_ROUTE_SIGMOID, BM_ROUTE_SOFTMAX } bm_routing;
@@ -94,6 +94,9 @@ typedef struct bm_config {
     bool bias;                      /* biases of in, out, experts and (BlackMamba) head */
     bool conv_bias;
     bool tied_head;                 /* logits use the embedding */
+    int32_t top_k;                  /* experts a row goes through, 1 in released models */
+    int32_t n_heads, n_kv_heads;    /* attention layers; 0 without them.  Heads are d_model / n_heads wide */
+    float rope_base;
     bm_layer_config layer[BM_MAX_LAYERS];
 } bm_config;
 

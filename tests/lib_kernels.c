@@ -72,7 +72,7 @@ double silu(double x) { return x / (1 + exp(-x)); }
 double softplus(double x) { return x > 20 ? x : log1p(exp(x)); }
 
 void route_rows(bm_backend *b, routing *r, const float *logits, int M, int X, bm_routing rule) {
-    r->op = (bm_op_route){ .M = M, .X = X, .rule = rule, .logits = logits, .expert = r->expert, .order = r->order,
+    r->op = (bm_op_route){ .M = M, .X = X, .k = 1, .rule = rule, .logits = logits, .expert = r->expert, .order = r->order,
                            .first = r->first, .gate = r->gate };
     b->route(b, &r->op);
 }

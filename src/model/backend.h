@@ -9,7 +9,13 @@
  * F d_ff  X experts  V vocabulary  S slots  Q sequences of one call.
  *
  * Rows of several sequences lie one after another: rows [start[q], start[q+1]) belong to slot[q].
- * That one form is prefill, ragged batches, and decode of any subset of slots (one row each).
+ * That one form is prefill, ragged batches, decode of any subset of slots (one row each), and packed
+ * documents in training, where slot -1 starts from zeros and drops its last state.
+ *
+ * One struct of arguments serves an operation and its backward (op_back).  Fields named d* are gradients
+ * of the field behind the d, read and written by op_back only: those of parameters are ACCUMULATED (+=)
+ * and always f32, those of activations WRITTEN (=) unless add_dx says a second consumer adds.  Backward
+ * reads the inputs the forward had, state as it was before the forward, and what the forward kept.
  *
  * The law: each output element has one order of summation along its K, fixed by weight type,
  * arithmetic and instruction set, whatever M, the neighbours or the thread. */
@@ -26,52 +32,105 @@ typedef struct bm_tensor {      /* a matrix of weights as stored; data NULL: abs
 
 typedef struct bm_op_embed {    /* y (M,D) = table[token] */
     int M; const bm_tensor *table; const bm_token *token; float *y;
+    const float *dy; float *dtable;             /* (V,D) */
 } bm_op_embed;
 
 typedef struct bm_op_norm {     /* sum (M,D) = x + residual; y (M,D) = norm(sum) * weight (+ bias) */
     int M, D; float eps; bool centered;         /* centered: LayerNorm, else RMSNorm */
     const float *x, *residual, *weight, *bias;  /* x or residual may be NULL: 0 */
     float *sum, *y;                             /* sum may be NULL, or equal residual */
+    const float *dy; float *dsum, *dweight, *dbias;     /* back reads sum; dsum (M,D) += what comes through this norm */
 } bm_op_norm;
 
 typedef struct bm_op_linear {   /* y (M,rows) (+)= x (M,cols) w^T + bias */
     int M, ldx; const bm_tensor *w;             /* ldx: row stride of x in floats */
     const float *x, *bias; float *y;            /* bias may be NULL; y rows are contiguous */
     bool accumulate; bm_arith arith;
+    const float *dy; float *dx, *dw, *dbias; bool add_dx;   /* dx: row stride ldx; dx, dw, dbias may be NULL */
 } bm_op_linear;
 
 typedef struct bm_op_conv {     /* y (M,I) = silu(causal depthwise conv(x) + bias) */
     int Q; const int32_t *start, *slot;
     int I, K, ldx; const float *x, *weight, *bias;  /* weight (K,I), the newest input last; bias may be NULL */
     float *y, *state; size_t stride;            /* state of slot s: state + s*stride, (K-1,I), oldest first; updated */
+    const float *dy; float *dx, *dweight, *dbias;   /* dx: row stride ldx */
 } bm_op_conv;
+
+enum { BM_SCAN_CHUNK = 64 };    /* tokens between two states kept for the backward */
 
 typedef struct bm_op_scan {     /* d = softplus(dt + dt_bias); h = exp(d A) h + d u B; y = (C.h + D u) silu(z) */
     int Q; const int32_t *start, *slot;
     int I, N, ldz, ldbc;                        /* row strides of z, and of B and C */
     const float *u, *dt, *dt_bias, *A, *B, *C, *D, *z;  /* u, dt (M,I); A (N,I) = -exp(A_log), transposed; B, C (M,N) */
     float *y, *state; size_t stride;            /* y (M,I), may equal u or dt; state of slot s: state + s*stride, (N,I); updated */
+    float *kept;                /* training: (N,I) before row start[q] + c*BM_SCAN_CHUNK at number start[q]/BM_SCAN_CHUNK + q + c */
+    const float *dy; float *du, *ddt, *dz, *dB, *dC;    /* strides as forward; ddt: before softplus and bias */
+    float *ddt_bias, *dA_log, *dD;              /* (I) (N,I) (I) */
+    float *work;                                /* scan_back_floats(): sums of dB and dC by channel block */
 } bm_op_scan;
 
-typedef struct bm_op_route {    /* the expert of each row and the order that groups rows by expert */
-    int M, X; bm_routing rule; const float *logits;     /* (M,X) */
-    int32_t *expert, *order, *first;            /* expert (M); order (M): rows, expert by expert, ascending; first (X+1) */
-    float *gate;                                /* (M): sigmoid(logit) or softmax probability of the chosen one; ties: lowest index */
+/* How experts are chosen while training; docs/MODEL.md, "Training". */
+typedef enum bm_choice { BM_CHOOSE_BEST, BM_CHOOSE_SINKHORN } bm_choice;
+typedef enum bm_sinkhorn_stop { BM_STOP_ABSOLUTE, BM_STOP_RELATIVE, BM_STOP_FIXED } bm_sinkhorn_stop;
+typedef struct bm_balance {
+    bm_choice choice;
+    bool paper_start;           /* d1 = 1 / (X sum C), else 1 */
+    bm_sinkhorn_stop stop;
+    double tol;                 /* mean|d1 change| <= tol; relative: <= tol * mean|d1| */
+    int sweeps;                 /* FIXED: that many; else at most */
+    double scale;               /* C = exp(scale * logits): 2, Megatron's 1 */
+    float capacity;             /* 0: nothing dropped; rows kept an expert: ceil(capacity k S / X), in the order of rows */
+    float load, z;              /* factors of the losses alpha X sum f P and beta mean(logsumexp^2) */
+} bm_balance;
+
+typedef struct bm_op_route {    /* the experts of each row and the order that groups rows by expert */
+    int M, X, k; bm_routing rule; const float *logits;  /* (M,X); the k best, choice j of all rows before choice j + 1 */
+    int32_t *expert, *order, *first;            /* (k,M), -1 dropped; (k,M): rows, expert by expert, ascending; (k,X+1) */
+    float *gate;                                /* (k,M): sigmoid(logit) or softmax probability of the chosen one; ties: lowest index */
+    const bm_balance *balance;                  /* training; NULL: the running rule, groups are not looked at */
+    int G; const int32_t *group;                /* routing groups: rows [group[g], group[g+1]) are routed together */
+    int32_t *sweeps;                            /* (G) of Sinkhorn */
+    float *loss;                                /* (G,2): load and z loss of each group, factors included */
+    const float *dgate; float *dlogits;         /* dlogits also takes loss_scale * gradient of the groups' losses */
+    float loss_scale;
 } bm_op_route;
 
-typedef struct bm_op_experts {  /* y (M,D) (+)= gate * down_e(act(gate_e x) * up_e x) */
+typedef struct bm_op_experts {  /* y (M,D) (+)= gate * down_e(act(gate_e x) * up_e x); rows in no group: 0 */
     int M, D, F, X; bm_activation activation; bm_arith arith;
-    const bm_op_route *route;                   /* NULL: one expert, gate 1 (a dense MLP) */
+    const bm_op_route *route;                   /* one choice (k 1) of it; NULL: one expert, gate 1 (a dense MLP) */
     const bm_tensor *gate, *up, *down;          /* X of each; gate NULL: plain, act(up x) */
     const float *gate_bias, *up_bias, *down_bias;       /* (X,F) (X,F) (X,D) or NULL */
     const float *x;                             /* (M,D) */
-    float *hidden;                              /* work space (M,2F) */
+    float *hidden;                              /* (M,2F) grouped rows: gate | up before the activation */
+    float *act;                                 /* (M,F) act(gate) * up, for the backward; NULL: hidden is work space */
     float *y; bool accumulate;
+    const float *dy; float *dx; bool add_dx;    /* (M,D) */
+    float *dgate;                               /* (M) gradient of route's gate; rows in no group: 0 */
+    const bm_tensor *dw_gate, *dw_up, *dw_down; /* X of each, f32 */
+    float *db_gate, *db_up, *db_down;
+    float *dhidden, *dact;                      /* work space of the backward: (M,2F) (M,F) */
 } bm_op_experts;
 
-typedef struct bm_op_loss {     /* loss (M) = -log softmax(logits)[target], sums in f64 */
+typedef struct bm_op_attention {/* y (M,H*E) = causal softmax(q k^T / sqrt E) v, rotary positions (arXiv 2104.09864) */
+    int Q; const int32_t *start, *slot;
+    int H, G, E, window;                        /* heads of q, of k and v; width of one; positions looked back at */
+    float rope_base;
+    const float *qkv;                           /* (M,(H+2G)*E): q | k | v, before rotation */
+    float *y, *state; size_t stride;            /* state of slot s: bm_attention_floats() at state + s*stride; updated */
+    const float *dy; float *dqkv;
+} bm_op_attention;
+static inline size_t bm_attention_floats(int G, int E, int window) { return 2 * (size_t)G * (size_t)E * (size_t)window + 16; }
+
+typedef struct bm_op_loss {     /* loss (M) = -log softmax(logits)[target], sums in f64; target -1: 0 */
     int M, V; const float *logits; const bm_token *target; float *loss;
+    float *dlogits, scale;                      /* training: scale * gradient (M,V), may equal logits; NULL: not wanted */
 } bm_op_loss;
+
+typedef struct bm_op_adamw {    /* AdamW (arXiv 1711.05101), bias-corrected; n elements */
+    size_t n; float *w, *m, *v; const float *g;
+    float lr, beta1, beta2, eps, decay, scale;  /* scale: of g, from clipping */
+    int64_t step;                               /* from 1 */
+} bm_op_adamw;
 
 typedef struct bm_backend bm_backend;
 struct bm_backend {
@@ -88,6 +147,9 @@ struct bm_backend {
     void  (*close)(bm_backend *b);
     /* Work space for linear and experts up to rows x cols, so that no operation allocates. */
     bm_status (*reserve)(bm_backend *b, int rows, int cols);
+    /* The same for linear_back and experts_back; the largest rows, matrix rows and matrix columns. */
+    bm_status (*reserve_back)(bm_backend *b, int M, int rows, int cols);
+    size_t (*scan_back_floats)(bm_backend *b, int M, int I, int N);     /* floats of bm_op_scan.work */
     bm_status (*bandwidth)(bm_backend *b, size_t bytes, int repeats, double *out);
     /* Operations a second (2 for a multiplication and an addition) that registers allow linear with such weights. */
     bm_status (*peak)(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
@@ -102,6 +164,22 @@ struct bm_backend {
     void (*route)  (bm_backend *b, const bm_op_route *a);
     void (*experts)(bm_backend *b, const bm_op_experts *a);
     void (*loss)   (bm_backend *b, const bm_op_loss *a);
+    void (*attention)(bm_backend *b, const bm_op_attention *a);
+
+    /* Training; all NULL where a backend cannot. */
+    void (*embed_back)  (bm_backend *b, const bm_op_embed *a);
+    void (*norm_back)   (bm_backend *b, const bm_op_norm *a);
+    void (*linear_back) (bm_backend *b, const bm_op_linear *a);
+    void (*conv_back)   (bm_backend *b, const bm_op_conv *a);
+    void (*scan_back)   (bm_backend *b, const bm_op_scan *a);
+    void (*route_back)  (bm_backend *b, const bm_op_route *a);
+    void (*experts_back)(bm_backend *b, const bm_op_experts *a);
+    void (*attention_back)(bm_backend *b, const bm_op_attention *a);
+    void (*adamw)  (bm_backend *b, const bm_op_adamw *a);
+    void (*sumsq)  (bm_backend *b, double *out, const float *x, size_t n);              /* *out = sum of squares, device memory */
+    void (*blend)  (bm_backend *b, float *y, float p, const float *x, float q, size_t n);   /* y = p y + q x */
+    void (*narrow) (bm_backend *b, void *dst, bm_dtype type, const float *x, size_t n); /* rounded: bf16 copies of masters */
+    void (*decay)  (bm_backend *b, float *A, const float *A_log, size_t n);             /* A = -exp(A_log) */
 };
 
 bm_status bm_backend_open_cpu(bm_backend **out, int threads);   /* threads 0: BM_THREADS or every processor allowed */

@@ -109,7 +109,7 @@ static void experts_once(bench *b) {
         down[e].rows = D;
         down[e].cols = F;
     }
-    const bm_op_route route = { .M = ROWS, .X = X, .expert = b->expert, .order = b->order, .first = b->first,
+    const bm_op_route route = { .M = ROWS, .X = X, .k = 1, .expert = b->expert, .order = b->order, .first = b->first,
                                 .gate = b->noise };
     b->be->experts(b->be, &(bm_op_experts){ .M = ROWS, .D = D, .F = F, .X = X, .arith = b->arith, .route = &route,
                                             .gate = gate, .up = up, .down = down, .x = b->noise, .hidden = b->out,
@@ -153,7 +153,7 @@ static void norm_once(bench *b) {
                                       .weight = b->noise, .sum = b->out, .y = b->out + ROWS * D });
 }
 static void route_once(bench *b) {
-    b->be->route(b->be, &(bm_op_route){ .M = ROWS, .X = X, .logits = b->noise, .expert = b->target,
+    b->be->route(b->be, &(bm_op_route){ .M = ROWS, .X = X, .k = 1, .logits = b->noise, .expert = b->target,
                                         .order = b->target + ROWS, .first = b->target + 2 * ROWS, .gate = b->out });
 }
 static void loss_once(bench *b) {

@@ -39,7 +39,7 @@ static void ffn_forward(bm_session *s, int l, int M) {
     const bm_layer *p = &s->m->w.layer[l];
     const bm_work *w = &s->w;
     bm_backend *be = s->be;
-    const bm_op_route route = { .M = M, .X = k->n_experts, .rule = c->routing, .logits = w->logits, .expert = w->expert,
+    const bm_op_route route = { .M = M, .X = k->n_experts, .k = 1, .rule = c->routing, .logits = w->logits, .expert = w->expert,
                                 .order = w->order, .first = w->first, .gate = w->gate };
     const bool moe = k->ffn == BM_FFN_MOE;
 
