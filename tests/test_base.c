@@ -34,7 +34,7 @@ static void test_pool(void **state) {
         bm_pool_close(p);
     }
     bm_pool *p;
-    assert_int_equal(bm_pool_open(&p, 0), BM_EARG);
+    assert_int_equal(bm_pool_open(&p, -1), BM_EARG);
     assert_int_equal(bm_pool_open(&p, 100000), BM_EARG);
 }
 

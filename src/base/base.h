@@ -38,7 +38,7 @@ static inline bool bm_add(uint64_t a, uint64_t b, uint64_t *out) { return !__bui
 typedef struct bm_pool bm_pool;
 /* fn runs on [begin, end) of [0, n); thread < bm_pool_threads. */
 typedef void (*bm_range_fn)(void *arg, int64_t begin, int64_t end, int thread);
-bm_status bm_pool_open(bm_pool **out, int threads);
+bm_status bm_pool_open(bm_pool **out, int threads);            /* 0: BM_THREADS, or every processor allowed */
 int  bm_pool_threads(const bm_pool *p);
 void bm_pool_close(bm_pool *p);
 /* Splits [0, n) into a few contiguous ranges a thread, each a multiple of `grain` (but the last), and

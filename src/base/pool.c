@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -126,10 +127,42 @@ double bm_pool_waited(bm_pool *p, bool on) {
     return seconds;
 }
 
+/* Processors this process may run on. */
+static int allowed_processors(void) {
+    for (int n = 1024; n <= 1 << 16; n *= 4) {
+        cpu_set_t *set = CPU_ALLOC(n);
+        if (!set) break;
+        const int got = sched_getaffinity(0, CPU_ALLOC_SIZE(n), set) ? -1 : CPU_COUNT_S(CPU_ALLOC_SIZE(n), set);
+        const bool too_small = got < 0 && errno == EINVAL;
+        CPU_FREE(set);
+        if (got > 0) return got;
+        if (!too_small) break;
+    }
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 ? (int)online : 1;
+}
+
+/* threads as asked for, 0: BM_THREADS, or every processor allowed. */
+static bm_status choose_threads(int threads, int *out) {
+    if (threads < 0 || threads > MAX_THREADS)
+        return bm_fail(BM_EARG, "threads: found %d, expected 1 to %d, or 0 for every processor", threads, MAX_THREADS);
+    const char *text = getenv("BM_THREADS");
+    if (!threads && text && *text) {
+        char *end;
+        const long n = strtol(text, &end, 10);
+        if (*end || n < 1 || n > MAX_THREADS)
+            return bm_fail(BM_EARG, "BM_THREADS: found '%.32s', expected 1 to %d; unset it to use every processor",
+                           text, MAX_THREADS);
+        threads = (int)n;
+    }
+    if (!threads) threads = allowed_processors();
+    *out = threads < MAX_THREADS ? threads : MAX_THREADS;
+    return BM_OK;
+}
+
 bm_status bm_pool_open(bm_pool **out, int threads) {
     *out = NULL;
-    if (threads < 1 || threads > MAX_THREADS)
-        return bm_fail(BM_EARG, "threads: found %d, expected 1 to %d", threads, MAX_THREADS);
+    BM_TRY(choose_threads(threads, &threads));
     bm_pool *p;
     BM_TRY(bm_alloc(&p, sizeof *p, "a thread pool"));
     p->threads = threads;

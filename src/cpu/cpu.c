@@ -1,8 +1,6 @@
 /* cpu.c - the backend of ordinary processors: memory, threads, work space.  Room: cpu.
  * Out: a bm_backend whose operations finish before they return, so sync() only reports. */
 #include "cpu/kernels.h"
-#include <errno.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -101,39 +99,6 @@ static double cpu_waited(bm_backend *b, bool on) { return bm_pool_waited(((bm_cp
 
 /* ---- open and close ------------------------------------------------------------------- */
 
-/* Processors this process may run on. */
-static int allowed_processors(void) {
-    for (int n = 1024; n <= 1 << 16; n *= 4) {
-        cpu_set_t *set = CPU_ALLOC(n);
-        if (!set) break;
-        const int got = sched_getaffinity(0, CPU_ALLOC_SIZE(n), set) ? -1 : CPU_COUNT_S(CPU_ALLOC_SIZE(n), set);
-        const bool too_small = got < 0 && errno == EINVAL;
-        CPU_FREE(set);
-        if (got > 0) return got;
-        if (!too_small) break;
-    }
-    const long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 ? (int)online : 1;
-}
-
-/* threads as asked for, 0: BM_THREADS, or every processor allowed. */
-static bm_status choose_threads(int threads, int *out) {
-    if (threads < 0 || threads > MOST_THREADS)
-        return bm_fail(BM_EARG, "threads: found %d, expected 1 to %d, or 0 for every processor", threads, MOST_THREADS);
-    const char *text = getenv("BM_THREADS");
-    if (!threads && text && *text) {
-        char *end;
-        const long n = strtol(text, &end, 10);
-        if (*end || n < 1 || n > MOST_THREADS)
-            return bm_fail(BM_EARG, "BM_THREADS: found '%.32s', expected 1 to %d; unset it to use every processor",
-                           text, MOST_THREADS);
-        threads = (int)n;
-    }
-    if (!threads) threads = allowed_processors();
-    *out = threads < MOST_THREADS ? threads : MOST_THREADS;
-    return BM_OK;
-}
-
 static void cpu_close(bm_backend *b) {
     bm_cpu *c = (bm_cpu *)b;
     if (!c) return;
@@ -144,14 +109,13 @@ static void cpu_close(bm_backend *b) {
 
 static bm_status open_with(bm_backend **out, int threads, const bm_kernels *k) {
     bm_cpu *c;
-    int n = 0;
-    BM_TRY(choose_threads(threads, &n));
     BM_TRY(bm_alloc(&c, sizeof *c, "a backend"));
-    const bm_status s = bm_pool_open(&c->pool, n);
+    const bm_status s = bm_pool_open(&c->pool, threads);
     if (s) {
         free(c);
         return s;
     }
+    const int n = bm_pool_threads(c->pool);
     c->k = *k;
     c->door = (bm_backend){
         .threads = n, .reads_host = true,

@@ -98,6 +98,16 @@ bm_status bm_sink_write(bm_sink *s, const void *bytes, size_t n);  /* any pieces
 bm_status bm_sink_finish(bm_sink **s);          /* BM_EARG when bytes are missing; *s NULL either way */
 void      bm_sink_abort(bm_sink **s);
 
+/* ---- textin.c: text files, plain or compressed (gzip, xz, zstd, known by content) --------- */
+
+typedef struct bm_text_in bm_text_in;
+bm_status bm_text_in_open(bm_text_in **out, const char *path); /* a pipe will do; an empty file is an empty text */
+/* The next bytes, all of cap unless the text ends; *n 0 at the end. */
+bm_status bm_text_in_read(bm_text_in *t, char *buf, size_t cap, size_t *n);
+void      bm_text_in_close(bm_text_in *t);
+uint64_t  bm_text_in_size(const bm_text_in *t);                /* bytes of the file as it lies there; 0: a pipe */
+uint64_t  bm_text_in_done(const bm_text_in *t);                /* of them read so far */
+
 /* ---- vocab.c: a tokenizer inside files --------------------------------------------------- */
 
 /* Keys tokenizer.ggml.*; the list is padded to n_vocab with unused entries. */

@@ -31,7 +31,7 @@ bm_status bm_config_preset(bm_config *out, const char *name) {
                     .d_inner = 2 * D, .d_state = 16, .d_conv = 4, .dt_rank = (D + 15) / 16, .max_len = 2048,
                     .activation = dense ? BM_SILU : BM_GELU, .routing = BM_ROUTE_SIGMOID,
                     .final_norm = dense ? BM_RMSNORM : BM_LAYERNORM, .norm_eps = 1e-5f, .gated = true, .conv_bias = true,
-                    .tied_head = true };
+                    .tied_head = true, .top_k = 1 };
     for (int l = 0; l < c.n_layers; l++) {
         const bool experts = presets[i].X && l % 2;
         c.layer[l] = experts ? (bm_layer_config){ BM_MIXER_NONE, BM_FFN_MOE, presets[i].X, presets[i].F }
@@ -71,7 +71,14 @@ bm_status bm_config_check(const bm_config *c, const char *path) {
     if ((unsigned)c->family > BM_MAMBA || (unsigned)c->activation > BM_SILU || (unsigned)c->routing > BM_ROUTE_SOFTMAX ||
         (unsigned)c->final_norm > BM_LAYERNORM)
         return bm_fail(BM_EARG, "%s: family, activation, routing or final norm is not one of the known ones", path);
-    for (int l = 0; l < c->n_layers; l++) BM_TRY(check_layer(&c->layer[l], l, path));
+    if (c->top_k < 1 || c->top_k > BM_MAX_EXPERTS)
+        return bm_fail(BM_EFORMAT, "%s: experts a token goes through: found %d, expected 1 to %d", path, c->top_k, BM_MAX_EXPERTS);
+    for (int l = 0; l < c->n_layers; l++) {
+        BM_TRY(check_layer(&c->layer[l], l, path));
+        if (c->layer[l].ffn == BM_FFN_MOE && c->layer[l].n_experts < c->top_k)
+            return bm_fail(BM_EFORMAT, "%s: layer %d: found %d experts, expected at least the %d a token goes through", path, l,
+                           c->layer[l].n_experts, c->top_k);
+    }
     return BM_OK;
 }
 
@@ -103,7 +110,6 @@ void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out) {
         i.weight_bytes_per_token += bm_dtype_bytes(stored, looked_up ? (uint64_t)c->d_model : one);
     }
     for (bm_walk w = bm_params_walk(c, bm_layout_of(c, BM_FORMAT_SAFETENSORS)); bm_walk_next(&w, &t); ) i.tensors++;
-    const uint64_t per_mamba = 4 * (uint64_t)c->d_inner * (uint64_t)(c->d_conv - 1 + c->d_state);
-    for (int l = 0; l < c->n_layers; l++) i.state_bytes += c->layer[l].mixer ? per_mamba : 0;
+    i.state_bytes = 4 * bm_state_floats(c, NULL);
     *out = i;
 }

@@ -114,6 +114,7 @@ static bm_status from_released(bm_config *c, const json_t *o, const char *path) 
     c->routing = routing ? BM_ROUTE_SOFTMAX : BM_ROUTE_SIGMOID;
     c->final_norm = BM_LAYERNORM;
     c->conv_bias = c->tied_head = true;
+    c->top_k = 1;
     return layer_list(c, o, path, d_ff);
 }
 
@@ -127,6 +128,7 @@ static bm_status from_hf(bm_config *c, const json_t *o, const char *path) {
     BM_TRY(get_i32_or(o, path, "state_size", 16, &c->d_state));
     BM_TRY(get_i32_or(o, path, "conv_kernel", 4, &c->d_conv));
     BM_TRY(get_i32(o, path, "vocab_size", &c->n_vocab));
+    c->top_k = 1;
     c->dt_rank = (c->d_model + 15) / 16;
     if (rank && !json_is_string(rank)) BM_TRY(get_i32(o, path, "time_step_rank", &c->dt_rank));
     else if (rank && strcmp(json_string_value(rank), "auto"))
@@ -273,6 +275,7 @@ static bm_status from_meta(bm_config *c, const bm_source *s) {
     c->activation = c->family == BM_MAMBA || activation ? BM_SILU : BM_GELU;
     c->routing = routing ? BM_ROUTE_SOFTMAX : BM_ROUTE_SIGMOID;
     c->tied_head = !bm_source_find(s, "output.weight");
+    c->top_k = 1;
     const bm_entry *e = bm_source_find(s, "token_embd.weight");
     if (!e || e->n_dims != 2 || e->dim[0] > MAX)
         return bm_fail(BM_EFORMAT, "%s: tensor 'token_embd.weight': found %s, expected a matrix (vocabulary, hidden size)", path,

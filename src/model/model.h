@@ -90,6 +90,12 @@ typedef struct bm_weights {
     bm_layer *layer;
 } bm_weights;
 
+/* Where w holds a part: a bm_tensor, a row of bm_tensors (BM_P_EXPERT), or a float *. */
+void *bm_weights_field(bm_weights *w, const bm_part *p);
+/* Empty arrays of layers and of their experts' matrices; on failure too, bm_weights_free releases what there is. */
+bm_status bm_weights_alloc(bm_weights *w, const bm_config *c);
+void bm_weights_free(bm_weights *w, const bm_config *c);
+
 struct bm_device { bm_backend *be; pthread_mutex_t lock; };
 
 struct bm_model {
@@ -104,40 +110,155 @@ struct bm_model {
 /* Bound to configuration, names, types, shapes and 4 KiB of each part. */
 bm_status bm_model_hash(const bm_model *m, uint64_t out[2]);
 
-/* ---- session.c ---------------------------------------------------------------------------------- */
+/* ---- forward.c, backward.c: a pass through every layer -------------------------------------------------- */
 
-typedef struct bm_work {        /* memory of one chunk of rows; letters as in backend.h */
+/* What M rows leave behind in a layer; letters as in backend.h.  A session has one set for all layers. */
+typedef struct bm_acts {
+    float *sum, *norm, *ffn_norm;           /* (M,D): residual stream before the layer, its norm, a parallel block's second norm */
+    float *xz, *u, *xdbl, *dt, *y;          /* (M,2I) (M,I) (M,R+2N) (M,I) (M,I); attention: xz holds q|k|v, y (M,D) */
+    float *kept;                            /* states of the scan; NULL outside training */
+    float *logits, *gate, *hidden, *act;    /* (M,X) (k,M) (k,M,2F) (k,M,F); act NULL outside training */
+    int32_t *expert, *order, *first;        /* (k,M) (k,M) (k,X+1) */
+    int32_t *sweeps; float *loss;           /* (G) (G,2), training */
+} bm_acts;
+
+typedef struct bm_pass {        /* M rows of Q sequences on their way */
+    bm_backend *be;
+    const bm_config *config;
+    const bm_weights *w;
+    bm_arith arith;
+    int M, Q;
     bm_token *token;            /* (M) */
-    int32_t *start, *slot;      /* (S+1) (S) */
-    float *out, *sum, *norm, *xz, *u, *xdbl, *dt, *logits, *gate, *hidden;
-    int32_t *expert, *order, *first;
-} bm_work;
+    int32_t *start, *slot;      /* (Q+1) (Q) */
+    float *state;               /* (S, stride): of layer l at state_at[l]: conv window, then ssm */
+    const size_t *state_at; size_t stride;
+    float *out;                 /* (M,D) of the last block */
+    bm_acts *acts;              /* (layers) */
+    struct bm_profile *profile; /* NULL: nobody asked */
+    /* training */
+    const bm_balance *balance;  /* NULL: the running rule */
+    int G; int32_t *group;      /* routing groups (G+1) */
+    float loss_scale;           /* of the routing losses' gradient */
+    /* Who computes experts instead of the backend, for machines that share them; NULL: the backend. */
+    struct bm_expert_door *experts;
+} bm_pass;
+
+typedef struct bm_expert_door {
+    void (*forward)(struct bm_expert_door *d, bm_backend *be, int layer, const bm_op_experts *a);
+    void (*backward)(struct bm_expert_door *d, bm_backend *be, int layer, const bm_op_experts *a);
+} bm_expert_door;
+
+/* Widths of rows, the most of any layer; 0 where no layer has it. */
+typedef struct bm_widths { size_t xz, inner, xdbl, y, X, F, most; } bm_widths;   /* most: of any matrix's rows or columns but the head's */
+bm_widths bm_config_widths(const bm_config *c);
+size_t bm_state_floats(const bm_config *c, size_t *at);     /* of one slot; at (layers) or NULL */
+void bm_forward_layers(const bm_pass *p);                   /* out, and sum of the last layer */
+void bm_forward_block(const bm_pass *p, int l);             /* from sum to out */
+
+/* What a layer's backward writes over and over; M rows each. */
+typedef struct bm_grads {
+    float *norm, *xz, *u, *xdbl, *dt, *y;   /* as in bm_acts */
+    float *logits, *gate, *hidden, *act;    /* (M,X) (M) (M,2F) (M,F) */
+    float *scan_work;
+} bm_grads;
+/* dsum (M,D): on entry the gradient of out + sum after the last layer, on exit of the embedding, which is added to g.
+ * recompute: acts hold only sum, and share the rest; a layer's are computed again before its backward.
+ * before: state as it was before the forward; scratch: as large, for recomputing; both NULL when no slot is used.
+ * ready(user, l): gradients of layer l are complete; -1: all. */
+typedef struct bm_back {
+    const bm_weights *g; bm_grads d; float *dsum;
+    bool recompute;
+    float *before, *scratch; int slots;
+    void (*ready)(void *user, int layer); void *user;
+} bm_back;
+void bm_backward_layers(const bm_pass *p, const bm_back *k);
+
+/* ---- arena.c: all parameters as f32, one behind the other ------------------------------------------------ */
+
+/* Tensors of the GGUF walk, experts of a layer together; A_log, not A; BM_P_TRANSPOSED as the kernels read it. */
+typedef struct bm_arena {
+    const bm_config *config;
+    size_t n_parts, n;          /* n: floats, padding included */
+    struct bm_arena_part { bm_part part; size_t at; } *part;   /* by at */
+    size_t *by_number;          /* parts by bm_part_number */
+} bm_arena;
+bm_status bm_arena_open(bm_arena *out, const bm_config *c);     /* c outlives it */
+void bm_arena_close(bm_arena *a);
+size_t bm_arena_at(const bm_arena *a, const bm_part *p);
+/* w's fields point into base; half, when given, holds bf16 of the matrices at the same places; A, when given, -exp(A_log)
+ * at the same places, else the field A is A_log's place (gradients). */
+void bm_arena_bind(const bm_arena *a, bm_weights *w, float *base, uint16_t *half, float *A);
+/* A file's tensor out of host values of the arena, or into them; A_log turns into A and back where the layout has A. */
+void bm_arena_get(const bm_arena *a, const float *values, bm_layout layout, const bm_file_tensor *t, float *out);
+void bm_arena_set(const bm_arena *a, float *values, bm_layout layout, const bm_file_tensor *t, const float *in);
+void bm_arena_init(const bm_arena *a, float *values, uint64_t seed);
+bm_status bm_arena_load(const bm_arena *a, float *values, const bm_source *s);
+/* Element first, first + 1, ... of a part's training initialisation; A_log as such. */
+void bm_part_init(const bm_config *c, const bm_part *p, uint64_t seed, uint64_t first, float *x, size_t n);
+
+/* ---- learn.c: memory and steps of training on one device --------------------------------------------------- */
+
+typedef struct bm_learner_options {
+    int rows, sequences, groups, slots;     /* the most of a micro-batch; slots: carried states, 0: none */
+    bm_arith arith;                         /* NATIVE: matrices in bf16 beside f32 masters */
+    bool recompute;
+} bm_learner_options;
+
+typedef struct bm_learner {
+    const bm_config *config;
+    bm_backend *be;
+    bm_learner_options opt;
+    bm_arena arena;
+    float *master, *grad;                   /* (arena.n) on the device */
+    float *A; uint16_t *half;               /* derived from master by bm_learner_refresh */
+    bm_weights w, g;
+    bm_pass pass;
+    bm_back back;
+    size_t *state_at;
+    bm_token *target;                       /* (rows) */
+    float *loss;                            /* (rows) */
+    float *final_norm, *final_sum, *dfinal, *head;  /* (rows,D) (rows,D) (block,D) (block,V) */
+    void **owned; size_t n_owned, cap_owned;
+    size_t bytes;                           /* of device memory */
+} bm_learner;
+/* Bytes that open will ask the device for. */
+bm_status bm_learner_bytes(const bm_config *c, bm_backend *be, const bm_learner_options *o, uint64_t *out);
+bm_status bm_learner_open(bm_learner **out, const bm_config *c, bm_backend *be, const bm_learner_options *o);    /* c is not copied */
+void bm_learner_close(bm_learner *l);
+void bm_learner_refresh(bm_learner *l);     /* after master has changed */
+typedef struct bm_micro {       /* a micro-batch; host arrays */
+    int M, Q, G;
+    const bm_token *token, *target;         /* (M); target -1: not counted */
+    const int32_t *start, *slot, *group;    /* (Q+1) (Q) (G+1); slot -1: an empty text; slot NULL: all */
+    const bm_balance *balance;
+    float scale, loss_scale;                /* of the loss's gradient: 1 / targets of the whole batch; of routing losses' */
+} bm_micro;
+/* Forward and backward; gradients accumulate in grad, loss (M) waits on the device.  back == false: forward only. */
+bm_status bm_learner_step(bm_learner *l, const bm_micro *b, bool back);
+
+/* ---- session.c ---------------------------------------------------------------------------------- */
 
 struct bm_session {
     const bm_model *m;
     bm_backend *be;
     int slots, chunk;
     bm_arith arith;
-    size_t *state_at;           /* (layers) floats into a slot's state; conv window, then ssm */
-    size_t stride;              /* floats of a slot's state */
-    float *state;               /* (S, stride) */
-    bm_work w;
+    size_t *state_at;           /* (layers) floats into a slot's state */
+    bm_pass pass;               /* memory of one chunk of rows, and the states of all slots */
+    bm_acts acts;               /* what all layers share */
     float *head_in, *head_out, *head_loss;  /* (H,D) (H,V) (H) for H rows at a time */
     bm_token *head_target;
     float *logits; bool *has_logits;        /* host: (S,V) (S) */
     int32_t *host;                          /* host: token (M) | start (M+1) | slot (M) of a chunk */
     struct bm_feed *feeds;                  /* (S) */
-    struct bm_profile *profile;             /* NULL: nobody asked */
 };
-/* forward.c: out, sum of M rows through every layer. */
-void bm_forward_layers(bm_session *s, int M, int Q);
 
 /* ---- profile.c: where the time goes ----------------------------------------------------------------- */
 
 /* Between start and stop, a mark gives the time since the last one to a stage. */
 void bm_profile_start(bm_session *s);
-void bm_profile_mark(bm_session *s, bm_stage stage);
-void bm_profile_experts(bm_session *s, int l);      /* layer l's route is known */
+void bm_profile_mark(const bm_pass *p, bm_stage stage);
+void bm_profile_experts(const bm_pass *p, int l);   /* layer l's route is known */
 bm_status bm_profile_stop(bm_session *s);           /* a failure of the device that a mark met */
 
 /* ---- sample.c ------------------------------------------------------------------------------------- */

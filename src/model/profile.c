@@ -21,16 +21,16 @@ const char *bm_stage_name(bm_stage s) {
 static uint64_t bytes_of(const bm_tensor *t) { return bm_dtype_bytes(t->type, (size_t)t->rows * (size_t)t->cols); }
 
 /* Matrices and biases of one expert. */
-static uint64_t expert_bytes(const bm_session *s, int l, int e) {
-    const bm_layer *p = &s->m->w.layer[l];
-    const size_t F = (size_t)s->m->config.layer[l].d_ff, D = (size_t)s->m->config.d_model;
-    const size_t biases = (p->gate_bias ? F : 0) + (p->up_bias ? F : 0) + (p->down_bias ? D : 0);
-    return (p->gate ? bytes_of(&p->gate[e]) : 0) + bytes_of(&p->up[e]) + bytes_of(&p->down[e]) + biases * sizeof(float);
+static uint64_t expert_bytes(const bm_pass *p, int l, int e) {
+    const bm_layer *w = &p->w->layer[l];
+    const size_t F = (size_t)p->config->layer[l].d_ff, D = (size_t)p->config->d_model;
+    const size_t biases = (w->gate_bias ? F : 0) + (w->up_bias ? F : 0) + (w->down_bias ? D : 0);
+    return (w->gate ? bytes_of(&w->gate[e]) : 0) + bytes_of(&w->up[e]) + bytes_of(&w->down[e]) + biases * sizeof(float);
 }
 
 bm_status bm_session_profile(bm_session *s, bool on) {
-    free(s->profile);
-    s->profile = NULL;
+    free(s->pass.profile);
+    s->pass.profile = NULL;
     if (!on) return BM_OK;
     bm_profile *p;
     bm_info info;
@@ -38,28 +38,29 @@ bm_status bm_session_profile(bm_session *s, bool on) {
     bm_model_info(s->m, &info);
     p->dense_bytes = info.weight_bytes_per_token;
     for (int l = 0; l < s->m->config.n_layers; l++)
-        if (s->m->config.layer[l].ffn == BM_FFN_MOE) p->dense_bytes -= expert_bytes(s, l, 0);
-    s->profile = p;
+        if (s->m->config.layer[l].ffn == BM_FFN_MOE) p->dense_bytes -= expert_bytes(&s->pass, l, 0);
+    s->pass.profile = p;
     return BM_OK;
 }
 
 void bm_session_times(bm_session *s, bm_times *out) {
-    *out = s->profile ? s->profile->times : (bm_times){ 0 };
-    if (s->profile) s->profile->times = (bm_times){ 0 };
+    bm_profile *p = s->pass.profile;
+    *out = p ? p->times : (bm_times){ 0 };
+    if (p) p->times = (bm_times){ 0 };
 }
 
 void bm_profile_start(bm_session *s) {
-    bm_profile *p = s->profile;
+    bm_profile *p = s->pass.profile;
     if (!p) return;
     p->failed = BM_OK;
     s->be->waited(s->be, true);
     p->since = bm_now();
 }
 
-void bm_profile_mark(bm_session *s, bm_stage stage) {
-    bm_profile *p = s->profile;
+void bm_profile_mark(const bm_pass *pass, bm_stage stage) {
+    bm_profile *p = pass->profile;
     if (!p) return;
-    const bm_status st = s->be->sync(s->be);
+    const bm_status st = pass->be->sync(pass->be);
     if (!p->failed) p->failed = st;
     const double now = bm_now();
     p->times.stage[stage] += now - p->since;
@@ -69,22 +70,22 @@ void bm_profile_mark(bm_session *s, bm_stage stage) {
     p->times.weight_bytes += p->dense_bytes;
 }
 
-void bm_profile_experts(bm_session *s, int l) {
-    bm_profile *p = s->profile;
+void bm_profile_experts(const bm_pass *pass, int l) {
+    bm_profile *p = pass->profile;
     if (!p) return;
-    const int X = s->m->config.layer[l].n_experts;
-    s->be->get(s->be, p->first, s->w.first, sizeof *p->first * ((size_t)X + 1));
-    bm_profile_mark(s, BM_STAGE_NORM);
+    const int X = pass->config->layer[l].n_experts;
+    pass->be->get(pass->be, p->first, pass->acts[l].first, sizeof *p->first * ((size_t)X + 1));
+    bm_profile_mark(pass, BM_STAGE_NORM);
     p->times.moe_layers++;
     for (int e = 0; e < X; e++) {
         if (p->first[e + 1] == p->first[e]) continue;
         p->times.experts++;
-        p->times.weight_bytes += expert_bytes(s, l, e);
+        p->times.weight_bytes += expert_bytes(pass, l, e);
     }
 }
 
 bm_status bm_profile_stop(bm_session *s) {
-    bm_profile *p = s->profile;
+    bm_profile *p = s->pass.profile;
     if (!p) return BM_OK;
     p->times.waiting += s->be->waited(s->be, false);
     return p->failed;

@@ -22,44 +22,42 @@ typedef struct wanted { feed *f; size_t index; } wanted;
 
 static bm_status work_alloc(bm_session *s) {
     const bm_config *c = &s->m->config;
-    const size_t M = (size_t)s->chunk, D = (size_t)c->d_model, I = (size_t)c->d_inner, R = (size_t)c->dt_rank, N = (size_t)c->d_state;
-    size_t X = 1, F = 1;
-    bool mamba = false;
-    for (int l = 0; l < c->n_layers; l++) {
-        if (c->layer[l].n_experts > (int)X) X = (size_t)c->layer[l].n_experts;
-        if (c->layer[l].d_ff > (int)F) F = (size_t)c->layer[l].d_ff;
-        mamba |= c->layer[l].mixer != BM_MIXER_NONE;
-    }
-    const size_t i = mamba ? I : 0;
-    bm_work *w = &s->w;
+    const size_t M = (size_t)s->chunk, D = (size_t)c->d_model, V = (size_t)c->n_vocab, k = (size_t)c->top_k;
+    const bm_widths w = bm_config_widths(c);
+    bm_pass *p = &s->pass;
+    bm_acts *a = &s->acts;
     const struct { void *out; size_t n; } want[] = {
-        { &w->token, M }, { &w->start, M + 1 }, { &w->slot, M }, { &w->out, M * D }, { &w->sum, M * D }, { &w->norm, M * D },
-        { &w->xz, M * 2 * i }, { &w->u, M * i }, { &w->xdbl, M * (R + 2 * N) }, { &w->dt, M * i }, { &w->logits, M * X },
-        { &w->gate, M }, { &w->hidden, M * 2 * F }, { &w->expert, M }, { &w->order, M }, { &w->first, X + 1 },
-        { &s->head_in, HEAD_ROWS * D }, { &s->head_out, HEAD_ROWS * (size_t)c->n_vocab }, { &s->head_loss, HEAD_ROWS },
-        { &s->head_target, HEAD_ROWS }, { &s->state, (size_t)s->slots * s->stride },
+        { &p->token, M }, { &p->start, M + 1 }, { &p->slot, M }, { &p->out, M * D }, { &a->sum, M * D }, { &a->norm, M * D },
+        { &a->xz, M * w.xz }, { &a->u, M * (w.inner > w.y ? w.inner : w.y) }, { &a->xdbl, M * w.xdbl }, { &a->dt, M * w.inner },
+        { &a->logits, M * w.X }, { &a->gate, k * M }, { &a->hidden, k * M * 2 * w.F }, { &a->expert, k * M }, { &a->order, k * M },
+        { &a->first, k * (w.X + 1) }, { &s->head_in, HEAD_ROWS * D }, { &s->head_out, HEAD_ROWS * V }, { &s->head_loss, HEAD_ROWS },
+        { &s->head_target, HEAD_ROWS }, { &p->state, (size_t)s->slots * p->stride },
     };
-    for (size_t k = 0; k < sizeof want / sizeof *want; k++)
-        BM_TRY(s->be->alloc(s->be, want[k].out, want[k].n * 4, "a session"));
-    const size_t widest = 2 * I > F ? (2 * I > D ? 2 * I : D) : F > D ? F : D;
-    return s->be->reserve(s->be, s->chunk > HEAD_ROWS ? s->chunk : HEAD_ROWS, (int)widest);
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++)
+        BM_TRY(s->be->alloc(s->be, want[i].out, want[i].n * sizeof(float), "a session"));
+    a->y = a->u;
+    a->ffn_norm = a->norm;
+    for (int l = 0; l < c->n_layers; l++) p->acts[l] = *a;
+    return s->be->reserve(s->be, s->chunk > HEAD_ROWS ? s->chunk : HEAD_ROWS, (int)w.most);
 }
 
 static void work_free(bm_session *s) {
-    bm_work *w = &s->w;
-    void *const all[] = { w->token, w->start, w->slot, w->out, w->sum, w->norm, w->xz, w->u, w->xdbl, w->dt, w->logits, w->gate,
-                          w->hidden, w->expert, w->order, w->first, s->head_in, s->head_out, s->head_loss, s->head_target, s->state };
+    const bm_pass *p = &s->pass;
+    const bm_acts *a = &s->acts;
+    void *const all[] = { p->token, p->start, p->slot, p->out, a->sum, a->norm, a->xz, a->u, a->xdbl, a->dt, a->logits, a->gate,
+                          a->hidden, a->expert, a->order, a->first, s->head_in, s->head_out, s->head_loss, s->head_target, p->state };
     for (size_t k = 0; k < sizeof all / sizeof *all; k++)
         if (all[k]) s->be->release(s->be, all[k]);
 }
 
 static bm_status session_init(bm_session *s) {
     const bm_config *c = &s->m->config;
-    BM_TRY(bm_alloc(&s->state_at, sizeof *s->state_at * (size_t)c->n_layers, "a session"));
-    for (int l = 0; l < c->n_layers; l++) {
-        s->state_at[l] = s->stride;
-        if (c->layer[l].mixer) s->stride += (size_t)c->d_inner * (size_t)(c->d_conv - 1 + c->d_state);
-    }
+    const size_t layers = (size_t)c->n_layers;
+    s->pass = (bm_pass){ .be = s->be, .config = c, .w = &s->m->w, .arith = s->arith };
+    BM_TRY(bm_alloc(&s->state_at, sizeof *s->state_at * layers, "a session"));
+    BM_TRY(bm_alloc(&s->pass.acts, sizeof *s->pass.acts * layers, "a session"));
+    s->pass.stride = bm_state_floats(c, s->state_at);
+    s->pass.state_at = s->state_at;
     BM_TRY(bm_alloc(&s->host, sizeof *s->host * (3 * (size_t)s->chunk + 1), "a session"));
     BM_TRY(bm_alloc(&s->feeds, sizeof *s->feeds * (size_t)s->slots, "a session"));
     BM_TRY(bm_alloc(&s->has_logits, sizeof *s->has_logits * (size_t)s->slots, "a session"));
@@ -94,11 +92,12 @@ void bm_session_close(bm_session *s) {
     work_free(s);
     pthread_mutex_unlock(&s->m->device->lock);
     free(s->state_at);
+    free(s->pass.acts);
     free(s->host);
     free(s->feeds);
     free(s->has_logits);
     free(s->logits);
-    free(s->profile);
+    free(s->pass.profile);
     free(s);
 }
 
@@ -173,10 +172,10 @@ static bm_status deliver(bm_session *s, feed *f, int n, int M) {
             if (!wants(&f[i], index)) continue;
             if (!normed)
                 be->norm(be, &(bm_op_norm){ .M = M, .D = c->d_model, .eps = c->norm_eps, .centered = c->final_norm == BM_LAYERNORM,
-                                            .x = s->w.out, .residual = s->w.sum, .weight = s->m->w.final_norm,
-                                            .bias = s->m->w.final_norm_bias, .y = s->w.norm });
+                                            .x = s->pass.out, .residual = s->acts.sum, .weight = s->m->w.final_norm,
+                                            .bias = s->m->w.final_norm_bias, .y = s->acts.norm });
             normed = true;
-            be->copy(be, s->head_in + (size_t)have * D, s->w.norm + (size_t)row * D, D * sizeof(float));
+            be->copy(be, s->head_in + (size_t)have * D, s->acts.norm + (size_t)row * D, D * sizeof(float));
             w[have++] = (wanted){ &f[i], index };
             if (have < HEAD_ROWS) continue;
             BM_TRY(head_rows(s, w, have));
@@ -195,12 +194,14 @@ static bm_status run(bm_session *s, feed *f, int n) {
         int M, Q;
         pack(s, f, n, host, start, slot, &M, &Q);
         if (!M) break;
-        s->be->put(s->be, s->w.token, host, (size_t)M * sizeof *host);
-        s->be->put(s->be, s->w.start, start, (size_t)(Q + 1) * sizeof *host);
-        s->be->put(s->be, s->w.slot, slot, (size_t)Q * sizeof *host);
-        bm_forward_layers(s, M, Q);
+        s->be->put(s->be, s->pass.token, host, (size_t)M * sizeof *host);
+        s->be->put(s->be, s->pass.start, start, (size_t)(Q + 1) * sizeof *host);
+        s->be->put(s->be, s->pass.slot, slot, (size_t)Q * sizeof *host);
+        s->pass.M = M;
+        s->pass.Q = Q;
+        bm_forward_layers(&s->pass);
         st = deliver(s, f, n, M);
-        bm_profile_mark(s, BM_STAGE_HEAD);
+        bm_profile_mark(&s->pass, BM_STAGE_HEAD);
         const bm_status device = s->be->sync(s->be);
         if (!st) st = device;
     }
@@ -226,7 +227,7 @@ static bm_status check_inputs(const bm_session *s, const bm_input *in, int n) {
 }
 
 static void slot_zero(bm_session *s, int slot) {
-    s->be->zero(s->be, s->state + (size_t)slot * s->stride, s->stride * sizeof(float));
+    s->be->zero(s->be, s->pass.state + (size_t)slot * s->pass.stride, s->pass.stride * sizeof(float));
     s->has_logits[slot] = false;
 }
 
@@ -264,12 +265,12 @@ static bm_status check_slot(const bm_session *s, int slot) {
     return bm_fail(BM_EARG, "slot: found %d, expected 0 to %d", slot, s->slots - 1);
 }
 
-size_t bm_state_bytes(const bm_session *s) { return s->stride * sizeof(float); }
+size_t bm_state_bytes(const bm_session *s) { return s->pass.stride * sizeof(float); }
 
 bm_status bm_state_get(const bm_session *s, int slot, void *buf) {
     BM_TRY(check_slot(s, slot));
     pthread_mutex_lock(&s->m->device->lock);
-    s->be->get(s->be, buf, s->state + (size_t)slot * s->stride, bm_state_bytes(s));
+    s->be->get(s->be, buf, s->pass.state + (size_t)slot * s->pass.stride, bm_state_bytes(s));
     const bm_status st = s->be->sync(s->be);
     pthread_mutex_unlock(&s->m->device->lock);
     return st;
@@ -279,7 +280,7 @@ bm_status bm_state_set(bm_session *s, int slot, const void *buf) {
     BM_TRY(check_slot(s, slot));
     pthread_mutex_lock(&s->m->device->lock);
     slot_zero(s, slot);
-    if (buf) s->be->put(s->be, s->state + (size_t)slot * s->stride, buf, bm_state_bytes(s));
+    if (buf) s->be->put(s->be, s->pass.state + (size_t)slot * s->pass.stride, buf, bm_state_bytes(s));
     const bm_status st = s->be->sync(s->be);
     pthread_mutex_unlock(&s->m->device->lock);
     return st;
@@ -291,7 +292,7 @@ bm_status bm_state_copy(bm_session *s, int dst, int src) {
     if (dst == src) return BM_OK;
     const size_t V = (size_t)s->m->config.n_vocab;
     pthread_mutex_lock(&s->m->device->lock);
-    s->be->copy(s->be, s->state + (size_t)dst * s->stride, s->state + (size_t)src * s->stride, bm_state_bytes(s));
+    s->be->copy(s->be, s->pass.state + (size_t)dst * s->pass.stride, s->pass.state + (size_t)src * s->pass.stride, bm_state_bytes(s));
     const bm_status st = s->be->sync(s->be);
     s->has_logits[dst] = s->has_logits[src];
     if (s->has_logits[src]) memcpy(s->logits + (size_t)dst * V, s->logits + (size_t)src * V, V * sizeof *s->logits);

@@ -66,15 +66,15 @@ static bm_status own(bm_model *m, void *out, size_t bytes, const char *what) {
     return BM_OK;
 }
 
-static void *field_of(bm_model *m, const bm_part *p) {
-    char *base = bm_part_of_model(p) ? (char *)&m->w : (char *)&m->w.layer[p->layer];
+void *bm_weights_field(bm_weights *w, const bm_part *p) {
+    char *base = bm_part_of_model(p) ? (char *)w : (char *)&w->layer[p->layer];
     return base + p->param->field;
 }
 
 /* A matrix: a view of the file's bytes on the device. */
 static void place_matrix(bm_model *m, const bm_part *p, bm_dtype type, const void *data) {
     const bm_tensor t = { data, type, p->rows, p->cols };
-    void *f = field_of(m, p);
+    void *f = bm_weights_field(&m->w, p);
     if (p->param->flags & BM_P_EXPERT) (*(bm_tensor **)f)[p->expert] = t;
     else *(bm_tensor *)f = t;
 }
@@ -92,7 +92,7 @@ static bm_status place_small(bm_model *m, const bm_part *p, bm_layout layout, bm
             for (int32_t c = 0; c < p->cols; c++) y[(size_t)c * (size_t)p->rows + (size_t)r] = x[(size_t)r * (size_t)p->cols + (size_t)c];
         x = y;
     }
-    void *f = field_of(m, p);
+    void *f = bm_weights_field(&m->w, p);
     if (stacked && p->expert > 0) at = *(float **)f + (size_t)p->expert * n;
     else {
         const size_t copies = stacked ? (size_t)m->config.layer[p->layer].n_experts : 1;
@@ -160,19 +160,27 @@ static bm_status load_small(bm_model *m, bm_layout layout, const bm_file_tensor 
     return s;
 }
 
-/* The arrays of experts' matrices, empty. */
-static bm_status make_layers(bm_model *m) {
-    const bm_config *c = &m->config;
-    BM_TRY(bm_alloc(&m->w.layer, sizeof *m->w.layer * (size_t)c->n_layers, "layers"));
+bm_status bm_weights_alloc(bm_weights *w, const bm_config *c) {
+    BM_TRY(bm_alloc(&w->layer, sizeof *w->layer * (size_t)c->n_layers, "layers"));
     for (int l = 0; l < c->n_layers; l++) {
         const size_t bytes = sizeof(bm_tensor) * (size_t)c->layer[l].n_experts;
-        bm_layer *w = &m->w.layer[l];
+        bm_layer *k = &w->layer[l];
         if (!c->layer[l].ffn) continue;
-        if (c->gated) BM_TRY(bm_alloc(&w->gate, bytes, "experts"));
-        BM_TRY(bm_alloc(&w->up, bytes, "experts"));
-        BM_TRY(bm_alloc(&w->down, bytes, "experts"));
+        if (c->gated) BM_TRY(bm_alloc(&k->gate, bytes, "experts"));
+        BM_TRY(bm_alloc(&k->up, bytes, "experts"));
+        BM_TRY(bm_alloc(&k->down, bytes, "experts"));
     }
     return BM_OK;
+}
+
+void bm_weights_free(bm_weights *w, const bm_config *c) {
+    for (int l = 0; w->layer && l < c->n_layers; l++) {
+        free(w->layer[l].gate);
+        free(w->layer[l].up);
+        free(w->layer[l].down);
+    }
+    free(w->layer);
+    w->layer = NULL;
 }
 
 static bm_status load(bm_model *m) {
@@ -181,7 +189,7 @@ static bm_status load(bm_model *m) {
     size_t n, i = 0;
     bm_file_tensor t;
     BM_TRY(bm_params_match(&m->config, m->source, &entry, &n));
-    bm_status s = make_layers(m);
+    bm_status s = bm_weights_alloc(&m->w, &m->config);
     for (bm_walk w = bm_params_walk(&m->config, layout); !s && bm_walk_next(&w, &t); i++) {
         const bool matrix = t.first.param->flags & BM_P_MATRIX;
         s = matrix ? load_matrix(m, &t, entry[i]) : load_small(m, layout, &t, entry[i]);
@@ -214,12 +222,7 @@ void bm_model_close(bm_model *m) {
     for (size_t i = 0; i < m->n_owned; i++) m->be->release(m->be, m->owned[i]);
     pthread_mutex_unlock(&m->device->lock);
     free(m->owned);
-    for (int l = 0; m->w.layer && l < m->config.n_layers; l++) {
-        free(m->w.layer[l].gate);
-        free(m->w.layer[l].up);
-        free(m->w.layer[l].down);
-    }
-    free(m->w.layer);
+    bm_weights_free(&m->w, &m->config);
     bm_source_close(m->source);
     free(m);
 }
@@ -264,7 +267,7 @@ bm_status bm_model_tensor(const bm_model *m, uint64_t i, bm_tensor_info *out) {
 enum { SAMPLE = 4096 };
 
 static const void *part_data(const bm_model *m, const bm_part *p, bm_dtype *type) {
-    const char *f = field_of((bm_model *)m, p);
+    const char *f = bm_weights_field(&((bm_model *)m)->w, p);
     *type = BM_F32;
     if (p->param->flags & BM_P_TENSOR) return ((const bm_tensor *)f)->data;
     if (!(p->param->flags & BM_P_MATRIX))

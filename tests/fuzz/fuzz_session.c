@@ -16,7 +16,7 @@ static void make_stream(void) {
     bm_session *s;
     bm_piece p;
     bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 1, .n_vocab = 20, .d_model = 8, .d_inner = 16, .d_state = 4, .d_conv = 4,
-                    .dt_rank = 1, .final_norm = BM_LAYERNORM, .norm_eps = 1e-5f, .gated = true, .conv_bias = true, .tied_head = true };
+                    .dt_rank = 1, .final_norm = BM_LAYERNORM, .norm_eps = 1e-5f, .gated = true, .conv_bias = true, .tied_head = true, .top_k = 1 };
     c.layer[0] = (bm_layer_config){ .mixer = BM_MIXER_MAMBA };
     char folder[] = "/tmp/bm-fuzz-XXXXXX", path[64];
     if (!mkdtemp(folder)) abort();
