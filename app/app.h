@@ -42,8 +42,8 @@ typedef struct app_command {
     const char *summary;        /* one sentence */
     const char *notes;          /* paragraphs below the options, NULL: none */
     const app_option *options;
-    int operands;               /* how many words that are not options it takes, exactly */
-    int (*run)(char **operand);
+    int operands;               /* how many words that are not options it takes, exactly; -n: n or more */
+    int (*run)(char **operand); /* they end with NULL */
 } app_command;
 
 extern const app_command app_run, app_tokenize, app_logits, app_perplexity, app_bench, app_convert, app_inspect,

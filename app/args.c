@@ -199,9 +199,9 @@ int app_parse(const app_command *c, int argc, char **argv, char **operand, bool 
             operand[n++] = argv[i];
         }
     }
-    if (n < c->operands) return app_usage(c, "%d of %d words missing in: blackmamba %s %s", c->operands - n,
-                                          c->operands,
-                                          c->name, c->synopsis);
+    const int least = abs(c->operands);
+    if (n < least) return app_usage(c, "%d of %d words missing in: blackmamba %s %s", least - n, least, c->name,
+                                    c->synopsis);
     return APP_OK;
 }
 

@@ -10,7 +10,6 @@
 static const app_command *const commands[] = {
     &app_run, &app_tokenize, &app_logits, &app_perplexity, &app_bench, &app_convert, &app_inspect, &app_init, NULL,
 };
-enum { MOST_OPERANDS = 2 };
 
 static const app_command *command_find(const char *name) {
     for (int i = 0; commands[i]; i++) if (strcmp(commands[i]->name, name) == 0) return commands[i];
@@ -18,7 +17,7 @@ static const app_command *command_find(const char *name) {
 }
 
 static int command_unknown(const char *name) {
-    const char *words[16];
+    const char *words[32];
     int n = 0;
     for (; commands[n]; n++) words[n] = commands[n]->name;
     words[n++] = "help";
@@ -62,12 +61,14 @@ void app_log_notes(void) {
 }
 
 static int command_run(const app_command *c, int argc, char **argv) {
-    char *operand[MOST_OPERANDS] = {NULL};
+    char **operand = calloc((size_t)argc + 1, sizeof *operand);
     bool help;
+    if (!operand) return app_error("out of memory: %d words", argc);
     int code = app_parse(c, argc, argv, operand, &help);
-    if (code) return code;
-    if (help) return app_help(c, stdout), APP_OK;
-    return c->run(operand);
+    if (!code && help) app_help(c, stdout);
+    else if (!code) code = c->run(operand);
+    free(operand);
+    return code;
 }
 
 static int dispatch(int argc, char **argv) {
