@@ -104,6 +104,7 @@ static void cpu_close(bm_backend *b) {
     if (!c) return;
     bm_pool_close(c->pool);
     free(c->scratch);
+    free(c->panels);
     free(c);
 }
 
@@ -124,6 +125,7 @@ static bm_status open_with(bm_backend **out, int threads, const bm_kernels *k) {
         .peak = bm_cpu_peak, .waited = cpu_waited,
         .embed = bm_cpu_embed, .norm = bm_cpu_norm, .linear = bm_cpu_linear, .conv = bm_cpu_conv, .scan = bm_cpu_scan,
         .route = bm_cpu_route, .experts = bm_cpu_experts, .loss = bm_cpu_loss,
+        .reserve_back = bm_cpu_reserve_back, .linear_back = bm_cpu_linear_back, .experts_back = bm_cpu_experts_back,
     };
     snprintf(c->door.name, sizeof c->door.name, "cpu %s, %d thread%s", k->level, n, n == 1 ? "" : "s");
     *out = &c->door;

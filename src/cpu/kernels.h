@@ -28,7 +28,7 @@ static inline bm_q8_row bm_q8_row_at(const void *row, size_t n) {
 }
 /* Bytes of one converted row of n; an odd number of cache lines, so that rows spread over the sets. */
 static inline size_t bm_form_bytes(bm_form f, size_t n) {
-    const size_t q = bm_round_up(n, 128), bytes = f == BM_FORM_Q8 ? q + q / 2 + q / 8 : n * (f == BM_FORM_BF16 ? 2 : 4);
+    const size_t q = bm_round_up(n, 128), bytes = f == BM_FORM_Q8 ? q + q / 2 + q / 8 : n * (f == BM_FORM_BF16 ? 2 : sizeof(float));
     return bm_round_up(bytes, 64) % 128 ? bm_round_up(bytes, 64) : bm_round_up(bytes, 64) + 64;
 }
 
@@ -45,6 +45,28 @@ typedef struct bm_gemm {
 /* Outputs [i0, i1) x [j0, j1). */
 typedef void (*bm_gemm_fn)(const bm_gemm *g, int i0, int i1, int j0, int j1);
 
+/* The products of the backward: C (M,N) (+)= A (M,K) B (K,N), where a step along K adds an outer product.  Their
+ * matrices are lines in memory: line r of base[0], or from `split` (above 0) on of base[1]; r = map[r] first, if any. */
+typedef struct bm_lines {
+    const void *base[2]; int split;
+    size_t stride;                              /* bytes */
+    bm_dtype type;                              /* f32, bf16, f16 */
+    const int32_t *map;
+    const float *scale;                         /* of line r, indexed as after map; NULL: 1 */
+} bm_lines;
+static inline size_t bm_line_index(const bm_lines *l, int r) { return (size_t)(l->map ? l->map[r] : r); }
+static inline const uint8_t *bm_line(const bm_lines *l, int r) {
+    const size_t i = bm_line_index(l, r), split = (size_t)l->split;
+    return split && i >= split ? (const uint8_t *)l->base[1] + (i - split) * l->stride : (const uint8_t *)l->base[0] + i * l->stride;
+}
+/* A and B are packed in panels of a few rows of A, of a few columns of B: `width` floats a step.  A step is one
+ * element along K, or two in BM_FORM_BF16, beside each other in one float.  Past the matrix: zeros. */
+typedef struct bm_panel {
+    float *to; int width;
+    bm_form form;                               /* not BM_FORM_Q8 */
+    int k0, k1, at, n;                          /* elements along K; rows of A or columns of B, n <= width */
+} bm_panel;
+
 typedef struct bm_kernels {
     const char *level;                          /* "scalar", "avx2", "avx512", "neon" */
     bm_form    form[2][BM_DTYPE_COUNT];         /* [bm_arith][type of the weights] */
@@ -57,6 +79,16 @@ typedef struct bm_kernels {
     void (*loss)(const bm_op_loss *a, int begin, int end);      /* rows */
     void (*conv)(const bm_op_conv *a, int begin, int end);      /* channels */
     void (*scan)(const bm_op_scan *a, int begin, int end);      /* channels */
+    int outer_m, outer_a, outer_n;              /* rows of C in a tile, `width` of panels of A and of B */
+    void (*pack)(const bm_lines *l, const bm_panel *p);         /* lines along K */
+    void (*pack_turned)(const bm_lines *l, const bm_panel *p);  /* lines across K */
+    /* A tile: m rows c[i] of n columns (+)= panel a times panel b. */
+    void (*outer)(const float *a, const float *b, int steps, bm_form form, float *const *c, int m, int n, bool add);
+    void (*sum_lines)(float *y, const bm_lines *l, int lines, int begin, int end);     /* y += sum of columns [begin, end) */
+    /* Of h = act(gate) * up and dh, times g: gradients of gate and up; gate NULL: dup only.  Returns h . dh. */
+    float (*activate_back)(const float *gate, const float *up, const float *h, const float *dh, float g, float *dgate,
+                           float *dup, int n, bm_activation f);
+    float (*dot)(const float *x, const float *y, int n);
     float (*read)(const float *p, size_t n);                    /* a sum, n % 64 == 0: touches every byte */
 } bm_kernels;
 
@@ -72,6 +104,7 @@ typedef struct bm_cpu {
     bm_kernels k;
     bm_pool *pool;
     uint8_t *scratch; size_t scratch_bytes;     /* converted activations */
+    float *panels; size_t panel_floats;         /* packed A of each thread, then packed B */
     bm_status failed; char sentence[160];       /* the first failure since the last sync */
 } bm_cpu;
 
@@ -79,6 +112,15 @@ typedef struct bm_cpu {
 bool bm_cpu_convert(bm_cpu *c, bm_gemm *g, bm_form form, const float *x, size_t ldx, const int32_t *map);
 /* Computes all of g on all threads. */
 void bm_cpu_gemm(bm_cpu *c, const bm_gemm *g, bm_gemm_fn fn);
+
+/* c (+)= a b; turned: the lines of a are rows of A, else they lie along K.  c->type is f32. */
+typedef struct bm_outer { int M, N, K; bm_form form; bool turned, add; bm_lines a, b, c; } bm_outer;
+/* Computes p on all threads, or fails when reserve_back() did not see its size.  Sums go along K in steps that
+ * only K decides. */
+void bm_cpu_outer(bm_cpu *c, const bm_outer *p);
+void bm_cpu_sum_lines(bm_cpu *c, float *y, const bm_lines *l, int lines, int columns);
+/* False, and the backend has failed, when the backward cannot read such weights. */
+bool bm_cpu_back_type(bm_cpu *c, bm_dtype type);
 
 void bm_cpu_linear (bm_backend *b, const bm_op_linear *a);
 void bm_cpu_embed  (bm_backend *b, const bm_op_embed *a);
@@ -88,6 +130,9 @@ void bm_cpu_scan   (bm_backend *b, const bm_op_scan *a);
 void bm_cpu_route  (bm_backend *b, const bm_op_route *a);
 void bm_cpu_experts(bm_backend *b, const bm_op_experts *a);
 void bm_cpu_loss   (bm_backend *b, const bm_op_loss *a);
+bm_status bm_cpu_reserve_back(bm_backend *b, int M, int rows, int cols);
+void bm_cpu_linear_back (bm_backend *b, const bm_op_linear *a);
+void bm_cpu_experts_back(bm_backend *b, const bm_op_experts *a);
 bm_status bm_cpu_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
 
 #pragma GCC visibility pop

@@ -7,7 +7,7 @@
 
 #define BM_ISA avx2
 #define INLINE static inline __attribute__((always_inline))
-enum { VF = 8, QB = 1, TILE_M = 3, TILE_Q = 2, TILE_MAX = 3 };
+enum { VF = 8, QB = 1, TILE_M = 3, TILE_Q = 2, TILE_MAX = 3, OUTER_M = 6, OUTER_V = 2 };
 typedef __m256 vf;
 typedef int32_t vi __attribute__((vector_size(32)));
 typedef struct vd { __m256d low, high; } vd;
@@ -54,6 +54,8 @@ INLINE float v_top(vf v) {
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
+INLINE vf v_low(vf a, vf b) { return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20); }
+INLINE vf v_high(vf a, vf b) { return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31); }
 INLINE vd d_zero(void) { return (vd){ _mm256_setzero_pd(), _mm256_setzero_pd() }; }
 INLINE vd d_add(vd s, vf v) {
     return (vd){ s.low + _mm256_cvtps_pd(_mm256_castps256_ps128(v)),

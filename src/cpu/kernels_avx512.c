@@ -8,7 +8,7 @@
 #define BM_ISA avx512
 #define BM_DOT_BF16
 #define INLINE static inline __attribute__((always_inline))
-enum { VF = 16, QB = 4, TILE_M = 6, TILE_Q = 4, TILE_MAX = 6 };
+enum { VF = 16, QB = 4, TILE_M = 6, TILE_Q = 4, TILE_MAX = 6, OUTER_M = 14, OUTER_V = 2 };
 typedef __m512 vf;
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef __m512bh h_vector;
@@ -48,6 +48,12 @@ INLINE void v_sum4(vf a, vf b, vf c, vf d, float *out) {
     _mm_storeu_ps(out, _mm256_castps256_ps128(h) + _mm256_extractf128_ps(h, 1));
 }
 INLINE float v_top(vf v) { return _mm512_reduce_max_ps(v); }
+INLINE vf v_low(vf a, vf b) {
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+}
+INLINE vf v_high(vf a, vf b) {
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+}
 INLINE vd d_zero(void) { return (vd){ _mm512_setzero_pd(), _mm512_setzero_pd() }; }
 INLINE vd d_add(vd s, vf v) {
     return (vd){ s.low + _mm512_cvtps_pd(_mm512_castps512_ps256(v)),
@@ -68,6 +74,12 @@ INLINE void v_put_i8(int8_t *q, vf v) {
 INLINE h_vector h_load(const uint8_t *p) { return (h_vector)_mm512_loadu_si512(p); }
 INLINE h_vector h_load_n(const uint8_t *p, int n) { return (h_vector)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
 INLINE vf h_dot(h_vector a, h_vector b, vf c) { return _mm512_dpbf16_ps(c, a, b); }
+INLINE vf h_run(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh(b, a); }
+INLINE vf h_pair(vf a, vf b) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
+    return (vf)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
 INLINE void h_put(uint16_t *p, int n, vf v) { _mm256_mask_storeu_epi16(p, lanes(n), (__m256i)_mm512_cvtneps_pbh(v)); }
 
 INLINE __m128i half_at(const void *p) { return _mm_loadu_si128((const __m128i *)p); }

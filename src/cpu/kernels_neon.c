@@ -7,7 +7,7 @@
 
 #define BM_ISA neon
 #define INLINE static inline __attribute__((always_inline))
-enum { VF = 4, QB = 1, TILE_M = 6, TILE_Q = 4, TILE_MAX = 6 };
+enum { VF = 4, QB = 1, TILE_M = 6, TILE_Q = 4, TILE_MAX = 6, OUTER_M = 12, OUTER_V = 2 };
 typedef float32x4_t vf;
 typedef int32x4_t vi;
 typedef struct vd { float64x2_t low, high; } vd;
@@ -48,6 +48,8 @@ INLINE vf v_split(vf u, vf *k) {
 /* Four sums: each (0+1)+(2+3). */
 INLINE void v_sum4(vf a, vf b, vf c, vf d, float *out) { v_store(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
 INLINE float v_top(vf v) { return vmaxvq_f32(v); }
+INLINE vf v_low(vf a, vf b) { return vzip1q_f32(a, b); }
+INLINE vf v_high(vf a, vf b) { return vzip2q_f32(a, b); }
 INLINE vd d_zero(void) { return (vd){ vdupq_n_f64(0), vdupq_n_f64(0) }; }
 INLINE vd d_add(vd s, vf v) {
     return (vd){ s.low + vcvt_f64_f32(vget_low_f32(v)), s.high + vcvt_high_f64_f32(v) };

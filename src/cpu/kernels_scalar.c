@@ -6,14 +6,15 @@
 
 #define BM_ISA scalar
 #define BM_LIBM
+#define BM_ONE_LANE
 #define INLINE static inline __attribute__((always_inline))
-enum { VF = 1, QB = 1, TILE_M = 2, TILE_Q = 2, TILE_MAX = 2 };
+enum { VF = 1, QB = 1, TILE_M = 2, TILE_Q = 2, TILE_MAX = 2, OUTER_M = 4, OUTER_V = 2 };
 typedef float vf;
 typedef double vd;
 typedef int32_t vi;
 
 INLINE vf v_set(float x) { return x; }
-INLINE vf v_load(const float *p) { float x; memcpy(&x, p, 4); return x; }
+INLINE vf v_load(const float *p) { float x; memcpy(&x, p, sizeof x); return x; }
 INLINE void v_store(float *p, vf v) { *p = v; }
 /* With one lane there is no part of a vector: the n of these is never below 1. */
 INLINE vf v_load_n(const float *p, int n) { return n ? *p : 0; }

@@ -32,14 +32,14 @@ void bm_cpu_route(bm_backend *b, const bm_op_route *a) {
     a->first[0] = 0;
 }
 
-typedef struct act_job { bm_cpu *c; float *hidden; int F; bool gated; bm_activation f; } act_job;
+typedef struct act_job { bm_cpu *c; const float *hidden; float *act; size_t ldact; int F; bool gated; bm_activation f; } act_job;
 
 static void act_part(void *arg, int64_t begin, int64_t end, int thread) {
     const act_job *j = arg;
     (void)thread;
     for (int64_t i = begin; i < end; i++) {
-        float *h = j->hidden + (size_t)i * 2 * (size_t)j->F;
-        j->c->k.activate(h, j->gated ? h : NULL, h + j->F, j->F, j->f);
+        const float *h = j->hidden + (size_t)i * 2 * (size_t)j->F;
+        j->c->k.activate(j->act + (size_t)i * j->ldact, j->gated ? h : NULL, h + j->F, j->F, j->f);
     }
 }
 
@@ -62,7 +62,9 @@ static void expert(bm_cpu *c, const bm_op_experts *a, int e, int row, int M, con
         g.y = hidden + (size_t)i * F;
         bm_cpu_gemm(c, &g, gemm[w[i]->type]);
     }
-    act_job j = { c, hidden, a->F, a->gate != NULL, a->activation };
+    float *act = a->act ? a->act + (size_t)row * F : hidden;
+    const size_t ldact = a->act ? F : 2 * F;
+    act_job j = { c, hidden, act, ldact, a->F, a->gate != NULL, a->activation };
     bm_parallel(c->pool, M, 1 + 4096 / a->F, act_part, &j);
 
     const bm_tensor *down = &a->down[e];
@@ -71,13 +73,15 @@ static void expert(bm_cpu *c, const bm_op_experts *a, int e, int row, int M, con
         .bias = a->down_bias ? a->down_bias + (size_t)e * D : NULL, .scale = scale, .map = map,
         .y = a->y, .ldy = D, .accumulate = a->accumulate,
     };
-    if (bm_cpu_convert(c, &g, form[down->type], hidden, 2 * F, NULL)) bm_cpu_gemm(c, &g, gemm[down->type]);
+    if (bm_cpu_convert(c, &g, form[down->type], act, ldact, NULL)) bm_cpu_gemm(c, &g, gemm[down->type]);
 }
 
 void bm_cpu_experts(bm_backend *b, const bm_op_experts *a) {
     bm_cpu *c = (bm_cpu *)b;
     const bm_op_route *r = a->route;
     if (!r && a->M > 0 && !c->failed) expert(c, a, 0, 0, a->M, NULL, NULL);
+    if (r && r->first[a->X] < a->M && !a->accumulate && !c->failed)    /* rows in no group */
+        memset(a->y, 0, sizeof *a->y * (size_t)a->M * (size_t)a->D);
     for (int e = 0; r && e < a->X; e++) {
         const int M = r->first[e + 1] - r->first[e];
         if (M > 0 && !c->failed) expert(c, a, e, r->first[e], M, r->order + r->first[e], r->gate);
