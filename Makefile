@@ -4,11 +4,13 @@
 # make bench      measure this machine        make fuzz [SECONDS=60]   each fuzzer for a while
 # make install [PREFIX=/usr/local DESTDIR=]   make clean
 # SAN=address,undefined | thread: a sanitizer build in its own folder      DEBUG=1: no optimisation
+# F64=1: the test build that computes in f64 (src/base/f64.h)
 PREFIX ?= /usr/local
 CC     ?= cc
 SAN    ?=
+F64    ?=
 comma  := ,
-B      := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(DEBUG),-debug)
+B      := build$(if $(F64),-f64)$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(DEBUG),-debug)
 VERSION := $(shell sed -n 's/^\#define BM_VERSION "\(.*\)"/\1/p' include/blackmamba.h)
 
 PACKAGES := jansson libpcre2-8 libutf8proc libzip libxxhash
@@ -17,13 +19,13 @@ PKG_LIBS   := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null)
 CFLAGS  ?= $(if $(DEBUG),-O0,-O2) -g
 SAN_FLAGS  = $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
 ALL_CFLAGS = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wstrict-prototypes -Werror=implicit -ffp-contract=off -pthread \
-             -fPIC -fvisibility=hidden -Iinclude -Isrc $(PKG_CFLAGS) $(SAN_FLAGS) $(CFLAGS)
+             -fPIC -fvisibility=hidden -Iinclude -Isrc $(if $(F64),-include src/base/f64.h) $(PKG_CFLAGS) $(SAN_FLAGS) $(CFLAGS)
 LIBS     = $(PKG_LIBS) -lm -pthread $(if $(SAN),-fsanitize=$(SAN))
 
 # kernels_{scalar,avx2,avx512,neon}.c: one source, kernels.inc, per instruction set
 ARCH := $(shell $(CC) -dumpmachine 2>/dev/null | cut -d- -f1)
-ISA_x86_64 := avx2 avx512
-ISA_aarch64 := neon
+ISA_x86_64 := $(if $(F64),,avx2 avx512)
+ISA_aarch64 := $(if $(F64),,neon)
 FLAGS_avx2   := -mavx2 -mfma -mf16c
 FLAGS_avx512 := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c
 

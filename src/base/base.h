@@ -114,8 +114,11 @@ typedef struct bm_q4_k { uint16_t d, m; uint8_t scale[12], q[128]; } bm_q4_k;
 typedef struct bm_q5_k { uint16_t d, m; uint8_t scale[12], h[32], q[128]; } bm_q5_k;
 typedef struct bm_q6_k { uint8_t q[128], h[64]; int8_t scale[16]; uint16_t d; } bm_q6_k;
 
-static inline float bm_bits_f32(uint32_t b) { float f; __builtin_memcpy(&f, &b, 4); return f; }
-static inline uint32_t bm_f32_bits(float f) { uint32_t b; __builtin_memcpy(&b, &f, 4); return b; }
+#ifndef BM_F64
+typedef float bm_f32;           /* 32 bits, where float may be a double: f64.h */
+#endif
+static inline float bm_bits_f32(uint32_t b) { bm_f32 f; __builtin_memcpy(&f, &b, 4); return f; }
+static inline uint32_t bm_f32_bits(float x) { const bm_f32 f = (bm_f32)x; uint32_t b; __builtin_memcpy(&b, &f, 4); return b; }
 static inline float bm_bf16_f32(uint16_t h) { return bm_bits_f32((uint32_t)h << 16); }
 static inline uint16_t bm_f32_bf16(float f) {                  /* nearest even; NaN stays NaN */
     uint32_t b = bm_f32_bits(f);

@@ -7,7 +7,7 @@
 #include <strings.h>
 
 static const struct { const char *name; size_t block, bytes; } type_info[BM_DTYPE_COUNT] = {
-    [BM_F32]  = { "f32", 1, 4 },
+    [BM_F32]  = { "f32", 1, sizeof(float) },
     [BM_BF16] = { "bf16", 1, 2 },
     [BM_F16]  = { "f16", 1, 2 },
     [BM_Q8_0] = { "q8_0", BM_BLOCK, sizeof(bm_q8_0) },
@@ -65,7 +65,7 @@ uint16_t bm_f32_f16(float f) {
 
 void bm_widen(float *dst, bm_dtype type, const void *src, size_t n) {
     const uint8_t *p = src;
-    if (type == BM_F32) memcpy(dst, src, 4 * n);
+    if (type == BM_F32) memcpy(dst, src, sizeof *dst * n);
     else if (bm_dtype_blocked(type)) bm_quant_widen(dst, type, p, n / bm_dtype_block(type));
     else
         for (size_t i = 0; i < n; i++) {
@@ -77,7 +77,7 @@ void bm_widen(float *dst, bm_dtype type, const void *src, size_t n) {
 
 void bm_narrow(void *dst, bm_dtype type, const float *src, size_t n) {
     uint8_t *p = dst;
-    if (type == BM_F32) memcpy(dst, src, 4 * n);
+    if (type == BM_F32) memcpy(dst, src, sizeof *src * n);
     else if (bm_dtype_blocked(type)) bm_quant_narrow(p, type, src, n / bm_dtype_block(type));
     else
         for (size_t i = 0; i < n; i++) {

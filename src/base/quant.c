@@ -139,7 +139,7 @@ static void narrow_q8_0(uint8_t *p, const float *x) {
 
 /* ---- least squares --------------------------------------------------------------------------------------- */
 
-typedef float f4 __attribute__((vector_size(16)));
+typedef float f4 __attribute__((vector_size(4 * sizeof(float))));
 static float sum4(f4 s) { return (s[0] + s[2]) + (s[1] + s[3]); }
 
 typedef struct sums { float q, qq, qx; } sums;

@@ -2,17 +2,20 @@
  * Out: a table of kernels.  BM_CPU=scalar|avx2|avx512|neon caps the level. */
 #include "cpu/kernels.h"
 #include <string.h>
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BM_F64)
+#define X86
 #include <cpuid.h>
+#elif defined(__aarch64__) && !defined(BM_F64)
+#define ARM
 #endif
 
 enum { SCALAR, AVX2, AVX512, NEON, LEVELS };     /* of one architecture, the better the later */
 static const char *const level_name[LEVELS] = { "scalar", "avx2", "avx512", "neon" };
 static void (*const level_fill[LEVELS])(bm_kernels *) = {
     [SCALAR] = bm_kernels_scalar,
-#if defined(__x86_64__)
+#ifdef X86
     [AVX2] = bm_kernels_avx2, [AVX512] = bm_kernels_avx512,
-#elif defined(__aarch64__)
+#elif defined(ARM)
     [NEON] = bm_kernels_neon,
 #endif
 };
@@ -20,7 +23,7 @@ static void (*const level_fill[LEVELS])(bm_kernels *) = {
 /* The best level of this machine; __builtin_cpu_supports also asks whether the operating system
  * saves the registers.  NEON is part of every aarch64. */
 static int best_level(void) {
-#if defined(__x86_64__)
+#ifdef X86
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return SCALAR;
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return SCALAR;
@@ -28,7 +31,7 @@ static int best_level(void) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
     return full ? AVX512 : AVX2;
-#elif defined(__aarch64__)
+#elif defined(ARM)
     return NEON;
 #else
     return SCALAR;

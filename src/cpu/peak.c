@@ -21,13 +21,13 @@ typedef struct loop { loop_fn run; int ops; } loop;     /* ops: operations of a 
 
 /* ---- any processor: what a compiler can make of plain C, 16 bytes at a time --------------------------- */
 
-typedef float f32_vector __attribute__((vector_size(16)));
+typedef bm_f32 f32_vector __attribute__((vector_size(16)));
 typedef unsigned short u16_vector __attribute__((vector_size(16)));
 
 static float plain_f32(int steps) {
     volatile float opaque = 0.5f;
-    const f32_vector x = { opaque, opaque, opaque, opaque };
-#define DECLARE(i) f32_vector a##i = x * (float)i;
+    const f32_vector x = { (bm_f32)opaque, (bm_f32)opaque, (bm_f32)opaque, (bm_f32)opaque };
+#define DECLARE(i) f32_vector a##i = x * (bm_f32)i;
 #define STEP(i) a##i = a##i * x + x;
 #define SUM(i) + a##i
     CHAINS_12(DECLARE)

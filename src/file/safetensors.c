@@ -26,7 +26,13 @@ typedef struct header {
 } header;
 
 static const struct dtype { const char *name; int bytes, weight; } dtypes[] = {   /* weight: bm_dtype, -1: not ours */
-    {"F32", 4, BM_F32}, {"BF16", 2, BM_BF16}, {"F16", 2, BM_F16}, {"F64", 8, -1}, {"I64", 8, -1}, {"U64", 8, -1},
+    
+#ifdef BM_F64       /* what the other builds keep as F32 */
+    {"F64", 8, BM_F32}, {"F32", 4, -1},
+#else
+    {"F32", 4, BM_F32}, {"F64", 8, -1},
+#endif
+    {"BF16", 2, BM_BF16}, {"F16", 2, BM_F16}, {"I64", 8, -1}, {"U64", 8, -1},
     {"I32", 4, -1}, {"U32", 4, -1}, {"I16", 2, -1}, {"U16", 2, -1}, {"I8", 1, -1}, {"U8", 1, -1}, {"BOOL", 1, -1},
     {"F8_E4M3", 1, -1}, {"F8_E5M2", 1, -1}};
 

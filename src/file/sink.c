@@ -181,7 +181,7 @@ static bm_status add_quoted(text *t, const char *s) {
 }
 
 static bm_status add_member(text *t, const bm_entry *e, uint64_t begin) {
-    static const char *const dtype[] = {[BM_F32] = "F32", [BM_BF16] = "BF16", [BM_F16] = "F16"};
+    static const char *const dtype[] = {[BM_F32] = sizeof(float) == 8 ? "F64" : "F32", [BM_BF16] = "BF16", [BM_F16] = "F16"};
     BM_TRY(add_chars(t, ","));
     BM_TRY(add_quoted(t, e->name));
     BM_TRY(add_chars(t, ":{\"dtype\":\""));

@@ -320,48 +320,14 @@ bm_status bm_convert(const char *in, const char *out, const bm_convert_options *
 
 /* ---- random models ------------------------------------------------------------------------------------------ */
 
-/* A block of one part's random values; element i is a function of (seed, stream, i). */
-typedef struct fill {
-    const bm_config *c;
-    bm_part p;
-    uint64_t seed, stream, first;
-    float *x;
-    bool as_A;
-} fill;
-
-/* Bound of the uniform initialisations, 0 for the others: docs/MODEL.md, "Training". */
-static double bound_of(const fill *f) {
-    const bm_config *c = f->c;
-    switch (f->p.param->init) {
-    case BM_INIT_LINEAR: return 1 / sqrt(f->p.cols);
-    case BM_INIT_OUT: return 1 / sqrt(f->p.cols) / sqrt(c->n_layers);
-    case BM_INIT_CONV: return 1 / sqrt(c->d_conv);
-    case BM_INIT_DT_WEIGHT: return 1 / sqrt(c->dt_rank);
-    default: return 0;
-    }
-}
-
-/* Element i of the others; u is its number in [0, 1). */
-static float initial(const fill *f, uint64_t i, double u) {
-    double v;
-    switch (f->p.param->init) {
-    case BM_INIT_EMBED: return (float)(0.02 * bm_rng_normal(f->seed, f->stream, i));
-    case BM_INIT_ONE: return 1;
-    case BM_INIT_DT_BIAS:
-        v = fmax(1e-4, exp(log(1e-3) + u * (log(1e-1) - log(1e-3))));
-        return (float)(v + log(-expm1(-v)));
-    case BM_INIT_ALOG: v = log((double)(i % (uint64_t)f->c->d_state + 1)); return f->as_A ? bm_A_from_log((float)v) : (float)v;
-    default: return 0;
-    }
-}
+/* A block of one part's random values. */
+typedef struct fill { const bm_config *c; bm_part p; uint64_t seed, first; float *x; bool as_A; } fill;
 
 static void fill_range(void *arg, int64_t begin, int64_t end, int thread) {
     const fill *f = arg;
-    const float bound = (float)bound_of(f);
     (void)thread;
-    bm_rng_fill(f->seed, f->stream, f->first + (uint64_t)begin, f->x + begin, (size_t)(end - begin));
-    for (int64_t i = begin; i < end; i++)
-        f->x[i] = bound > 0 ? (2 * f->x[i] - 1) * bound : initial(f, f->first + (uint64_t)i, (double)f->x[i]);
+    bm_part_init(f->c, &f->p, f->seed, f->first + (uint64_t)begin, f->x + begin, (size_t)(end - begin));
+    for (int64_t i = begin; f->as_A && f->p.param->flags & BM_P_ALOG && i < end; i++) f->x[i] = bm_A_from_log(f->x[i]);
 }
 
 static bm_status init_tensors(target *t, const bm_config *c, uint64_t seed, float *x, char *bytes) {
@@ -370,7 +336,6 @@ static bm_status init_tensors(target *t, const bm_config *c, uint64_t seed, floa
     for (bm_walk w = bm_params_walk(c, t->layout); bm_walk_next(&w, &ft); at++)
         for (int k = 0; k < ft.n_parts; k++) {
             fill f = { .c = c, .p = bm_file_tensor_part(&ft, k), .seed = seed, .x = x, .as_A = t->gguf };
-            f.stream = bm_part_number(&f.p);
             const uint64_t all = (uint64_t)f.p.rows * (uint64_t)f.p.cols;
             for (; f.first < all; f.first += BLOCK_ELEMENTS) {
                 const size_t n = all - f.first < BLOCK_ELEMENTS ? all - f.first : BLOCK_ELEMENTS;

@@ -158,7 +158,7 @@ void bm_forward_block(const bm_pass *p, int l);             /* from sum to out *
 /* What a layer's backward writes over and over; M rows each. */
 typedef struct bm_grads {
     float *norm, *xz, *u, *xdbl, *dt, *y;   /* as in bm_acts */
-    float *logits, *gate, *hidden, *act;    /* (M,X) (M) (M,2F) (M,F) */
+    float *logits, *gate, *hidden, *act;    /* (M,X) (k,M) (M,2F) (M,F) */
     float *scan_work;
 } bm_grads;
 /* dsum (M,D): on entry the gradient of out + sum after the last layer, on exit of the embedding, which is added to g.
@@ -166,7 +166,8 @@ typedef struct bm_grads {
  * before: state as it was before the forward; scratch: as large, for recomputing; both NULL when no slot is used.
  * ready(user, l): gradients of layer l are complete; -1: all. */
 typedef struct bm_back {
-    const bm_weights *g; bm_grads d; float *dsum;
+    const bm_weights *g; bm_grads d;
+    float *dsum, *waiting;                  /* (M,D); waiting: work space, where there are parallel blocks */
     bool recompute;
     float *before, *scratch; int slots;
     void (*ready)(void *user, int layer); void *user;
@@ -180,13 +181,13 @@ typedef struct bm_arena {
     const bm_config *config;
     size_t n_parts, n;          /* n: floats, padding included */
     struct bm_arena_part { bm_part part; size_t at; } *part;   /* by at */
-    size_t *by_number;          /* parts by bm_part_number */
+    struct bm_arena_number { uint64_t number; size_t at; } *by_number;  /* places by bm_part_number */
 } bm_arena;
 bm_status bm_arena_open(bm_arena *out, const bm_config *c);     /* c outlives it */
 void bm_arena_close(bm_arena *a);
 size_t bm_arena_at(const bm_arena *a, const bm_part *p);
-/* w's fields point into base; half, when given, holds bf16 of the matrices at the same places; A, when given, -exp(A_log)
- * at the same places, else the field A is A_log's place (gradients). */
+/* w's fields point into base; half, when given, holds bf16 of the matrices at the same places; A (layers,N,I), when
+ * given, -exp(A_log), else the field A is A_log's place (gradients).  w's arrays are bm_weights_alloc's. */
 void bm_arena_bind(const bm_arena *a, bm_weights *w, float *base, uint16_t *half, float *A);
 /* A file's tensor out of host values of the arena, or into them; A_log turns into A and back where the layout has A. */
 void bm_arena_get(const bm_arena *a, const float *values, bm_layout layout, const bm_file_tensor *t, float *out);
@@ -214,10 +215,10 @@ typedef struct bm_learner {
     bm_weights w, g;
     bm_pass pass;
     bm_back back;
-    size_t *state_at;
+    size_t *state_at; int32_t *no_slot;     /* host: (layers), -1 (sequences) */
     bm_token *target;                       /* (rows) */
     float *loss;                            /* (rows) */
-    float *final_norm, *final_sum, *dfinal, *head;  /* (rows,D) (rows,D) (block,D) (block,V) */
+    float *final_norm, *final_sum, *head;   /* (rows,D) (rows,D) (block,V) */
     void **owned; size_t n_owned, cap_owned;
     size_t bytes;                           /* of device memory */
 } bm_learner;

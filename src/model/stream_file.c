@@ -16,7 +16,7 @@ typedef struct fixed {
     char magic[8];
     uint64_t hash[2], seed, counter, n_bias, n_tokens, fed, n_turns, n_held, state_bytes;
     int32_t arith, top_k, penalty_window, n_pending;
-    float temperature, top_p, min_p, typical_p, repetition, presence, frequency, zero;
+    bm_f32 temperature, top_p, min_p, typical_p, repetition, presence, frequency, zero;
     uint8_t pending[8];
 } fixed;
 _Static_assert(sizeof(fixed) == 8 + 10 * 8 + 4 * 4 + 8 * 4 + 8, "no padding");
