@@ -89,6 +89,7 @@ void      bm_metrics_close(bm_metrics *m);
 
 typedef struct bm_bytes { uint8_t *p; size_t n, cap; } bm_bytes;       /* grows; free(p) */
 bm_status bm_bytes_put(bm_bytes *b, const void *src, size_t n);
+bm_status bm_bytes_put_utf8(bm_bytes *b, const char *src, size_t n);    /* what is not UTF-8 as U+FFFD */
 
 uint32_t  bm_crc32c(const void *bytes, size_t n);
 /* Framed events (TFRecord), appended to out. */
