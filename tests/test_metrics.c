@@ -199,7 +199,7 @@ static void look_in_value(const field *value, const char *tag, found *out) {
     for (field f; next(&p, end, &f);) {
         if (f.number == 1) mine = f.n == strlen(tag) && !memcmp(f.p, tag, f.n);
         if (f.number == 2) {
-            float x;
+            bm_f32 x;
             assert_int_equal(f.wire, 5);
             memcpy(&x, f.p, 4);
             here.v = x;

@@ -131,7 +131,7 @@ static bm_status put_tag(bm_bytes *b, const char *group, const char *name) {
 }
 
 static bm_status put_scalar(bm_bytes *b, const char *group, const char *name, double v) {
-    const float x = (float)v;
+    const bm_f32 x = (bm_f32)v;
     if (isnan(v)) return BM_OK;
     BM_TRY(put_key(b, 1, BYTES));
     const size_t start = b->n;
