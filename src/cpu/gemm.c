@@ -25,6 +25,15 @@ static void convert_part(void *arg, int64_t begin, int64_t end, int thread) {
     }
 }
 
+bool bm_cpu_scratch(bm_cpu *c, size_t bytes) {
+    if (bytes <= c->scratch_bytes) return true;
+    if (!c->failed)
+        snprintf(c->sentence, sizeof c->sentence, "cpu: work space found for %zu bytes, expected %zu; reserve() it first",
+                 c->scratch_bytes, bytes);
+    c->failed = BM_EDEVICE;
+    return false;
+}
+
 bool bm_cpu_convert(bm_cpu *c, bm_gemm *g, bm_form form, const float *x, size_t ldx, const int32_t *map) {
     if (form == BM_FORM_F32 && !map) {
         g->x = (const uint8_t *)x;
@@ -32,14 +41,7 @@ bool bm_cpu_convert(bm_cpu *c, bm_gemm *g, bm_form form, const float *x, size_t 
         return true;
     }
     const size_t stride = bm_form_bytes(form, (size_t)g->K);
-    if ((size_t)g->M * stride > c->scratch_bytes) {
-        if (!c->failed)
-            snprintf(c->sentence, sizeof c->sentence,
-                     "cpu: work space found for %zu bytes, expected %zu; reserve() it first",
-                     c->scratch_bytes, (size_t)g->M * stride);
-        c->failed = BM_EDEVICE;
-        return false;
-    }
+    if (!bm_cpu_scratch(c, (size_t)g->M * stride)) return false;
     convert_job j = { c, form, x, ldx, map, c->scratch, stride, g->K };
     bm_parallel(c->pool, g->M, 1 + 8192 / g->K, convert_part, &j);
     g->x = c->scratch;

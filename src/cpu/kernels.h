@@ -89,6 +89,16 @@ typedef struct bm_kernels {
     float (*activate_back)(const float *gate, const float *up, const float *h, const float *dh, float g, float *dgate,
                            float *dup, int n, bm_activation f);
     float (*dot)(const float *x, const float *y, int n);
+    void (*norm_back)(const bm_op_norm *a, float *stat, int begin, int end);            /* rows: dsum; stat (M,2) = mean, 1/deviation */
+    void (*norm_params)(const bm_op_norm *a, const float *stat, int begin, int end);    /* columns: dweight, dbias */
+    void (*embed_back)(const bm_op_embed *a, int begin, int end);   /* columns */
+    void (*conv_back)(const bm_op_conv *a, int begin, int end);     /* channels */
+    void (*scan_back)(const bm_scan_part *p);
+    void (*sinkhorn)(const double *C, int S, int X, double eps, const double *d1, double *next);     /* one sweep; C (X,S) */
+    void (*adamw)(const bm_op_adamw *a, size_t begin, size_t end);
+    double (*sumsq)(const float *x, size_t n);
+    void (*blend)(float *y, float p, const float *x, float q, size_t n);
+    void (*decay)(float *A, const float *A_log, size_t n);
     float (*read)(const float *p, size_t n);                    /* a sum, n % 64 == 0: touches every byte */
 } bm_kernels;
 
@@ -133,6 +143,21 @@ void bm_cpu_loss   (bm_backend *b, const bm_op_loss *a);
 bm_status bm_cpu_reserve_back(bm_backend *b, int M, int rows, int cols);
 void bm_cpu_linear_back (bm_backend *b, const bm_op_linear *a);
 void bm_cpu_experts_back(bm_backend *b, const bm_op_experts *a);
+void bm_cpu_embed_back(bm_backend *b, const bm_op_embed *a);
+void bm_cpu_norm_back (bm_backend *b, const bm_op_norm *a);
+void bm_cpu_conv_back (bm_backend *b, const bm_op_conv *a);
+void bm_cpu_scan_back (bm_backend *b, const bm_op_scan *a);
+size_t bm_cpu_scan_back_floats(bm_backend *b, int M, int I, int N);
+void bm_cpu_route_back(bm_backend *b, const bm_op_route *a);
+void bm_cpu_adamw(bm_backend *b, const bm_op_adamw *a);
+void bm_cpu_sumsq(bm_backend *b, double *out, const float *x, size_t n);
+void bm_cpu_blend(bm_backend *b, float *y, float p, const float *x, float q, size_t n);
+void bm_cpu_narrow(bm_backend *b, void *dst, bm_dtype type, const float *x, size_t n);
+void bm_cpu_decay(bm_backend *b, float *A, const float *A_log, size_t n);
+/* norm (X,S): logits (S,X) normalised, transposed; sweeps: how many it took. */
+void bm_sinkhorn(const bm_kernels *k, double *norm, int32_t *sweeps, const float *logits, int S, int X, const bm_balance *b);
+/* False, and the backend has failed, when the work space is smaller. */
+bool bm_cpu_scratch(bm_cpu *c, size_t bytes);
 bm_status bm_cpu_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
 
 #pragma GCC visibility pop

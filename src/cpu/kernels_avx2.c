@@ -27,6 +27,7 @@ INLINE vf v_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
 INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+INLINE vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
 INLINE vf v_gt(vf a, vf b, vf yes, vf no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 INLINE vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vf power2(__m256i n) {
@@ -60,6 +61,11 @@ INLINE vd d_zero(void) { return (vd){ _mm256_setzero_pd(), _mm256_setzero_pd() }
 INLINE vd d_add(vd s, vf v) {
     return (vd){ s.low + _mm256_cvtps_pd(_mm256_castps256_ps128(v)),
                  s.high + _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)) };
+}
+/* s + v^2 */
+INLINE vd d_square(vd s, vf v) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    return (vd){ s.low + low * low, s.high + high * high };
 }
 INLINE double d_sum(vd s) {
     double v[4];

@@ -27,6 +27,7 @@ INLINE vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
+INLINE vf v_sqrt(vf a) { return _mm512_sqrt_ps(a); }
 INLINE vf v_gt(vf a, vf b, vf yes, vf no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
 }
@@ -58,6 +59,11 @@ INLINE vd d_zero(void) { return (vd){ _mm512_setzero_pd(), _mm512_setzero_pd() }
 INLINE vd d_add(vd s, vf v) {
     return (vd){ s.low + _mm512_cvtps_pd(_mm512_castps512_ps256(v)),
                  s.high + _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)) };
+}
+/* s + v^2 */
+INLINE vd d_square(vd s, vf v) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    return (vd){ s.low + low * low, s.high + high * high };
 }
 INLINE double d_sum(vd s) { return _mm512_reduce_add_pd(s.low + s.high); }
 

@@ -31,6 +31,7 @@ INLINE vf v_fnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }
 INLINE vf v_max(vf a, vf b) { return vmaxq_f32(a, b); }
 INLINE vf v_min(vf a, vf b) { return vminq_f32(a, b); }
 INLINE vf v_abs(vf a) { return vabsq_f32(a); }
+INLINE vf v_sqrt(vf a) { return vsqrtq_f32(a); }
 INLINE vf v_gt(vf a, vf b, vf yes, vf no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
 INLINE vf v_round(vf a) { return vrndnq_f32(a); }
 INLINE vf power2(vi n) { return vreinterpretq_f32_s32(vshlq_n_s32(n + 127, 23)); }
@@ -53,6 +54,11 @@ INLINE vf v_high(vf a, vf b) { return vzip2q_f32(a, b); }
 INLINE vd d_zero(void) { return (vd){ vdupq_n_f64(0), vdupq_n_f64(0) }; }
 INLINE vd d_add(vd s, vf v) {
     return (vd){ s.low + vcvt_f64_f32(vget_low_f32(v)), s.high + vcvt_high_f64_f32(v) };
+}
+/* s + v^2 */
+INLINE vd d_square(vd s, vf v) {
+    const float64x2_t low = vcvt_f64_f32(vget_low_f32(v)), high = vcvt_high_f64_f32(v);
+    return (vd){ s.low + low * low, s.high + high * high };
 }
 INLINE double d_sum(vd s) { return vaddvq_f64(s.low + s.high); }
 

@@ -23,6 +23,7 @@ INLINE vf v_keep_n(vf v, int n) { return n ? v : 0; }
 INLINE vf v_fma(vf a, vf b, vf c) { return a * b + c; }
 INLINE vf v_max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf v_abs(vf a) { return fabsf(a); }
+INLINE vf v_sqrt(vf a) { return sqrtf(a); }
 INLINE vf v_gt(vf a, vf b, vf yes, vf no) { return a > b ? yes : no; }
 INLINE vf v_exp(vf x) { return expf(x); }
 INLINE vf v_log1p(vf x) { return log1pf(x); }
@@ -31,6 +32,7 @@ INLINE void v_sum4(vf a, vf b, vf c, vf d, float *out) { out[0] = a; out[1] = b;
 INLINE float v_top(vf v) { return v; }
 INLINE vd d_zero(void) { return 0; }
 INLINE vd d_add(vd s, vf v) { return s + v; }
+INLINE vd d_square(vd s, vf v) { return s + (double)v * (double)v; }
 INLINE double d_sum(vd s) { return s; }
 
 INLINE uint16_t u16_at(const uint8_t *p) { uint16_t h; memcpy(&h, p, 2); return h; }

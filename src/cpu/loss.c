@@ -1,4 +1,4 @@
-/* loss.c - tokens in, loss out: embedding rows and -log softmax.  Room: cpu. */
+/* loss.c - tokens in, loss out: embedding rows and -log softmax, and their gradients.  Room: cpu. */
 #include "cpu/kernels.h"
 
 typedef struct job { bm_cpu *c; const void *a; } job;
@@ -27,4 +27,17 @@ static void loss_part(void *arg, int64_t begin, int64_t end, int thread) {
 void bm_cpu_loss(bm_backend *b, const bm_op_loss *a) {
     job j = { (bm_cpu *)b, a };
     if (!j.c->failed) bm_parallel(j.c->pool, a->M, 1, loss_part, &j);
+}
+
+enum { COLUMNS = 64 };      /* whole cache lines for each thread, which adds all rows in order */
+
+static void embed_back_part(void *arg, int64_t begin, int64_t end, int thread) {
+    const job *j = arg;
+    (void)thread;
+    j->c->k.embed_back(j->a, (int)begin, (int)end);
+}
+
+void bm_cpu_embed_back(bm_backend *b, const bm_op_embed *a) {
+    job j = { (bm_cpu *)b, a };
+    if (!j.c->failed) bm_parallel(j.c->pool, a->table->cols, COLUMNS, embed_back_part, &j);
 }

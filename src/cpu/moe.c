@@ -1,36 +1,9 @@
-/* moe.c - routing and experts.  Room: cpu.
+/* moe.c - experts.  Room: cpu.
  *
  * An expert's rows are gathered while they are converted, go through the same products as any
  * linear layer, and are scattered as they are written; all threads share each expert. */
 #include "cpu/kernels.h"
-#include <math.h>
 #include <string.h>
-
-/* argmax (NaN never wins; the lowest index does when equal), then sigmoid or softmax of it. */
-static float choose(const float *l, int X, bm_routing rule, int32_t *expert) {
-    int best = 0;
-    for (int e = 1; e < X; e++)
-        if (l[e] > l[best] || (isnan(l[best]) && !isnan(l[e]))) best = e;
-    *expert = best;
-    if (rule == BM_ROUTE_SIGMOID) return 1.0f / (1.0f + expf(-l[best]));
-    float sum = 0;
-    for (int e = 0; e < X; e++) sum += expf(l[e] - l[best]);
-    return 1.0f / sum;
-}
-
-void bm_cpu_route(bm_backend *b, const bm_op_route *a) {
-    if (((bm_cpu *)b)->failed) return;
-    memset(a->first, 0, sizeof *a->first * ((size_t)a->X + 1));
-    for (int i = 0; i < a->M; i++) {
-        a->gate[i] = choose(a->logits + (size_t)i * (size_t)a->X, a->X, a->rule, &a->expert[i]);
-        a->first[a->expert[i] + 1]++;
-    }
-    /* counting sort: first[e] runs ahead while rows are placed, then is moved back by one */
-    for (int e = 0; e < a->X; e++) a->first[e + 1] += a->first[e];
-    for (int i = 0; i < a->M; i++) a->order[a->first[a->expert[i]]++] = i;
-    for (int e = a->X; e > 0; e--) a->first[e] = a->first[e - 1];
-    a->first[0] = 0;
-}
 
 typedef struct act_job { bm_cpu *c; const float *hidden; float *act; size_t ldact; int F; bool gated; bm_activation f; } act_job;
 
