@@ -8,7 +8,7 @@
  *     states carried across windows, when `carry`              bm_carry_get, bm_carry_set
  *
  * Ranks split each global batch, and each region of the arena: a rank owns [at[rank], at[rank + 1]) of a region,
- * updates it, and alone has its m, v and average (ZeRO-1, arXiv 1910.02054). */
+ * updates it, and it alone has its m, v and average (ZeRO-1, arXiv 1910.02054). */
 #ifndef BM_TRAIN_H
 #define BM_TRAIN_H
 #include "dist/comm.h"
@@ -22,7 +22,7 @@ typedef enum bm_precision { BM_PRECISION_F32, BM_PRECISION_BF16 } bm_precision;
 
 typedef struct bm_texts { char **item; size_t n; } bm_texts;
 typedef struct bm_mixture { char *path; double weight; } bm_mixture;    /* a folder of packed data */
-/* Parts whose file name matches: factors of lr and decay; -1: as for all. */
+/* Parts whose file name matches; lr and decay are factors. */
 typedef struct bm_rule { bm_texts match; double lr, decay, beta1, beta2, eps; } bm_rule;
 
 typedef struct bm_train_config {
@@ -34,8 +34,10 @@ typedef struct bm_train_config {
     bm_mixture *data; size_t n_data;
     int64_t seq_len;
     int64_t steps, tokens;                  /* one of them is 0 */
-    struct { int64_t sequences, micro, warmup, from, len_warmup, len_from; } batch;     /* of all ranks; sequences each micro */
-    bm_balance balance; int64_t route_group;
+    struct { int64_t sequences, micro, warmup, from, len_warmup, len_from; } batch;     /* of all ranks; micro: of one micro-batch */
+    struct { int choice, start, stop; double tol, scale, capacity, load, z; int64_t sweeps; } routing;  /* words as written */
+    bm_balance balance;                     /* the same, settled */
+    int64_t route_group;
     double lr, beta1, beta2, eps, decay, clip;
     bm_rule *rule; size_t n_rules;
     int curve; int64_t warmup; double min_lr, wsd_share;        /* min_lr: of lr; wsd_share: of the steps, at the end */
@@ -63,7 +65,7 @@ double   bm_schedule_lr(const bm_train_config *c, uint64_t step);
 typedef enum bm_state { BM_STATE_MASTER, BM_STATE_M, BM_STATE_V, BM_STATE_AVERAGE } bm_state;
 
 typedef struct bm_region {      /* a stretch of the arena: before the layers, a layer, after the layers */
-    size_t *at;                 /* (ranks+1) floats into the arena */
+    size_t begin, *at;          /* floats into the arena; (ranks+1) from there, at[0] = 0 */
     size_t own;                 /* where this rank's slice lies in m, v and average */
     bm_request request;
 } bm_region;
@@ -76,8 +78,9 @@ typedef struct bm_optim {
     bm_region *region;
     size_t n_own;
     float *m, *v, *average;     /* (n_own) on the device; average NULL: none */
+    struct bm_setting *setting; uint16_t *setting_of;   /* (rules that occur) (parts) */
     struct bm_stretch *stretch; size_t n_stretches;     /* of the rank's slices, one setting each */
-    double *square, *sums;      /* device and host: sums of squares by stretch */
+    double *square, *sums;      /* device and host: sums of squares, (stretches or parts) */
     bm_status failed;           /* of a reduction begun inside the backward */
 } bm_optim;
 bm_status bm_optim_bytes(const bm_train_config *c, int ranks, uint64_t *out);   /* of device memory */
@@ -88,8 +91,10 @@ void      bm_optim_ready(void *optim, int layer);
 typedef struct bm_optim_result { double norm; bool skipped; char not_finite[160]; } bm_optim_result;
 /* Waits for the sums, clips, updates, gathers, refreshes.  update: from 1.  loss not finite: skipped too. */
 bm_status bm_optim_step(bm_optim *o, double lr, int64_t update, double loss, bm_optim_result *out);
+/* Sum of squares of this rank's own gradients, not yet reduced. */
+bm_status bm_optim_square(bm_optim *o, double *out);
 /* For checkpoints: where a part lies, and the floats of region r, of all ranks together, in the arena's order: x holds
- * at[ranks] - at[0], on the host of every rank.  Every rank calls get.  After the last set: bm_learner_refresh. */
+ * at[ranks] of them, on the host of every rank.  Every rank calls get.  After the last set: bm_learner_refresh. */
 int       bm_optim_region_of(const bm_optim *o, const bm_part *p);
 bm_status bm_optim_get(bm_optim *o, bm_state kind, int r, float *x);
 bm_status bm_optim_set(bm_optim *o, bm_state kind, int r, const float *x);
