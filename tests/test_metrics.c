@@ -273,7 +273,7 @@ static void test_crc(void **state) {
     assert_int_equal(bm_crc32c(b, 32), 0x113fdb5c);
     assert_int_equal(bm_crc32c("123456789", 9), 0xe3069283);
     assert_int_equal(bm_crc32c("", 0), 0);
-    bm_bytes e = { 0 };
+    bm_buffer e = { 0 };
     OK(bm_event_version(&e, 1.5));
     assert_memory_equal(e.p, "\x18\0\0\0\0\0\0\0\xa3\x7fK\"", 12);      /* as tensorflow's files begin */
     assert_int_equal(e.n, 40);

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-bm_status bm_bytes_put(bm_bytes *b, const void *src, size_t n) {
+bm_status bm_buffer_put(bm_buffer *b, const void *src, size_t n) {
     uint64_t need;
     if (!bm_add(b->n, n, &need)) return bm_fail_memory(SIZE_MAX, "a metric record");
     BM_TRY(bm_grow(&b->p, &b->cap, need, 1, "a metric record"));
@@ -21,7 +21,7 @@ bm_status bm_bytes_put(bm_bytes *b, const void *src, size_t n) {
     return BM_OK;
 }
 
-bm_status bm_bytes_put_utf8(bm_bytes *b, const char *src, size_t n) {
+bm_status bm_buffer_put_utf8(bm_buffer *b, const char *src, size_t n) {
     uint64_t room, need;
     bm_utf8 u = { 0 };
     if (!bm_mul(n, 3, &room) || !bm_add(room, b->n + 15, &need)) return bm_fail_memory(SIZE_MAX, "a metric record");
@@ -66,29 +66,29 @@ static size_t varint(uint8_t out[10], uint64_t v) {
     return n;
 }
 
-static bm_status put_varint(bm_bytes *b, uint64_t v) {
+static bm_status put_varint(bm_buffer *b, uint64_t v) {
     uint8_t bytes[10];
-    return bm_bytes_put(b, bytes, varint(bytes, v));
+    return bm_buffer_put(b, bytes, varint(bytes, v));
 }
 
-static bm_status put_key(bm_bytes *b, unsigned field, unsigned wire) { return put_varint(b, field << 3 | wire); }
+static bm_status put_key(bm_buffer *b, unsigned field, unsigned wire) { return put_varint(b, field << 3 | wire); }
 
-static bm_status put_field(bm_bytes *b, unsigned field, unsigned wire, const void *bytes, size_t n) {
+static bm_status put_field(bm_buffer *b, unsigned field, unsigned wire, const void *bytes, size_t n) {
     BM_TRY(put_key(b, field, wire));
     if (wire == BYTES) BM_TRY(put_varint(b, n));
-    return bm_bytes_put(b, bytes, n);
+    return bm_buffer_put(b, bytes, n);
 }
 
-static bm_status put_number(bm_bytes *b, unsigned field, uint64_t v) {
+static bm_status put_number(bm_buffer *b, unsigned field, uint64_t v) {
     BM_TRY(put_key(b, field, VARINT));
     return put_varint(b, v);
 }
 
 /* What was put after `start` becomes a message: its length moves in front. */
-static bm_status put_length(bm_bytes *b, size_t start) {
+static bm_status put_length(bm_buffer *b, size_t start) {
     uint8_t bytes[10];
     const size_t n = b->n - start, k = varint(bytes, n);
-    BM_TRY(bm_bytes_put(b, bytes, k));          /* room */
+    BM_TRY(bm_buffer_put(b, bytes, k));          /* room */
     memmove(b->p + start + k, b->p + start, n);
     memcpy(b->p + start, bytes, k);
     return BM_OK;
@@ -97,22 +97,22 @@ static bm_status put_length(bm_bytes *b, size_t start) {
 /* ---- an event ----------------------------------------------------------------------------------------- */
 
 /* Frames what was put after `start`, where FRAME_HEAD bytes wait for it. */
-static bm_status frame_end(bm_bytes *b, size_t start) {
+static bm_status frame_end(bm_buffer *b, size_t start) {
     const uint64_t n = b->n - start - FRAME_HEAD;
     const uint32_t body = masked_crc(b->p + start + FRAME_HEAD, n), head = masked_crc(&n, sizeof n);
     memcpy(b->p + start, &n, sizeof n);
     memcpy(b->p + start + sizeof n, &head, sizeof head);
-    return bm_bytes_put(b, &body, sizeof body);
+    return bm_buffer_put(b, &body, sizeof body);
 }
 
-static bm_status event_begin(bm_bytes *b, double wall_time, uint64_t step) {
+static bm_status event_begin(bm_buffer *b, double wall_time, uint64_t step) {
     static const uint8_t room[FRAME_HEAD];
-    BM_TRY(bm_bytes_put(b, room, sizeof room));
+    BM_TRY(bm_buffer_put(b, room, sizeof room));
     BM_TRY(put_field(b, 1, FIXED64, &wall_time, sizeof wall_time));
     return step ? put_number(b, 2, step) : BM_OK;       /* 0 is not written, as protobuf's own writers do */
 }
 
-bm_status bm_event_version(bm_bytes *out, double wall_time) {
+bm_status bm_event_version(bm_buffer *out, double wall_time) {
     static const char version[] = "brain.Event:2";
     const size_t start = out->n;
     BM_TRY(event_begin(out, wall_time, 0));
@@ -121,7 +121,7 @@ bm_status bm_event_version(bm_bytes *out, double wall_time) {
 }
 
 /* Tags are a group, a slash and a name.  Names come from anywhere, so only plain characters pass. */
-static bm_status put_tag(bm_bytes *b, const char *group, const char *name) {
+static bm_status put_tag(bm_buffer *b, const char *group, const char *name) {
     char tag[160];
     int n = snprintf(tag, sizeof tag, "%s/%s", group, name);
     if (n >= (int)sizeof tag) n = (int)sizeof tag - 1;
@@ -130,7 +130,7 @@ static bm_status put_tag(bm_bytes *b, const char *group, const char *name) {
     return put_field(b, 1, BYTES, tag, (size_t)n);
 }
 
-static bm_status put_scalar(bm_bytes *b, const char *group, const char *name, double v) {
+static bm_status put_scalar(bm_buffer *b, const char *group, const char *name, double v) {
     const bm_f32 x = (bm_f32)v;
     if (isnan(v)) return BM_OK;
     BM_TRY(put_key(b, 1, BYTES));
@@ -141,7 +141,7 @@ static bm_status put_scalar(bm_bytes *b, const char *group, const char *name, do
 }
 
 /* A tensor of one string, marked for the text plugin. */
-static bm_status put_text(bm_bytes *b, const char *group, const char *name, const bm_bytes *text) {
+static bm_status put_text(bm_buffer *b, const char *group, const char *name, const bm_buffer *text) {
     static const char plugin[] = "text";
     enum { DT_STRING = 7 };
     static const uint8_t shape_of_one[] = { 2 << 3 | BYTES, 2, 1 << 3 | VARINT, 1 };   /* dim { size: 1 } */
@@ -166,7 +166,7 @@ static bm_status put_text(bm_bytes *b, const char *group, const char *name, cons
 
 /* ---- what a record says ------------------------------------------------------------------------------- */
 
-static bm_status put_layers(bm_bytes *b, const bm_metric_record *r) {
+static bm_status put_layers(bm_buffer *b, const bm_metric_record *r) {
     char name[32];
     for (int i = 0; i < r->n_layers; i++) {
         const bm_metric_layer *l = &r->layer[i];
@@ -180,7 +180,7 @@ static bm_status put_layers(bm_bytes *b, const bm_metric_record *r) {
     return BM_OK;
 }
 
-static bm_status put_train(bm_bytes *b, const bm_metric_record *r) {
+static bm_status put_train(bm_buffer *b, const bm_metric_record *r) {
     const struct { const char *name; double v; } scalar[] = {
         { "loss", r->loss }, { "load_loss", r->load_loss }, { "z_loss", r->z_loss }, { "lr", r->lr },
         { "grad_norm", r->grad_norm }, { "tokens_s", r->tokens_s }, { "peak_share", r->peak_share },
@@ -192,7 +192,7 @@ static bm_status put_train(bm_bytes *b, const bm_metric_record *r) {
     return put_layers(b, r);
 }
 
-static bm_status put_eval(bm_bytes *b, const bm_metric_record *r) {
+static bm_status put_eval(bm_buffer *b, const bm_metric_record *r) {
     const char *group = r->average == 1 ? "eval_average" : "eval";
     char name[128];
     BM_TRY(put_scalar(b, group, "loss", r->loss));
@@ -207,18 +207,18 @@ static bm_status put_eval(bm_bytes *b, const bm_metric_record *r) {
 }
 
 /* TensorBoard shows texts as Markdown, where lines that begin with four spaces stay as they are. */
-static bm_status quote(bm_bytes *out, const bm_bytes *text) {
+static bm_status quote(bm_buffer *out, const bm_buffer *text) {
     for (size_t i = 0; i < text->n; i++) {
-        if (!i || text->p[i - 1] == '\n') BM_TRY(bm_bytes_put(out, "    ", 4));
-        BM_TRY(bm_bytes_put(out, &text->p[i], 1));
+        if (!i || text->p[i - 1] == '\n') BM_TRY(bm_buffer_put(out, "    ", 4));
+        BM_TRY(bm_buffer_put(out, &text->p[i], 1));
     }
     return BM_OK;
 }
 
-static bm_status put_sample(bm_bytes *b, const bm_metric_record *r) {
-    bm_bytes text = { 0 }, quoted = { 0 };
-    bm_status s = bm_bytes_put_utf8(&text, r->prompt.bytes, r->prompt.n);
-    if (!s) s = bm_bytes_put_utf8(&text, r->text.bytes, r->text.n);
+static bm_status put_sample(bm_buffer *b, const bm_metric_record *r) {
+    bm_buffer text = { 0 }, quoted = { 0 };
+    bm_status s = bm_buffer_put_utf8(&text, r->prompt.bytes, r->prompt.n);
+    if (!s) s = bm_buffer_put_utf8(&text, r->text.bytes, r->text.n);
     if (!s) s = quote(&quoted, &text);
     if (!s) s = put_text(b, "sample", "text", &quoted);
     free(quoted.p);
@@ -226,20 +226,20 @@ static bm_status put_sample(bm_bytes *b, const bm_metric_record *r) {
     return s;
 }
 
-static bm_status put_run(bm_bytes *b, const bm_metric_record *r) {
+static bm_status put_run(bm_buffer *b, const bm_metric_record *r) {
     BM_TRY(put_scalar(b, "run", "parameters", r->parameters));
     BM_TRY(put_scalar(b, "run", "parameters_active", r->parameters_active));
     BM_TRY(put_scalar(b, "run", "peak", r->peak));
     BM_TRY(put_scalar(b, "run", "ranks", r->ranks));
-    bm_bytes text = { 0 };
-    bm_status s = r->device ? bm_bytes_put_utf8(&text, r->device, strlen(r->device)) : BM_OK;
+    bm_buffer text = { 0 };
+    bm_status s = r->device ? bm_buffer_put_utf8(&text, r->device, strlen(r->device)) : BM_OK;
     if (!s && text.n) s = put_text(b, "run", "device", &text);
     free(text.p);
     return s;
 }
 
-bm_status bm_event_record(bm_bytes *out, double wall_time, const bm_metric_record *r) {
-    static bm_status (*const put[])(bm_bytes *, const bm_metric_record *) = { put_run, put_train, put_eval, put_sample };
+bm_status bm_event_record(bm_buffer *out, double wall_time, const bm_metric_record *r) {
+    static bm_status (*const put[])(bm_buffer *, const bm_metric_record *) = { put_run, put_train, put_eval, put_sample };
     const size_t start = out->n;
     BM_TRY(event_begin(out, wall_time, r->step));
     BM_TRY(put_key(out, 5, BYTES));

@@ -78,31 +78,31 @@ bm_metric_load bm_metric_load_of(const uint64_t *load, int n_experts) {
 
 /* ---- numbers and texts -------------------------------------------------------------------------------- */
 
-static bm_status put_text(bm_bytes *b, const char *s) { return bm_bytes_put(b, s, strlen(s)); }
+static bm_status put_text(bm_buffer *b, const char *s) { return bm_buffer_put(b, s, strlen(s)); }
 
 /* Nine digits; `absent` for what is no finite number.  A comma is some locale's point. */
-static bm_status put_real(bm_bytes *b, double v, const char *absent) {
+static bm_status put_real(bm_buffer *b, double v, const char *absent) {
     char text[40];
     if (!isfinite(v)) return put_text(b, absent);
     const int n = snprintf(text, sizeof text, "%.9g", v);
     for (int i = 0; i < n; i++)
         if (text[i] == ',') text[i] = '.';
-    return bm_bytes_put(b, text, (size_t)n);
+    return bm_buffer_put(b, text, (size_t)n);
 }
 
-static bm_status put_count(bm_bytes *b, uint64_t v) {
+static bm_status put_count(bm_buffer *b, uint64_t v) {
     char text[24];
-    return bm_bytes_put(b, text, (size_t)snprintf(text, sizeof text, "%" PRIu64, v));
+    return bm_buffer_put(b, text, (size_t)snprintf(text, sizeof text, "%" PRIu64, v));
 }
 
 /* ,"name": */
-static bm_status put_name(bm_bytes *b, const char *name) {
+static bm_status put_name(bm_buffer *b, const char *name) {
     BM_TRY(put_text(b, ",\""));
     BM_TRY(put_text(b, name));
     return put_text(b, "\":");
 }
 
-static bm_status put_escaped(bm_bytes *b, const bm_bytes *text) {
+static bm_status put_escaped(bm_buffer *b, const bm_buffer *text) {
     char code[8];
     BM_TRY(put_text(b, "\""));
     for (size_t i = 0; i < text->n; i++) {
@@ -114,15 +114,15 @@ static bm_status put_escaped(bm_bytes *b, const bm_bytes *text) {
             code[0] = '\\';
             code[n++] = (char)c;
         }
-        BM_TRY(bm_bytes_put(b, code, n));
+        BM_TRY(bm_buffer_put(b, code, n));
     }
     return put_text(b, "\"");
 }
 
 /* A JSON string; bytes that are not UTF-8 become U+FFFD. */
-static bm_status put_string(bm_bytes *b, const char *s, size_t n) {
-    bm_bytes text = { 0 };
-    bm_status st = bm_bytes_put_utf8(&text, s, n);
+static bm_status put_string(bm_buffer *b, const char *s, size_t n) {
+    bm_buffer text = { 0 };
+    bm_status st = bm_buffer_put_utf8(&text, s, n);
     if (!st) st = put_escaped(b, &text);
     free(text.p);
     return st;
@@ -131,7 +131,7 @@ static bm_status put_string(bm_bytes *b, const char *s, size_t n) {
 /* ---- lines -------------------------------------------------------------------------------------------- */
 
 /* Of all layers together: the worst of each. */
-static bm_status csv_load(bm_bytes *b, const bm_metric_record *r) {
+static bm_status csv_load(bm_buffer *b, const bm_metric_record *r) {
     double most = NAN, entropy = NAN, dead = NAN, sweeps = NAN;
     for (int i = 0; i < r->n_layers; i++) {
         const bm_metric_load l = bm_metric_load_of(r->layer[i].load, r->layer[i].n_experts);
@@ -148,7 +148,7 @@ static bm_status csv_load(bm_bytes *b, const bm_metric_record *r) {
     return BM_OK;
 }
 
-static bm_status csv_line(bm_bytes *b, const bm_metric_record *r) {
+static bm_status csv_line(bm_buffer *b, const bm_metric_record *r) {
     if (r->kind != BM_METRIC_TRAIN && r->kind != BM_METRIC_EVAL) return BM_OK;
     BM_TRY(put_count(b, r->step));
     BM_TRY(put_text(b, ","));
@@ -163,7 +163,7 @@ static bm_status csv_line(bm_bytes *b, const bm_metric_record *r) {
     return put_text(b, "\n");
 }
 
-static bm_status json_loads_of(bm_bytes *b, const bm_metric_layer *l) {
+static bm_status json_loads_of(bm_buffer *b, const bm_metric_layer *l) {
     BM_TRY(put_text(b, "["));
     for (int e = 0; e < l->n_experts; e++) {
         if (e) BM_TRY(put_text(b, ","));
@@ -174,7 +174,7 @@ static bm_status json_loads_of(bm_bytes *b, const bm_metric_layer *l) {
 
 enum layer_field { LAYER, LOAD, MAX_OVER_MEAN, ENTROPY, DEAD, SWEEPS };
 
-static bm_status json_layer(bm_bytes *b, const bm_metric_layer *l, enum layer_field field) {
+static bm_status json_layer(bm_buffer *b, const bm_metric_layer *l, enum layer_field field) {
     const bm_metric_load load = bm_metric_load_of(l->load, l->n_experts);
     switch (field) {
     case LAYER: return put_real(b, l->layer, "null");
@@ -187,7 +187,7 @@ static bm_status json_layer(bm_bytes *b, const bm_metric_layer *l, enum layer_fi
 }
 
 /* One array a field, one element a layer. */
-static bm_status json_layers(bm_bytes *b, const bm_metric_record *r) {
+static bm_status json_layers(bm_buffer *b, const bm_metric_record *r) {
     static const char *const name[] = { "layers", "load", "max_over_mean", "entropy", "dead_experts", "sweeps" };
     for (int f = LAYER; f <= SWEEPS && r->n_layers; f++) {
         BM_TRY(put_name(b, name[f]));
@@ -200,7 +200,7 @@ static bm_status json_layers(bm_bytes *b, const bm_metric_record *r) {
     return BM_OK;
 }
 
-static bm_status json_sources(bm_bytes *b, const bm_metric_record *r) {
+static bm_status json_sources(bm_buffer *b, const bm_metric_record *r) {
     if (!r->n_sources) return BM_OK;
     BM_TRY(put_name(b, "sources"));
     for (int i = 0; i < r->n_sources; i++) {
@@ -216,13 +216,13 @@ static bm_status json_sources(bm_bytes *b, const bm_metric_record *r) {
     return put_text(b, "]");
 }
 
-static bm_status json_text(bm_bytes *b, const char *name, const char *bytes, size_t n) {
+static bm_status json_text(bm_buffer *b, const char *name, const char *bytes, size_t n) {
     if (!bytes) return BM_OK;
     BM_TRY(put_name(b, name));
     return put_string(b, bytes, n);
 }
 
-static bm_status json_scalars(bm_bytes *b, const bm_metric_record *r) {
+static bm_status json_scalars(bm_buffer *b, const bm_metric_record *r) {
     const unsigned kind = 1u << r->kind;
     for (size_t i = 0; i < SCALARS; i++) {
         const double v = scalar_get(r, &scalars[i]);
@@ -233,7 +233,7 @@ static bm_status json_scalars(bm_bytes *b, const bm_metric_record *r) {
     return BM_OK;
 }
 
-static bm_status json_line(bm_bytes *b, const bm_metric_record *r) {
+static bm_status json_line(bm_buffer *b, const bm_metric_record *r) {
     BM_TRY(put_text(b, "{\"kind\":\""));
     BM_TRY(put_text(b, kind_name[r->kind]));
     BM_TRY(put_text(b, "\",\"step\":"));
@@ -298,7 +298,7 @@ enum file_kind { CSV, JSONL, EVENTS, FILES };
 static const char *const file_name[FILES] = { "metrics.csv", "metrics.jsonl", "events.out.tfevents.0.blackmamba" };
 
 struct bm_metrics {
-    struct metrics_file { char *path; int fd; uint64_t size; bm_bytes head, line; } file[FILES];
+    struct metrics_file { char *path; int fd; uint64_t size; bm_buffer head, line; } file[FILES];
     uint64_t step;
     bool torn;                          /* a file may be longer than its size says */
 };
@@ -310,26 +310,26 @@ static double wall_time(void) {
 }
 
 /* What begins a file. */
-static bm_status head_make(bm_bytes *out, enum file_kind kind) {
+static bm_status head_make(bm_buffer *out, enum file_kind kind) {
     if (kind == CSV) return put_text(out, csv_header);
     return kind == EVENTS ? bm_event_version(out, wall_time()) : BM_OK;
 }
 
 /* Whether n bytes begin as this file's do; a beginning cut short does. */
-static bool begins_as(const uint8_t *data, size_t n, enum file_kind kind, const bm_bytes *head) {
+static bool begins_as(const uint8_t *data, size_t n, enum file_kind kind, const bm_buffer *head) {
     static const char line[] = "{\"kind\":\"";
     if (kind == CSV) return !memcmp(data, head->p, n < head->n ? n : head->n);
     if (kind == JSONL) return !memcmp(data, line, n < sizeof line - 1 ? n : sizeof line - 1);
     return n < head->n || bm_event_cut(data, n, 0);
 }
 
-static size_t cut_at(const uint8_t *data, size_t n, enum file_kind kind, const bm_bytes *head, uint64_t step) {
+static size_t cut_at(const uint8_t *data, size_t n, enum file_kind kind, const bm_buffer *head, uint64_t step) {
     if (!step || n < head->n) return 0;
     if (kind == EVENTS) return bm_event_cut(data, n, step);
     return lines_cut((const char *)data, head->n, n, step, kind == CSV ? csv_step : json_step);
 }
 
-static bm_status file_write(struct metrics_file *f, const bm_bytes *b) {
+static bm_status file_write(struct metrics_file *f, const bm_buffer *b) {
     ssize_t put;
     do put = write(f->fd, b->p, b->n);
     while (put < 0 && errno == EINTR);

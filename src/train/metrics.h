@@ -87,14 +87,14 @@ void      bm_metrics_close(bm_metrics *m);
 
 /* ---- events.c: TensorBoard's file, for metrics.c and its test -------------------------------------- */
 
-typedef struct bm_bytes { uint8_t *p; size_t n, cap; } bm_bytes;       /* grows; free(p) */
-bm_status bm_bytes_put(bm_bytes *b, const void *src, size_t n);
-bm_status bm_bytes_put_utf8(bm_bytes *b, const char *src, size_t n);    /* what is not UTF-8 as U+FFFD */
+typedef struct bm_buffer { uint8_t *p; size_t n, cap; } bm_buffer;       /* grows; free(p) */
+bm_status bm_buffer_put(bm_buffer *b, const void *src, size_t n);
+bm_status bm_buffer_put_utf8(bm_buffer *b, const char *src, size_t n);    /* what is not UTF-8 as U+FFFD */
 
 uint32_t  bm_crc32c(const void *bytes, size_t n);
 /* Framed events (TFRecord), appended to out. */
-bm_status bm_event_version(bm_bytes *out, double wall_time);
-bm_status bm_event_record(bm_bytes *out, double wall_time, const bm_metric_record *r);
+bm_status bm_event_version(bm_buffer *out, double wall_time);
+bm_status bm_event_record(bm_buffer *out, double wall_time, const bm_metric_record *r);
 /* Bytes of the whole events at the start of a file whose step is not above `step`; 0 when the first is not
  * the version. */
 size_t    bm_event_cut(const uint8_t *data, size_t n, uint64_t step);
