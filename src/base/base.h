@@ -73,6 +73,7 @@ bm_status bm_folder_open(bm_folder **out, const char *path);
 bm_status bm_folder_path(const bm_folder *f, const char *name, char **out);    /* where to write file `name` meanwhile */
 bm_status bm_folder_finish(bm_folder **f);
 void bm_folder_abort(bm_folder **f);
+void bm_folder_remove(const char *path);                       /* with the files in it, not with folders */
 
 /* ---- read.h: a cursor that cannot leave its bytes ------------------------------------- */
 

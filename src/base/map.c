@@ -171,7 +171,7 @@ bm_status bm_file_write(const char *path, const void *bytes, size_t n) {
 
 struct bm_folder { char *path, *temp; bool made; };
 
-static void remove_folder(const char *path) {
+void bm_folder_remove(const char *path) {
     DIR *d = opendir(path);
     if (!d) return;
     for (struct dirent *e; (e = readdir(d)); )
@@ -182,7 +182,7 @@ static void remove_folder(const char *path) {
 
 void bm_folder_abort(bm_folder **f) {
     if (!*f) return;
-    if ((*f)->made) remove_folder((*f)->temp);
+    if ((*f)->made) bm_folder_remove((*f)->temp);
     free((*f)->path);
     free((*f)->temp);
     free(*f);

@@ -88,17 +88,17 @@ static void copy_part(const bm_part *p, bool as_A, float *held, float *file, boo
         }
 }
 
-void bm_arena_get(const bm_arena *a, const float *values, bm_layout layout, const bm_file_tensor *t, float *out) {
+void bm_arena_get(const bm_arena *a, const float *values, size_t from, bm_layout layout, const bm_file_tensor *t, float *out) {
     for (int i = 0; i < t->n_parts; i++) {
         const bm_part p = bm_file_tensor_part(t, i);
-        copy_part(&p, layout == BM_LAYOUT_GGUF, (float *)values + bm_arena_at(a, &p), out + (size_t)i * elements(&p), true);
+        copy_part(&p, layout == BM_LAYOUT_GGUF, (float *)values + (bm_arena_at(a, &p) - from), out + (size_t)i * elements(&p), true);
     }
 }
 
-void bm_arena_set(const bm_arena *a, float *values, bm_layout layout, const bm_file_tensor *t, const float *in) {
+void bm_arena_set(const bm_arena *a, float *values, size_t from, bm_layout layout, const bm_file_tensor *t, const float *in) {
     for (int i = 0; i < t->n_parts; i++) {
         const bm_part p = bm_file_tensor_part(t, i);
-        copy_part(&p, layout == BM_LAYOUT_GGUF, values + bm_arena_at(a, &p), (float *)in + (size_t)i * elements(&p), false);
+        copy_part(&p, layout == BM_LAYOUT_GGUF, values + (bm_arena_at(a, &p) - from), (float *)in + (size_t)i * elements(&p), false);
     }
 }
 
@@ -111,7 +111,7 @@ static bm_status load_tensor(const bm_arena *a, float *values, const bm_source *
     if (!st) st = bm_source_read(s, e, bytes);
     if (!st) {
         bm_widen(x, e->type, bytes, e->n);
-        bm_arena_set(a, values, layout, t, x);
+        bm_arena_set(a, values, 0, layout, t, x);
     }
     free(x);
     free(bytes);

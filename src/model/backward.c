@@ -13,7 +13,7 @@ static void mamba_back(const bm_pass *p, const bm_back *k, int l) {
     const bm_config *c = p->config;
     const bm_layer *w = &p->w->layer[l], *g = &k->g->layer[l];
     const bm_acts *a = &p->acts[l];
-    const bm_grads *d = &k->d;
+    const bm_dacts *d = &k->d;
     bm_backend *be = p->be;
     const int M = p->M, I = c->d_inner, N = c->d_state, R = c->dt_rank, B = R + 2 * N;
     float *conv_state = k->before + p->state_at[l], *ssm_state = conv_state + (size_t)(c->d_conv - 1) * (size_t)I;
@@ -43,7 +43,7 @@ static void ffn_back(const bm_pass *p, const bm_back *k, int l) {
     const bm_layer_config *kind = &c->layer[l];
     const bm_layer *w = &p->w->layer[l], *g = &k->g->layer[l];
     const bm_acts *a = &p->acts[l];
-    const bm_grads *d = &k->d;
+    const bm_dacts *d = &k->d;
     bm_backend *be = p->be;
     const size_t M = (size_t)p->M, X = (size_t)kind->n_experts, F = (size_t)kind->d_ff;
     const bool moe = kind->ffn == BM_FFN_MOE;

@@ -156,17 +156,17 @@ void bm_forward_layers(const bm_pass *p);                   /* out, and sum of t
 void bm_forward_block(const bm_pass *p, int l);             /* from sum to out */
 
 /* What a layer's backward writes over and over; M rows each. */
-typedef struct bm_grads {
+typedef struct bm_dacts {
     float *norm, *xz, *u, *xdbl, *dt, *y;   /* as in bm_acts */
     float *logits, *gate, *hidden, *act;    /* (M,X) (k,M) (M,2F) (M,F) */
     float *scan_work;
-} bm_grads;
+} bm_dacts;
 /* dsum (M,D): on entry the gradient of out + sum after the last layer, on exit of the embedding, which is added to g.
  * recompute: acts hold only sum, and share the rest; a layer's are computed again before its backward.
  * before: state as it was before the forward; scratch: as large, for recomputing; both NULL when no slot is used.
  * ready(user, l): gradients of layer l are complete; -1: all. */
 typedef struct bm_back {
-    const bm_weights *g; bm_grads d;
+    const bm_weights *g; bm_dacts d;
     float *dsum, *waiting;                  /* (M,D); waiting: work space, where there are parallel blocks */
     bool recompute;
     float *before, *scratch; int slots;
@@ -189,9 +189,9 @@ size_t bm_arena_at(const bm_arena *a, const bm_part *p);
 /* w's fields point into base; half, when given, holds bf16 of the matrices at the same places; A (layers,N,I), when
  * given, -exp(A_log), else the field A is A_log's place (gradients).  w's arrays are bm_weights_alloc's. */
 void bm_arena_bind(const bm_arena *a, bm_weights *w, float *base, uint16_t *half, float *A);
-/* A file's tensor out of host values of the arena, or into them; A_log turns into A and back where the layout has A. */
-void bm_arena_get(const bm_arena *a, const float *values, bm_layout layout, const bm_file_tensor *t, float *out);
-void bm_arena_set(const bm_arena *a, float *values, bm_layout layout, const bm_file_tensor *t, const float *in);
+/* A file's tensor out of host values of the arena, which begin at its float `from`, or into them; A_log turns into A and back where the layout has A. */
+void bm_arena_get(const bm_arena *a, const float *values, size_t from, bm_layout layout, const bm_file_tensor *t, float *out);
+void bm_arena_set(const bm_arena *a, float *values, size_t from, bm_layout layout, const bm_file_tensor *t, const float *in);
 void bm_arena_init(const bm_arena *a, float *values, uint64_t seed);
 bm_status bm_arena_load(const bm_arena *a, float *values, const bm_source *s);
 /* Element first, first + 1, ... of a part's training initialisation; A_log as such. */
