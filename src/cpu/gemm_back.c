@@ -14,14 +14,14 @@ enum {
 
 /* ---- work space --------------------------------------------------------------------------------------- */
 
-static size_t packed_a(const bm_kernels *k) { return (size_t)PANELS * (size_t)k->outer_a * STEPS; }
+static size_t packed_a(const bm_kernels *k) { return (size_t)PANELS * ((size_t)k->outer_a * STEPS + 16); }
 
 static int panels_of(int n, int width) { return (n + width - 1) / width; }
 
 bm_status bm_cpu_reserve_back(bm_backend *b, int M, int rows, int cols) {
     bm_cpu *c = (bm_cpu *)b;
     const int most = rows > cols ? rows : cols;
-    const uint64_t row = (uint64_t)panels_of(most, c->k.outer_n) * (uint64_t)c->k.outer_n * STEPS;
+    const uint64_t row = (uint64_t)panels_of(most, c->k.outer_n) * ((uint64_t)c->k.outer_n * STEPS + 16);
     const uint64_t floats = packed_a(&c->k) * (uint64_t)b->threads + (row > PACKED_B ? row : PACKED_B);
     (void)M;
     if (floats <= c->panel_floats) return BM_OK;
@@ -55,8 +55,10 @@ typedef struct outer_job {
 } outer_job;
 
 static int least(int a, int b) { return a < b ? a : b; }
-static float *panel_b(const outer_job *j, int block, int panel) {
-    return j->b + ((size_t)block * (size_t)j->panels + (size_t)panel) * (size_t)j->steps * (size_t)j->c->k.outer_n;
+/* Panels lie an odd number of cache lines apart, so that a step of many spreads over the sets. */
+static size_t gap_of(int steps, int width) { return (size_t)steps * (size_t)width + 16; }
+static float *packed_block(const outer_job *j, int block) {
+    return j->b + (size_t)block * (size_t)j->panels * gap_of(j->steps, j->c->k.outer_n);
 }
 
 static void pack_b_part(void *arg, int64_t begin, int64_t end, int thread) {
@@ -64,13 +66,13 @@ static void pack_b_part(void *arg, int64_t begin, int64_t end, int thread) {
     const bm_outer *p = j->p;
     const int width = j->c->k.outer_n, block_k = j->steps * j->each;
     (void)thread;
-    for (int64_t i = begin; i < end; i++) {
-        const int block = (int)(i / j->panels), panel = (int)(i % j->panels), k = j->k0 + block * block_k;
-        const bm_panel to = {
-            .to = panel_b(j, block, panel), .width = width, .form = p->form, .k0 = k, .k1 = least(k + block_k, p->K),
-            .at = panel * width, .n = least(width, p->N - panel * width),
-        };
-        j->c->k.pack(&p->b, &to);
+    for (int k = (int)begin, k1; k < end; k = k1) {
+        const int block = k / block_k;
+        k1 = least((int)end, (block + 1) * block_k);
+        j->c->k.pack(&p->b, &(bm_panels){
+            .to = packed_block(j, block) + (size_t)(k - block * block_k) / (size_t)j->each * (size_t)width,
+            .gap = gap_of(j->steps, width), .width = width, .tile = width, .form = p->form,
+            .k0 = j->k0 + k, .k1 = j->k0 + k1, .n = p->N });
     }
 }
 
@@ -80,19 +82,17 @@ static void multiply(const outer_job *j, int block, int i0, int i1, float *packe
     const bm_outer *p = j->p;
     const int tile = k->outer_m, k0 = j->k0 + block * j->steps * j->each, k1 = least(k0 + j->steps * j->each, p->K);
     const int steps = (k1 - k0 + j->each - 1) / j->each;
-    const size_t size = (size_t)steps * (size_t)k->outer_a;
-    for (int i = i0, n = 0; i < i1; i += tile, n++)
-        (p->turned ? k->pack_turned : k->pack)(&p->a, &(bm_panel){
-            .to = packed + (size_t)n * size, .width = k->outer_a, .form = p->form, .k0 = k0, .k1 = k1, .at = i,
-            .n = least(tile, i1 - i) });
+    const size_t gap_a = gap_of(steps, k->outer_a), gap_b = gap_of(j->steps, k->outer_n);
+    (p->turned ? k->pack_turned : k->pack)(&p->a, &(bm_panels){
+        .to = packed, .gap = gap_a, .width = k->outer_a, .tile = tile, .form = p->form, .k0 = k0, .k1 = k1, .at = i0, .n = i1 - i0 });
     for (int panel = 0; panel < j->panels; panel++) {
-        const float *b = panel_b(j, block, panel);
+        const float *b = packed_block(j, block) + (size_t)panel * gap_b;
         const int at = panel * k->outer_n, width = least(k->outer_n, p->N - at);
         for (int i = i0, n = 0; i < i1; i += tile, n++) {
             float *c[32];
             const int m = least(tile, i1 - i);
             for (int r = 0; r < m; r++) c[r] = (float *)(uintptr_t)bm_line(&p->c, i + r) + at;
-            k->outer(packed + (size_t)n * size, b, steps, p->form, c, m, width, p->add || k0);
+            k->outer(packed + (size_t)n * gap_a, b, steps, p->form, c, m, width, p->add || k0);
         }
     }
 }
@@ -113,7 +113,7 @@ void bm_cpu_outer(bm_cpu *c, const bm_outer *p) {
     j.steps = panels_of(total, all);
     j.panels = panels_of(p->N, c->k.outer_n);
     const size_t used = packed_a(&c->k) * (size_t)c->door.threads;
-    const size_t block = (size_t)j.panels * (size_t)c->k.outer_n * (size_t)j.steps;
+    const size_t block = (size_t)j.panels * gap_of(j.steps, c->k.outer_n);
     if (c->panel_floats < used + block) {
         fail(c, BM_EDEVICE, "cpu: work space of the backward is too small; reserve_back() it first");
         return;
@@ -123,7 +123,7 @@ void bm_cpu_outer(bm_cpu *c, const bm_outer *p) {
     for (int done = 0; done < all; done += j.blocks) {
         j.blocks = (size_t)(all - done) < most ? all - done : (int)most;
         j.k0 = done * j.steps * j.each;
-        bm_parallel(c->pool, (int64_t)j.blocks * j.panels, 1, pack_b_part, &j);
+        bm_parallel(c->pool, least(j.blocks * j.steps * j.each, p->K - j.k0), 32, pack_b_part, &j);
         bm_parallel(c->pool, p->M, c->k.outer_m, multiply_part, &j);
     }
 }

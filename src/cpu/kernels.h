@@ -59,13 +59,28 @@ static inline const uint8_t *bm_line(const bm_lines *l, int r) {
     const size_t i = bm_line_index(l, r), split = (size_t)l->split;
     return split && i >= split ? (const uint8_t *)l->base[1] + (i - split) * l->stride : (const uint8_t *)l->base[0] + i * l->stride;
 }
-/* A and B are packed in panels of a few rows of A, of a few columns of B: `width` floats a step.  A step is one
- * element along K, or two in BM_FORM_BF16, beside each other in one float.  Past the matrix: zeros. */
-typedef struct bm_panel {
-    float *to; int width;
+/* A and B are packed in panels of `tile` rows of A, or columns of B, `width` floats a step.  A step is one element
+ * along K, or two in BM_FORM_BF16, beside each other in one float.  What a panel has past its tile or past the matrix
+ * is anything along K, so long as K itself ends in zeros. */
+typedef struct bm_panels {
+    float *to; size_t gap;                      /* gap: from one panel to the next */
+    int width, tile;
     bm_form form;                               /* not BM_FORM_Q8 */
-    int k0, k1, at, n;                          /* elements along K; rows of A or columns of B, n <= width */
-} bm_panel;
+    int k0, k1, at, n;                          /* elements along K; rows of A or columns of B */
+} bm_panels;
+
+/* A part of the scan's backward: sequences [q0, q1), channels [c0, c1). */
+typedef struct bm_scan_part {
+    const bm_op_scan *a;
+    int q0, q1, c0, c1;
+    float *bc;                                  /* (M,2N) = the channels' sums of dB and dC */
+    float *sums;                                /* (N+2,I) = the sequences' sums of dA_log, dD and ddt_bias */
+    float *work;                                /* bm_scan_work_floats() */
+} bm_scan_part;
+enum { BM_SCAN_LANES = 64 };                    /* channels that a kernel takes at once, at most */
+static inline size_t bm_scan_work_floats(int N) {
+    return (size_t)BM_SCAN_LANES * ((2 * BM_SCAN_CHUNK + 6) * (size_t)N + 4 * BM_SCAN_CHUNK);
+}
 
 typedef struct bm_kernels {
     const char *level;                          /* "scalar", "avx2", "avx512", "neon" */
@@ -80,8 +95,8 @@ typedef struct bm_kernels {
     void (*conv)(const bm_op_conv *a, int begin, int end);      /* channels */
     void (*scan)(const bm_op_scan *a, int begin, int end);      /* channels */
     int outer_m, outer_a, outer_n;              /* rows of C in a tile, `width` of panels of A and of B */
-    void (*pack)(const bm_lines *l, const bm_panel *p);         /* lines along K */
-    void (*pack_turned)(const bm_lines *l, const bm_panel *p);  /* lines across K */
+    void (*pack)(const bm_lines *l, const bm_panels *p);        /* lines along K */
+    void (*pack_turned)(const bm_lines *l, const bm_panels *p); /* lines across K */
     /* A tile: m rows c[i] of n columns (+)= panel a times panel b. */
     void (*outer)(const float *a, const float *b, int steps, bm_form form, float *const *c, int m, int n, bool add);
     void (*sum_lines)(float *y, const bm_lines *l, int lines, int begin, int end);     /* y += sum of columns [begin, end) */

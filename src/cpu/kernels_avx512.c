@@ -82,9 +82,10 @@ INLINE h_vector h_load_n(const uint8_t *p, int n) { return (h_vector)_mm512_mask
 INLINE vf h_dot(h_vector a, h_vector b, vf c) { return _mm512_dpbf16_ps(c, a, b); }
 INLINE vf h_run(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh(b, a); }
 INLINE vf h_pair(vf a, vf b) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
-    return (vf)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    const __m512i turns = _mm512_setr_epi32(
+        0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+        0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+    return (vf)_mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 INLINE void h_put(uint16_t *p, int n, vf v) { _mm256_mask_storeu_epi16(p, lanes(n), (__m256i)_mm512_cvtneps_pbh(v)); }
 
