@@ -193,6 +193,27 @@ BM_API bm_token bm_tokenizer_eos(const bm_tokenizer *t);        /* -1: none */
 BM_API bool     bm_tokenizer_adds_bos(const bm_tokenizer *t);
 BM_API size_t   bm_tokenizer_size(const bm_tokenizer *t);       /* largest id + 1 */
 BM_API void     bm_tokenizer_close(bm_tokenizer *t);
+/* Byte-level BPE from texts: ids of special tokens first, then the 256 bytes, then one token a merge.  The same
+ * texts and options give the same tokenizer, whatever the number of threads.  Memory holds the distinct words.
+ * out appears whole or not at all; when the texts have too few pairs it is smaller than asked for, and a warning
+ * is logged.  Bytes that are not UTF-8 count as U+FFFD, with a warning; texts with many are refused. */
+typedef struct bm_tokenizer_train_options {
+    const char *const *in; size_t n_in;         /* text files; gzip, xz and zstd count as what they hold */
+    const char *out;                            /* tokenizer.json */
+    size_t n_vocab;
+    const char *const *special; size_t n_special;   /* part the texts, are never merged; none: <|endoftext|> */
+    const char *split;                          /* a marker that parts the texts too, NULL: none */
+    bool lines;                                 /* each line is a text, its end included; else each file is */
+    uint64_t min_count;                         /* a pair seen less often is not merged; 0: 2 */
+    int threads;                                /* 0: one per processor this process may use */
+    bm_progress_fn reading, merging; void *user;    /* in bytes of files, then in tokens; may be NULL */
+} bm_tokenizer_train_options;
+typedef struct bm_tokenizer_train_info {
+    uint64_t bytes, words, distinct;            /* of the texts */
+    uint64_t bad; size_t first_bad;             /* sequences that are not UTF-8, and which of `in` has the first */
+    size_t n_vocab, n_merges;
+} bm_tokenizer_train_info;
+BM_API bm_status bm_tokenizer_train(const bm_tokenizer_train_options *o, bm_tokenizer_train_info *info);    /* info may be NULL */
 BM_API void     bm_free(void *p);                               /* frees what the library returned */
 
 /* ---- session ------------------------------------------------------------------------- */
@@ -307,6 +328,53 @@ BM_API bm_status bm_stream_reset(bm_stream *g);                            /* th
  * (checksum, model) before it changes anything. */
 BM_API bm_status bm_stream_save(const bm_stream *g, const char *path);
 BM_API bm_status bm_stream_load(bm_stream *g, const char *path);
+
+/* Gradients for conformance: tokens are `rows` texts of one length, each predicting its next tokens; routing by the
+ * running rule, f32 arithmetic.  out, a safetensors file: train.loss () and grad.<name> for every tensor as the
+ * model's own layout names it. */
+BM_API bm_status bm_grads(bm_device *d, const char *model, const bm_token *tokens, size_t n, int rows, const char *out, double *loss);
+
+/* ---- training ------------------------------------------------------------------------ */
+
+/* A run: a configuration (docs/TRAINING.md has its keys), data packed before, a folder for what comes out.  Under
+ * mpirun each rank opens one, and every call is made by all of them. */
+typedef struct bm_trainer bm_trainer;
+
+typedef struct bm_trainer_options {
+    const char *config; size_t n_config;        /* JSON */
+    const char *config_name;                    /* for sentences, its file; NULL: "configuration" */
+    const char *const *set; int n_set;          /* "optimizer.lr=3e-4": each wins over the JSON */
+    const char *run;                            /* folder of the run, made where there is none; NULL: nothing is written */
+    bool resume;                                /* go on from the newest whole checkpoint in run, if there is one */
+} bm_trainer_options;
+
+typedef struct bm_train_plan {
+    uint64_t parameters, parameters_per_token;  /* as in bm_info */
+    uint64_t steps, tokens, tokens_per_step;    /* of all ranks; tokens_per_step: after the warmups */
+    double flops, peak;                         /* 3 forward passes of all tokens; operations a second of all ranks */
+    uint64_t bytes;                             /* of memory of one rank; data stays mapped and is not counted */
+    uint64_t bytes_weights, bytes_optimizer, bytes_activations;     /* of them: masters, gradients, copies; m, v, average */
+    int ranks;
+} bm_train_plan;
+/* What a run will need, without taking it. */
+BM_API bm_status bm_train_plan_make(bm_train_plan *out, bm_device *d, const bm_trainer_options *o);
+
+typedef enum bm_train_event { BM_TRAIN_STEP, BM_TRAIN_EVALUATED, BM_TRAIN_SAVED } bm_train_event;
+typedef struct bm_train_news {                  /* NAN: not known */
+    bm_train_event event;
+    uint64_t step, steps, tokens;               /* steps done, in all, target tokens so far */
+    double loss, lr, grad_norm, tokens_s, peak_share;       /* of the step; peak_share: 3 forward passes over the peak */
+    double seconds, seconds_left;               /* of the run so far; at the speed so far */
+    bool skipped; const char *not_finite;       /* no update: the first tensor that was not finite */
+    double valid_loss, bits_per_byte;           /* EVALUATED: over all sources */
+} bm_train_news;
+/* Return false to end the run: a checkpoint is saved and bm_trainer_run returns BM_ECANCELLED. */
+typedef bool (*bm_train_fn)(void *user, const bm_train_news *news);
+
+BM_API bm_status bm_trainer_open(bm_trainer **out, bm_device *d, const bm_trainer_options *o);
+BM_API int       bm_trainer_rank(const bm_trainer *t);      /* 0: the one that writes and prints */
+BM_API bm_status bm_trainer_run(bm_trainer *t, bm_train_fn fn, void *user);     /* to the last step; fn may be NULL */
+BM_API void      bm_trainer_close(bm_trainer *t);
 
 /* ---- tensors to a file --------------------------------------------------------------- */
 
