@@ -1,7 +1,7 @@
 /* src/text/parts.h - what the files of the text room share.  Room: text.
  *
  * In: bytes.  Out: characters (utf8.c), normalized characters (nfc.c), words (words.c), the strings of
- * added tokens (match.c), ids (bpe.c), vocabularies (vocab.c, vocab_json.c). */
+ * added tokens (match.c), ids (bpe.c), vocabularies (vocab.c, vocab_json.c), new ones (count.c, train.c). */
 #ifndef BM_TEXT_PARTS_H
 #define BM_TEXT_PARTS_H
 #include "text/text.h"
@@ -61,6 +61,29 @@ bm_status bm_bpe_open(bm_bpe *b, const bm_vocab *v, const bm_token byte[256]);
 void bm_bpe_close(bm_bpe *b);
 bm_status bm_bpe_word(const bm_bpe *b, bm_bpe_work **w, const char *s, size_t n, bm_ids *out);
 void bm_bpe_work_free(bm_bpe_work *w);
+
+/* ---- count.c: distinct words of texts ------------------------------------------------- */
+
+typedef struct bm_word { size_t at; uint32_t n; uint64_t count; } bm_word;     /* n bytes of text.s from at */
+typedef struct bm_words_slot { uint32_t hash, number; } bm_words_slot;         /* number from 1; 0: free */
+typedef struct bm_words {
+    bm_text text;
+    bm_word *word; size_t n, cap;
+    bm_words_slot *slot; size_t mask;
+} bm_words;
+
+typedef struct bm_counts bm_counts;
+/* Words never reach over one of the stop strings, which are not counted; of the lines nor over a line's end,
+ * which belongs to its line. */
+bm_status bm_counts_open(bm_counts **out, bm_pool *pool, const char *const *stop, size_t n_stop, bool lines);
+bm_status bm_counts_add(bm_counts *c, const char *s, size_t n);        /* more of the text, any bytes */
+bm_status bm_counts_end(bm_counts *c);                                 /* of the text: no word goes on */
+/* The words, which stay c's, in no order, and how many stand in the texts. */
+bm_status bm_counts_finish(bm_counts *c, bm_words **out, uint64_t *total);
+uint64_t  bm_counts_bytes(const bm_counts *c);                         /* added so far */
+/* Ill-formed sequences in texts counted so far, and the number of the first text with one. */
+uint64_t  bm_counts_bad(const bm_counts *c, size_t *text);
+void      bm_counts_close(bm_counts *c);
 
 /* ---- vocab.c -------------------------------------------------------------------------- */
 

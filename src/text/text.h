@@ -52,6 +52,16 @@ const bm_vocab *bm_tokenizer_vocab(const bm_tokenizer *t);
 /* tokenizer.json and tokenizer_config.json that read back as the same vocabulary; malloc'ed. */
 bm_status bm_tokenizer_to_json(const bm_tokenizer *t, char **json, size_t *n, char **config, size_t *n_config);
 
+/* ---- train.c: a vocabulary from texts ---- */
+
+typedef struct bm_bpe_trainer bm_bpe_trainer;
+/* Of o the paths and threads are not looked at; o and pool outlive it. */
+bm_status bm_bpe_trainer_open(bm_bpe_trainer **out, const bm_tokenizer_train_options *o, bm_pool *pool);
+bm_status bm_bpe_trainer_add(bm_bpe_trainer *t, const char *s, size_t n);      /* more of the text, any bytes */
+bm_status bm_bpe_trainer_end(bm_bpe_trainer *t);                               /* of the text */
+bm_status bm_bpe_trainer_finish(bm_bpe_trainer *t, bm_tokenizer **out, bm_tokenizer_train_info *info);
+void bm_bpe_trainer_close(bm_bpe_trainer *t);
+
 /* Turns bytes of tokens into whole characters: what is not yet a character waits. */
 typedef struct bm_utf8 { uint8_t pending[4]; int n; } bm_utf8;
 /* Appends to dst (room for 3*n + 12) the characters completed by src; invalid bytes become U+FFFD.
