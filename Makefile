@@ -64,10 +64,13 @@ REPLAY := $(patsubst tests/fuzz/fuzz_%.c,replay_%,$(wildcard tests/fuzz/fuzz_*.c
 LEVELS := $(foreach l,scalar $(filter-out $(lastword $(ISA_$(ARCH))),$(ISA_$(ARCH))),$l:test_golden $l:test_laws)
 
 .PHONY: tests
+# what central differences judge, in the build whose float is a double
+F64_TESTS := test_gradients
 tests: all $(TESTS:%=$B/tests/%) $(REPLAY:%=$B/tests/fuzz/%)
 check: deps
 	@$(MAKE) $(JOBS) tests
-	@tools/check $B layers $(TESTS) $(LEVELS) $(REPLAY) test_command.sh
+	@$(MAKE) $(JOBS) F64=1 B=$B-f64 $(F64_TESTS:%=$B-f64/tests/%)
+	@tools/check $B layers $(TESTS) $(F64_TESTS:%=f64:%) $(LEVELS) $(REPLAY) test_command.sh
 
 # Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
 # allocator, so not that one), what uses threads under TSan.

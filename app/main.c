@@ -8,7 +8,8 @@
 #include <unistd.h>
 
 static const app_command *const commands[] = {
-    &app_run, &app_tokenize, &app_logits, &app_perplexity, &app_bench, &app_convert, &app_inspect, &app_init, NULL,
+    &app_run, &app_tokenize, &app_logits, &app_perplexity, &app_bench, &app_convert, &app_inspect, &app_init,
+    &app_grads, NULL,
 };
 
 static const app_command *command_find(const char *name) {

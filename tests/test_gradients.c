@@ -2,10 +2,12 @@
  * against central differences; the laws of a training step in both. */
 #include "lib_golden.h"
 #include "model/model.h"
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 
 enum { ROWS = 40, VOCAB = 29 };
+#define EPSILON (sizeof(float) == 8 ? DBL_EPSILON : (double)FLT_EPSILON)
 
 /* A model, a backend, a micro-batch of two packed texts in each of two routing groups. */
 typedef struct rig {
@@ -34,7 +36,7 @@ static void rig_open(rig *r, const bm_config *c, int slots, bool recompute) {
                                                                   .arith = BM_ARITH_F32, .recompute = recompute }));
     bm_arena_init(&r->l->arena, r->l->master, 11);
     for (size_t i = 0; i < r->l->arena.n; i++)                  /* nothing is 0 or 1: every path is felt */
-        r->l->master[i] += (float)(0.1 * bm_rng_normal(5, 1, i));
+        r->l->master[i] += (float)(0.3 * bm_rng_normal(5, 1, i));
     bm_learner_refresh(r->l);
     for (int i = 0; i < ROWS; i++) {
         r->token[i] = (bm_token)(bm_rng_u64(3, 0, (uint64_t)i) % VOCAB);
@@ -51,25 +53,9 @@ static void rig_close(rig *r) {
     r->be->close(r->be);
 }
 
-/* What the gradient is of: scaled losses of rows and routing groups. */
-static double loss_of(rig *r) {
-    bm_learner *l = r->l;
-    OK(bm_learner_step(l, &r->b, false));
-    double sum = 0;
-    for (int i = 0; i < r->b.M; i++) sum += (double)l->loss[i] * (double)r->b.scale;
-    for (int i = 0; r->b.balance && i < r->c.n_layers; i++)
-        if (r->c.layer[i].ffn == BM_FFN_MOE)
-            for (int g = 0; g < 2 * r->b.G; g++) sum += (double)l->pass.acts[i].loss[g] * (double)r->b.loss_scale;
-    return sum;
-}
-
 static void gradient(rig *r) {
     memset(r->l->grad, 0, r->l->arena.n * sizeof(float));
     OK(bm_learner_step(r->l, &r->b, true));
-}
-
-static void part_name(char out[128], const bm_part *p) {
-    snprintf(out, 128, "%s (layer %d, expert %d)", p->param->name[BM_LAYOUT_GGUF], p->layer, p->expert);
 }
 
 /* ---- against the original code --------------------------------------------------------------------------- */
@@ -217,6 +203,25 @@ static void kind_open(rig *r, const kind *k, int slots, bool recompute) {
 }
 
 #ifdef BM_F64
+enum { CHOICES = 4 * 2 * ROWS };
+static const double NOISE = 1e-11;      /* rounding of the loss over the step; parts without any gradient */
+
+/* What the gradient is of: scaled losses of rows and routing groups. */
+static double loss_of(rig *r) {
+    bm_learner *l = r->l;
+    OK(bm_learner_step(l, &r->b, false));
+    double sum = 0;
+    for (int i = 0; i < r->b.M; i++) sum += (double)l->loss[i] * (double)r->b.scale;
+    for (int i = 0; r->b.balance && i < r->c.n_layers; i++)
+        if (r->c.layer[i].ffn == BM_FFN_MOE)
+            for (int g = 0; g < 2 * r->b.G; g++) sum += (double)l->pass.acts[i].loss[g] * (double)r->b.loss_scale;
+    return sum;
+}
+
+static void part_name(char out[128], const bm_part *p) {
+    snprintf(out, 128, "%s (layer %d, expert %d)", p->param->name[BM_LAYOUT_GGUF], p->layer, p->expert);
+}
+
 /* Experts of every row, to see that a difference did not change a choice. */
 static void choices(const rig *r, int32_t *out) {
     for (int l = 0; l < r->c.n_layers; l++)
@@ -224,40 +229,55 @@ static void choices(const rig *r, int32_t *out) {
             memcpy(out + l * 2 * ROWS, r->l->pass.acts[l].expert, sizeof *out * (size_t)(r->c.top_k * ROWS));
 }
 
+/* Central difference of fourth order in *v; false when experts changed on the way. */
+static bool difference(rig *r, float *v, const int32_t *frozen, double *out) {
+    static const double step[4] = { 1, -1, 2, -2 }, weight[4] = { 8, -8, -1, 1 };
+    const double keep = *v, h = 2e-4;
+    int32_t now[CHOICES] = { 0 };
+    bool same = true;
+    *out = 0;
+    for (int i = 0; i < 4; i++) {
+        *v = keep + step[i] * h;
+        bm_learner_refresh(r->l);
+        *out += weight[i] * loss_of(r) / (12 * h);
+        choices(r, now);
+        same &= !memcmp(now, frozen, sizeof now);
+    }
+    *v = keep;
+    bm_learner_refresh(r->l);
+    return same;
+}
+
 static void central_differences(void **state) {
     rig r;
-    int32_t frozen[4 * 2 * ROWS] = { 0 }, now[4 * 2 * ROWS] = { 0 };
+    int32_t frozen[CHOICES] = { 0 };
     kind_open(&r, *state, 0, false);
     bm_learner *l = r.l;
     gradient(&r);
     choices(&r, frozen);
     double worst = 0;
-    size_t probed = 0;
+    size_t probed = 0, moved = 0;
     for (size_t i = 0; i < l->arena.n_parts; i++) {
         const bm_part *p = &l->arena.part[i].part;
         const size_t n = (size_t)p->rows * (size_t)p->cols;
-        double most = 0, off = 0;
+        double most = 0, off = 0, want;
         for (size_t e = 0; e < n; e++, probed++) {
-            float *v = l->master + l->arena.part[i].at + e;
-            const double keep = *v, h = 1e-5, got = l->grad[l->arena.part[i].at + e];
-            *v = keep + h;
-            bm_learner_refresh(l);
-            const double up = loss_of(&r);
-            choices(&r, now);
-            *v = keep - h;
-            bm_learner_refresh(l);
-            const double want = (up - loss_of(&r)) / (2 * h);
-            *v = keep;
-            if (memcmp(now, frozen, sizeof now)) continue;
+            const size_t at = l->arena.part[i].at + e;
+            if (!difference(&r, l->master + at, frozen, &want)) {
+                moved++;
+                continue;
+            }
             most = fmax(most, fabs(want));
-            off = fmax(off, fabs(got - want));
+            off = fmax(off, fabs(l->grad[at] - want));
         }
         char name[128];
         part_name(name, p);
-        if (off > 1e-6 * most && off > 1e-11) fail_msg("%s: off by %g, largest entry %g", name, off, most);
-        if (most > 1e-9) worst = fmax(worst, off / most);
+        if (off > 1e-6 * most && off > NOISE) fail_msg("%s: off by %g, largest entry %g", name, off, most);
+        if (most > NOISE) worst = fmax(worst, off / most);
     }
-    print_message("  %zu elements of %zu parts, worst %.1e of a part's largest entry\n", probed, l->arena.n_parts, worst);
+    print_message("  %zu elements of %zu parts, worst %.1e of a part's largest entry; experts changed at %zu\n", probed,
+                  l->arena.n_parts, worst, moved);
+    assert_true(moved < probed / 10);
     rig_close(&r);
 }
 #endif
@@ -282,7 +302,7 @@ static void twice_and_recompute(void **state) {
         if (!isfinite(once[i])) fail_msg("element %zu is not finite", i);
     OK(bm_learner_step(r.l, &r.b, true));
     for (size_t i = 0; i < r.l->arena.n; i++)
-        if (fabs((double)r.l->grad[i] - 2 * (double)once[i]) > 4 * (double)FLT_EPSILON * (fabs((double)once[i]) + 1e-3))
+        if (fabs((double)r.l->grad[i] - 2 * (double)once[i]) > 64 * EPSILON * (fabs((double)once[i]) + 1e-2))
             fail_msg("twice: element %zu is %g, expected %g", i, (double)r.l->grad[i], 2 * (double)once[i]);
     free(once);
     rig_close(&r);
@@ -292,7 +312,6 @@ static void twice_and_recompute(void **state) {
 static void packed_is_separate(void **state) {
     rig r;
     const kind *k = *state;
-    if (k->balanced) skip();            /* a text alone is another routing group */
     kind_open(&r, k, 0, false);
     gradient(&r);
     const size_t n = r.l->arena.n;
@@ -307,7 +326,7 @@ static void packed_is_separate(void **state) {
         same_floats("loss", r.l->loss, loss + at, (size_t)len, 1);
     }
     for (size_t i = 0; i < n; i++)
-        if (fabs((double)r.l->grad[i] - (double)packed[i]) > 64 * (double)FLT_EPSILON * (fabs((double)packed[i]) + 1e-2))
+        if (fabs((double)r.l->grad[i] - (double)packed[i]) > 64 * EPSILON * (fabs((double)packed[i]) + 1e-2))
             fail_msg("element %zu is %g, expected %g", i, (double)r.l->grad[i], (double)packed[i]);
     free(packed);
     rig_close(&r);
@@ -317,7 +336,6 @@ static void packed_is_separate(void **state) {
 static void carried(void **state) {
     rig r, again;
     const kind *k = *state;
-    if (k->balanced) skip();
     kind_open(&r, k, 2, false);
     kind_open(&again, k, 2, true);
     const int32_t whole[2] = { 0, ROWS }, half[2] = { 0, ROWS / 2 }, slot[1] = { 1 };
@@ -349,6 +367,7 @@ int main(void) {
         test[n++] = (struct CMUnitTest){ .name = kinds[i].name, .test_func = central_differences, .initial_state = &kinds[i] };
 #endif
         test[n++] = (struct CMUnitTest){ .name = kinds[i].name, .test_func = twice_and_recompute, .initial_state = &kinds[i] };
+        if (kinds[i].balanced) continue;        /* a text alone would be another routing group */
         test[n++] = (struct CMUnitTest){ .name = kinds[i].name, .test_func = packed_is_separate, .initial_state = &kinds[i] };
         test[n++] = (struct CMUnitTest){ .name = kinds[i].name, .test_func = carried, .initial_state = &kinds[i] };
     }
