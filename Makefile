@@ -36,7 +36,9 @@ APP_OBJ := $(APP_SRC:%.c=$B/%.o)
 JOBS    := -j$(shell nproc) --no-print-directory
 
 .PHONY: all demo check deps bench fuzz install clean
-all: $B/blackmamba $B/libblackmamba.so
+# ranks by MPI: an object the command opens when mpirun or srun started it
+MPICC := $(if $(SAN),,$(shell command -v mpicc))
+all: $B/blackmamba $B/libblackmamba.so $(if $(MPICC),$B/blackmamba-mpi.so)
 deps:
 	@tools/deps.sh
 
@@ -51,6 +53,10 @@ $B/libblackmamba.so: $(LIB_OBJ)
 	$(CC) -shared -Wl,-soname,libblackmamba.so.0 -o $@ $^ $(LIBS)
 $B/blackmamba: $(APP_OBJ) $B/libblackmamba.a
 	$(CC) -o $@ $^ $(LIBS)
+
+$B/blackmamba-mpi.so: src/dist/mpi/mpi.c src/dist/mpi.h src/dist/comm.h
+	@mkdir -p $(@D)
+	$(MPICC) $(ALL_CFLAGS) -shared -o $@ $<
 
 # ---- tests ---------------------------------------------------------------------------------
 TEST_LIB := $(patsubst %.c,$B/%.o,$(wildcard tests/lib_*.c))
@@ -113,6 +119,7 @@ install: all
 	install -m 755 $B/blackmamba $(DESTDIR)$(PREFIX)/bin
 	install -m 644 include/blackmamba.h $(DESTDIR)$(PREFIX)/include
 	install -m 644 $B/libblackmamba.a $(DESTDIR)$(PREFIX)/lib
+	$(if $(MPICC),install -D -m 755 $B/blackmamba-mpi.so $(DESTDIR)$(PREFIX)/lib/blackmamba/blackmamba-mpi.so)
 	install -m 755 $B/libblackmamba.so $(DESTDIR)$(PREFIX)/lib/libblackmamba.so.$(VERSION)
 	ln -sf libblackmamba.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libblackmamba.so.0
 	ln -sf libblackmamba.so.0 $(DESTDIR)$(PREFIX)/lib/libblackmamba.so

@@ -2,7 +2,7 @@
 # tools/deps.sh [fuzz] - installs what building and testing need and a fresh Debian 12 lacks.
 # Does nothing when all of it is there.  Other systems: install the same libraries by hand.
 set -eu
-want="gcc make pkg-config libc6-dev libjansson-dev libpcre2-dev libutf8proc-dev libzip-dev libxxhash-dev libcmocka-dev jq"
+want="gcc make pkg-config libc6-dev libjansson-dev libpcre2-dev libutf8proc-dev libzip-dev libxxhash-dev libarchive-dev libopenmpi-dev openmpi-bin libcmocka-dev jq"
 [ "${1:-}" = fuzz ] && want="$want clang libclang-rt-dev"
 if ! command -v dpkg-query >/dev/null; then
     pkg-config --exists jansson libpcre2-8 libutf8proc libzip libxxhash cmocka && exit 0

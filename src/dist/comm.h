@@ -17,7 +17,7 @@ struct bm_comm {
     bm_status (*reduce_scatter)(bm_comm *c, float *x, const size_t *at, bm_request *begun);
     bm_status (*all_gather)(bm_comm *c, float *x, const size_t *at, bm_request *begun);   /* rank r gives [at[r], at[r+1]) */
     bm_status (*wait)(bm_comm *c, bm_request *r);
-    /* Rows of `width` floats (or int32: 4 bytes each element): give[r] rows to rank r, take[r] from it, in rank order. */
+    /* Rows of row_bytes: give[r] rows to rank r, take[r] from it, both in the order of ranks. */
     bm_status (*exchange)(bm_comm *c, const void *from, const int32_t *give, void *to, const int32_t *take, size_t row_bytes);
     bm_status (*exchange_counts)(bm_comm *c, const int32_t *give, int32_t *take, int n);  /* n numbers to and from each rank */
     bm_status (*broadcast)(bm_comm *c, void *x, size_t bytes);                  /* rank 0's */
