@@ -13,7 +13,7 @@ comma  := ,
 B      := build$(if $(F64),-f64)$(if $(SAN),-$(subst $(comma),-,$(SAN)))$(if $(DEBUG),-debug)
 VERSION := $(shell sed -n 's/^\#define BM_VERSION "\(.*\)"/\1/p' include/blackmamba.h)
 
-PACKAGES := jansson libpcre2-8 libutf8proc libzip libxxhash
+PACKAGES := jansson libpcre2-8 libutf8proc libzip libxxhash libarchive
 PKG_CFLAGS := $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
 PKG_LIBS   := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null)
 CFLAGS  ?= $(if $(DEBUG),-O0,-O2) -g
