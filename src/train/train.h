@@ -13,6 +13,8 @@
 #define BM_TRAIN_H
 #include "dist/comm.h"
 #include "model/model.h"
+#include "train/data.h"
+#include "train/metrics.h"
 #pragma GCC visibility push(hidden)
 
 /* ---- train_config.c: docs/TRAINING.md has every key ------------------------------------------------------ */
@@ -21,7 +23,7 @@ typedef enum bm_curve { BM_CURVE_COSINE, BM_CURVE_LINEAR, BM_CURVE_CONSTANT, BM_
 typedef enum bm_precision { BM_PRECISION_F32, BM_PRECISION_BF16 } bm_precision;
 
 typedef struct bm_texts { char **item; size_t n; } bm_texts;
-typedef struct bm_mixture { char *path; double weight; } bm_mixture;    /* a folder of packed data */
+typedef struct bm_mixture { char *path; double weight; } bm_mixture;    /* a folder of packed data; 0: by its tokens */
 /* Parts whose file name matches; lr and decay are factors. */
 typedef struct bm_rule { bm_texts match; double lr, decay, beta1, beta2, eps; } bm_rule;
 
@@ -99,6 +101,51 @@ int       bm_optim_region_of(const bm_optim *o, const bm_part *p);
 bm_status bm_optim_get(bm_optim *o, bm_state kind, int r, float *x);
 bm_status bm_optim_set(bm_optim *o, bm_state kind, int r, const float *x);
 
+/* ---- batch.c: rows of packed data as micro-batches ------------------------------------------------------------ */
+
+typedef struct bm_batch {
+    const bm_train_config *c;
+    bm_data **source; size_t n_sources;
+    bm_order *order;
+    bm_learner_options most;    /* sizes of the largest micro-batch */
+    /* a micro-batch on the host: (rows) (rows) (sequences+1) (sequences) (groups+1); a row: (T+1) (T) */
+    bm_token *token, *target, *tokens;
+    int32_t *start, *slot, *group, *starts;
+    int M, Q, G;
+    /* a step on its way */
+    uint64_t step, first; int T;/* first: row of the order that the global batch begins with */
+    int next, end, base;        /* routing groups still to come, of this rank's share; base: its first sequence */
+    uint8_t *which;             /* carry: which of its two slots has the state of a sequence */
+} bm_batch;
+bm_status bm_batch_open(bm_batch **out, const bm_train_config *c, const bm_comm *comm);
+void      bm_batch_close(bm_batch *b);
+void      bm_batch_begin(bm_batch *b, const bm_comm *comm, uint64_t step);
+/* The next micro-batch of the step: whole routing groups, as many as fit.  l: whose slots are emptied where a text
+ * begins.  Not when next == end. */
+bm_status bm_batch_next(bm_batch *b, bm_learner *l, bm_micro *out);
+/* Windows w, w + step, ... of n spread over the `of` of a source's validation split, as many as fit; *w moves on. */
+bm_status bm_batch_valid(bm_batch *b, int source, uint64_t *w, uint64_t step, uint64_t n, uint64_t of, bm_micro *out);
+
+/* ---- tally.c: sums of a step ------------------------------------------------------------------------------- */
+
+enum { BM_TALLY_LOSS, BM_TALLY_TARGETS, BM_TALLY_GROUPS, BM_TALLY_LOAD, BM_TALLY_Z, BM_TALLY_SMALL, BM_TALLY_SMALL_TARGETS,
+       BM_TALLY_SMALL_COUNT, BM_TALLY_FIXED };
+typedef struct bm_tally {
+    bm_learner *l;
+    int n_layers;               /* with experts */
+    struct bm_tally_layer *layer; bm_metric_layer *record;
+    double *sum; size_t n;      /* the above, then of each layer its loads and its sweeps */
+    float *loss;                /* (rows) of a micro-batch */
+    void (*ready)(void *user, int layer); void *user;   /* who else wants to know; NULL: nobody */
+} bm_tally;
+bm_status bm_tally_open(bm_tally **out, bm_learner *l);         /* takes over l->back.ready */
+void      bm_tally_close(bm_tally *t);
+void      bm_tally_zero(bm_tally *t);
+bm_status bm_tally_micro(bm_tally *t, const bm_micro *b);       /* after bm_learner_step(l, b, true) */
+/* Of the sums of all ranks: routing into r, whose arrays are the tally's. */
+void      bm_tally_record(bm_tally *t, bm_metric_record *r);
+void      bm_tally_warn(bm_tally *t, uint64_t step);            /* of dead experts */
+
 /* ---- trainer.c: the loop ------------------------------------------------------------------------------------ */
 
 typedef struct bm_counters {
@@ -108,6 +155,7 @@ typedef struct bm_counters {
     double flops, seconds;      /* of all starts together */
     double best_loss;           /* of evaluations so far; NAN: none yet */
     uint64_t best_step;
+    double noise, signal;       /* running means for the noise scale (arXiv 1812.06162, appendix A) */
 } bm_counters;
 
 struct bm_trainer {
@@ -115,14 +163,19 @@ struct bm_trainer {
     char *run;                  /* folder; NULL: nothing is written */
     bm_device *device;          /* the caller's */
     bm_comm *comm;
-    struct bm_data *data;
-    bm_tokenizer *tokenizer;    /* the data's; NULL: it has none */
+    bm_tokenizer *tokenizer;    /* the data's */
     bm_learner *learner;
     bm_optim optim;
     bm_counters at;
-    struct bm_metrics *metrics; /* rank 0 with a run; else NULL */
-    struct bm_batch *batch;     /* host arrays of a micro-batch, and sums of a step */
-    struct bm_carried *carried; /* whose state is where; NULL: nothing is carried */
+    bm_metrics *metrics;        /* rank 0 with a run; else NULL */
+    bm_batch *batch;
+    bm_tally *tally;            /* sums of a step */
+    bm_info info;
+    double peak;                /* operations a second of this rank */
+    uint64_t first_step;        /* this start's */
+    double clock, began;        /* when at.seconds was last moved on; when this start began its steps */
+    float *aside;               /* (arena.n) on the device: masters while their average is looked at; NULL: no average */
+    bm_status failed;           /* what the ranks are told at the end */
 };
 
 /* States carried across windows, of all ranks, sequence by sequence of the global batch: bm_carry_floats of them, 0
@@ -135,7 +188,9 @@ bm_status bm_carry_set(struct bm_trainer *t, const float *x);
 
 /* Validation by the running rule and sample texts, into the metrics; *loss over all sources, NAN without any. */
 bm_status bm_trainer_evaluate(struct bm_trainer *t, double *loss, double *bits_per_byte);
-bm_status bm_trainer_sample(struct bm_trainer *t);
+bm_status bm_trainer_sample(struct bm_trainer *t);              /* rank 0 alone */
+/* A record with the counters filled in. */
+bm_metric_record bm_trainer_record(struct bm_trainer *t, bm_metric_kind kind);
 
 /* ---- checkpoint.c ----------------------------------------------------------------------------------------------- */
 

@@ -333,7 +333,9 @@ static bm_status read_sources(config *c, const char *path) {
     char at[48];
     if (json_is_string(list)) return bm_fail(BM_EFORMAT, "%s: data.sources: found %s, expected a list such as [{\"path\": %s}]", path,
                                              show(list).s, show(list).s);
-    if (!n) return bm_fail(BM_EFORMAT, "%s: data.sources: found %s, expected a list of {\"path\": FOLDER, \"weight\": W}", path, show(list).s);
+    if (!n || n > BM_MAX_SOURCES)
+        return bm_fail(BM_EFORMAT, "%s: data.sources: found %s, expected a list of 1 to %d {\"path\": FOLDER, "
+                       "\"weight\": W}", path, show(list).s, BM_MAX_SOURCES);
     BM_TRY(bm_alloc(&c->data, n * sizeof *c->data, "a configuration"));
     for (size_t i = 0; i < n; i++) {
         json_t *o = json_array_get(list, i), *name = json_object_get(o, "path"), *weight = json_object_get(o, "weight");
@@ -341,11 +343,12 @@ static bm_status read_sources(config *c, const char *path) {
         BM_TRY(all_among(path, at, o, source_keys));
         if (!json_is_string(name) || !json_string_length(name))
             return bm_fail(BM_EFORMAT, "%s: %spath: found %s, expected a folder of packed data", path, at, show(name).s);
-        c->data[i].weight = 1;
         strcat(at, "weight");
         if (weight) BM_TRY(read_number(path, at, weight, 1e-9, 1e9, false, &c->data[i].weight));
         if (!(c->data[i].path = bm_strndup(json_string_value(name), json_string_length(name)))) return BM_EMEMORY;
         c->n_data = i + 1;
+        if (!c->data[i].weight != !c->data[0].weight)
+            return bm_fail(BM_EFORMAT, "%s: data.sources: found weights of some, expected weights of all, or of none: by tokens", path);
     }
     return BM_OK;
 }
