@@ -216,6 +216,51 @@ typedef struct bm_tokenizer_train_info {
 BM_API bm_status bm_tokenizer_train(const bm_tokenizer_train_options *o, bm_tokenizer_train_info *info);    /* info may be NULL */
 BM_API void     bm_free(void *p);                               /* frees what the library returned */
 
+/* ---- data: packed texts --------------------------------------------------------------- */
+
+/* A folder of token ids ready for training; docs/FORMAT.md, section Packed data.  The tokens of a split are one line,
+ * document after document; a document is the separator (the tokenizer's EOS, else BOS) and the tokens of its text. */
+typedef struct bm_data bm_data;
+typedef enum bm_split { BM_SPLIT_TRAIN, BM_SPLIT_VALID, BM_SPLITS } bm_split;
+
+/* Texts into a folder that does not exist yet; it appears whole or not at all.  Inputs are UTF-8, plain or compressed
+ * with gzip, xz or zstd.  The same texts and options give the same bytes, whatever the number of threads. */
+typedef struct bm_pack_options {
+    const char *const *in; size_t n_in;             /* "-": standard input; names in .jsonl, before .gz, .xz or .zst: an object a line */
+    const char *const *valid; size_t n_valid;       /* inputs that are for validation */
+    const char *out;
+    const bm_tokenizer *tokenizer;
+    const char *split;                              /* stands between documents; NULL: none */
+    bool lines;                                     /* each line is a document; else a file is one */
+    const char *field;                              /* of an object, the text; NULL: "text"; given, "-" is jsonl */
+    double valid_share;                             /* this share of the documents, drawn at random, is for validation */
+    uint64_t valid_every;                           /* every n-th document is; 0: none */
+    uint64_t shard_tokens;                          /* a shard ends with the document that reaches it; 0: 100 million */
+    int threads;                                    /* 0: one per processor this process may use */
+    bm_progress_fn progress; void *user;            /* in bytes of files; may be NULL */
+} bm_pack_options;
+BM_API bm_status bm_data_pack(const bm_pack_options *o);
+
+/* Sizes of all files are checked against index.json; checksums are verify's. */
+BM_API bm_status   bm_data_open(bm_data **out, const char *dir);
+BM_API void        bm_data_close(bm_data *d);
+/* Checksum of every file, every id and every document start.  progress, in bytes, may be NULL. */
+BM_API bm_status   bm_data_verify(const bm_data *d, bm_progress_fn progress, void *user);
+BM_API const char *bm_data_path(const bm_data *d);              /* the folder; tokenizer.json is in it */
+BM_API const char *bm_data_name(const bm_data *d);              /* the last part of the path */
+BM_API size_t      bm_data_vocab(const bm_data *d);             /* every id is below it: the tokenizer's size */
+BM_API uint64_t    bm_data_tokenizer_hash(const bm_data *d);    /* XXH3 of tokenizer.json */
+BM_API bm_token    bm_data_separator(const bm_data *d);
+/* A split may have none of all three. */
+BM_API uint64_t    bm_data_tokens(const bm_data *d, bm_split s);       /* separators included */
+BM_API uint64_t    bm_data_documents(const bm_data *d, bm_split s);
+BM_API uint64_t    bm_data_bytes(const bm_data *d, bm_split s);        /* of the texts: what bits per byte divide by */
+BM_API size_t      bm_data_shards(const bm_data *d, bm_split s);
+/* First token of document i; of i == documents: one past the last token. */
+BM_API uint64_t    bm_data_document(const bm_data *d, bm_split s, uint64_t i);
+/* Tokens at, at + 1, ... at + n - 1.  An id past the vocabulary (a damaged shard) is BM_EFORMAT. */
+BM_API bm_status   bm_data_read(const bm_data *d, bm_split s, uint64_t at, size_t n, bm_token *tokens);
+
 /* ---- session ------------------------------------------------------------------------- */
 
 typedef struct bm_session bm_session;

@@ -62,6 +62,14 @@ bm_status bm_bpe_trainer_end(bm_bpe_trainer *t);                               /
 bm_status bm_bpe_trainer_finish(bm_bpe_trainer *t, bm_tokenizer **out, bm_tokenizer_train_info *info);
 void bm_bpe_trainer_close(bm_bpe_trainer *t);
 
+/* ---- cut.c: texts in pieces ---- */
+
+/* May a text, of which s holds n bytes, be cut before s[at], 0 < at < n?  The ids of both parts are those of the whole. */
+bool   bm_text_cuts(const bm_tokenizer *t, const char *s, size_t n, size_t at);
+size_t bm_text_bad(const char *s, size_t n);    /* ill-formed sequences, each of which becomes a U+FFFD */
+
+/* ---- utf8.c ---- */
+
 /* Turns bytes of tokens into whole characters: what is not yet a character waits. */
 typedef struct bm_utf8 { uint8_t pending[4]; int n; } bm_utf8;
 /* Appends to dst (room for 3*n + 12) the characters completed by src; invalid bytes become U+FFFD.

@@ -12,44 +12,22 @@
 #include "base/base.h"
 #pragma GCC visibility push(hidden)
 
-/* ---- data.c: a folder -------------------------------------------------------------------------------------- */
+/* Folders, and their tokens by place: bm_data_* of blackmamba.h. */
 
-typedef struct bm_data bm_data;
-typedef enum bm_split { BM_SPLIT_TRAIN, BM_SPLIT_VALID, BM_SPLITS } bm_split;
-
-/* Sizes of all files are checked against index.json; checksums are verify's. */
-bm_status   bm_data_open(bm_data **out, const char *dir);
-void        bm_data_close(bm_data *d);
-/* Checksum of every file, every id and every document start.  progress, in bytes, may be NULL. */
-bm_status   bm_data_verify(const bm_data *d, bm_progress_fn progress, void *user);
-const char *bm_data_path(const bm_data *d);                     /* the folder; tokenizer.json is in it */
-const char *bm_data_name(const bm_data *d);                     /* the last part of the path */
-size_t      bm_data_vocab(const bm_data *d);                    /* every id is below it: the tokenizer's size */
-uint64_t    bm_data_tokenizer_hash(const bm_data *d);           /* XXH3 of tokenizer.json */
-bm_token    bm_data_separator(const bm_data *d);
-/* A split may have none of all three. */
-uint64_t    bm_data_tokens(const bm_data *d, bm_split s);       /* separators included */
-uint64_t    bm_data_documents(const bm_data *d, bm_split s);
-uint64_t    bm_data_bytes(const bm_data *d, bm_split s);        /* of text, as UTF-8: what bits per byte divide by */
-/* First token of document i; of i == documents: one past the last token. */
-uint64_t    bm_data_document(const bm_data *d, bm_split s, uint64_t i);
-/* The document that holds token `at`. */
-uint64_t    bm_data_document_at(const bm_data *d, bm_split s, uint64_t at);
-/* Tokens at, at + 1, ... at + n - 1.  An id past the vocabulary (a damaged shard) is BM_EFORMAT. */
-bm_status   bm_data_read(const bm_data *d, bm_split s, uint64_t at, size_t n, bm_token *tokens);
-
-/* ---- rows --------------------------------------------------------------------------------------------------- */
+/* ---- data.c: rows -------------------------------------------------------------------------------------------- */
 
 typedef struct bm_row {
     int n;                  /* targets; T, less only in the last window of a split */
     int n_starts;           /* at least 1 */
-    bool fresh;             /* token 0 begins a document; else a state carried here may go on */
+    bool fresh;             /* token 0 begins a document, or nothing came before; else a carried state goes on */
     int source;             /* number of the data it is of */
-    uint64_t at;            /* token of its training split that it begins with */
+    uint64_t at;            /* token of its split that it begins with */
 } bm_row;
 /* Filled by the calls below: tokens (T+1); starts (T), ascending, where segments of the n inputs begin, starts[0] = 0
  * and then every document's first token.  Target of input i is tokens[i + 1]. */
 
+/* n targets from token `at` on, round the end of the split where it is reached; the split has more than n tokens. */
+bm_status   bm_data_row(const bm_data *d, bm_split s, uint64_t at, int n, bm_token *tokens, int32_t *starts, bm_row *out);
 /* Validation: all windows of a split in order, each target once; the last may be shorter. */
 uint64_t    bm_data_windows(const bm_data *d, bm_split s, int T);
 bm_status   bm_data_window(const bm_data *d, bm_split s, uint64_t w, int T, bm_token *tokens, int32_t *starts, bm_row *out);
