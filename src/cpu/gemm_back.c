@@ -49,7 +49,7 @@ typedef struct outer_job {
     bm_cpu *c;
     const bm_outer *p;
     int steps, each;                    /* of a block of K at most; elements of a step */
-    int k0, blocks;                     /* what of K is packed now */
+    int k0, blocks; bool last;          /* what of K is packed now; nothing is left after it */
     int panels;                         /* of B */
     float *b;
 } outer_job;
@@ -103,6 +103,7 @@ static void multiply_part(void *arg, int64_t begin, int64_t end, int thread) {
     for (int run = 0; run < runs; run++) {
         const int i0 = (int)begin + panels * run / runs * tile, i1 = (int)begin + panels * (run + 1) / runs * tile;
         for (int block = 0; block < j->blocks; block++) multiply(j, block, i0, least(i1, (int)end), packed);
+        if (j->last && j->p->then) j->p->then(j->p->arg, i0, least(i1, (int)end));
     }
 }
 
@@ -123,6 +124,7 @@ void bm_cpu_outer(bm_cpu *c, const bm_outer *p) {
     for (int done = 0; done < all; done += j.blocks) {
         j.blocks = (size_t)(all - done) < most ? all - done : (int)most;
         j.k0 = done * j.steps * j.each;
+        j.last = done + j.blocks == all;
         bm_parallel(c->pool, least(j.blocks * j.steps * j.each, p->K - j.k0), 32, pack_b_part, &j);
         bm_parallel(c->pool, p->M, c->k.outer_m, multiply_part, &j);
     }

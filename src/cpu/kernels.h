@@ -109,6 +109,8 @@ typedef struct bm_kernels {
     void (*embed_back)(const bm_op_embed *a, int begin, int end);   /* columns */
     void (*conv_back)(const bm_op_conv *a, int begin, int end);     /* channels */
     void (*scan_back)(const bm_scan_part *p);
+    void (*attend)(const bm_op_attention *a, int q, int row, int h);   /* y of a row of sequence q, head h */
+    void (*attend_back)(const bm_op_attention *a, int q, int g);       /* dqkv of sequence q, key head g and its heads */
     void (*sinkhorn)(const double *C, int S, int X, double eps, const double *d1, double *next);     /* one sweep; C (X,S) */
     void (*adamw)(const bm_op_adamw *a, size_t begin, size_t end);
     double (*sumsq)(const float *x, size_t n);
@@ -138,8 +140,14 @@ bool bm_cpu_convert(bm_cpu *c, bm_gemm *g, bm_form form, const float *x, size_t 
 /* Computes all of g on all threads. */
 void bm_cpu_gemm(bm_cpu *c, const bm_gemm *g, bm_gemm_fn fn);
 
-/* c (+)= a b; turned: the lines of a are rows of A, else they lie along K.  c->type is f32. */
-typedef struct bm_outer { int M, N, K; bm_form form; bool turned, add; bm_lines a, b, c; } bm_outer;
+/* c (+)= a b; turned: the lines of a are rows of A, else they lie along K.  c.type is f32. */
+typedef struct bm_outer {
+    int M, N, K;
+    bm_form form;
+    bool turned, add;
+    bm_lines a, b, c;
+    void (*then)(void *arg, int begin, int end); void *arg;     /* runs on rows of c once they are whole; or NULL */
+} bm_outer;
 /* Computes p on all threads, or fails when reserve_back() did not see its size.  Sums go along K in steps that
  * only K decides. */
 void bm_cpu_outer(bm_cpu *c, const bm_outer *p);
@@ -155,6 +163,14 @@ void bm_cpu_scan   (bm_backend *b, const bm_op_scan *a);
 void bm_cpu_route  (bm_backend *b, const bm_op_route *a);
 void bm_cpu_experts(bm_backend *b, const bm_op_experts *a);
 void bm_cpu_loss   (bm_backend *b, const bm_op_loss *a);
+void bm_cpu_attention(bm_backend *b, const bm_op_attention *a);
+void bm_cpu_attention_back(bm_backend *b, const bm_op_attention *a);
+/* Positions a state has seen; NULL: none. */
+static inline int32_t bm_attention_count(const float *state) {
+    int32_t n = 0;
+    if (state) __builtin_memcpy(&n, state, sizeof n);
+    return n;
+}
 bm_status bm_cpu_reserve_back(bm_backend *b, int M, int rows, int cols);
 void bm_cpu_linear_back (bm_backend *b, const bm_op_linear *a);
 void bm_cpu_experts_back(bm_backend *b, const bm_op_experts *a);

@@ -22,12 +22,12 @@ static bm_lines matrix_of(const bm_tensor *t) {
 }
 static float *grouped(const rows *r, float *p, int columns) { return p + (size_t)r->row * (size_t)columns; }
 
-static void act_part(void *arg, int64_t begin, int64_t end, int thread) {
+/* Through the activation, once dact of these rows is whole. */
+static void act_back(void *arg, int begin, int end) {
     const rows *r = arg;
     const bm_op_experts *a = r->a;
     const size_t F = (size_t)a->F, D = (size_t)a->D;
-    (void)thread;
-    for (int64_t i = begin; i < end; i++) {
+    for (int i = begin; i < end; i++) {
         const size_t at = r->map ? (size_t)r->map[i] : (size_t)i;
         const float *pre = grouped(r, a->hidden, 2 * a->F) + (size_t)i * 2 * F, *h = grouped(r, a->act, a->F) + (size_t)i * F;
         float *d = grouped(r, a->dhidden, 2 * a->F) + (size_t)i * 2 * F;
@@ -39,16 +39,14 @@ static void act_part(void *arg, int64_t begin, int64_t end, int thread) {
 }
 
 /* Through down and the activation: dact, dhidden, dgate, and the gradients of down. */
-static void down_back(const rows *r) {
+static void down_back(rows *r) {
     const bm_op_experts *a = r->a;
     bm_cpu *c = r->c;
     const bm_tensor *down = &a->down[r->e];
     const bm_form form = c->k.form[a->arith][down->type];
     bm_lines dy = lines_of(a->dy, a->D, r->map);
     bm_cpu_outer(c, &(bm_outer){ .M = r->M, .N = a->F, .K = a->D, .form = form, .turned = true, .a = dy, .b = matrix_of(down),
-                                 .c = lines_of(grouped(r, a->dact, a->F), a->F, NULL) });
-    if (c->failed) return;
-    bm_parallel(c->pool, r->M, 1 + 4096 / a->F, act_part, (void *)(uintptr_t)r);
+                                 .c = lines_of(grouped(r, a->dact, a->F), a->F, NULL), .then = act_back, .arg = r });
     dy.scale = r->gate;
     if (a->dw_down)
         bm_cpu_outer(c, &(bm_outer){ .M = a->D, .N = a->F, .K = r->M, .form = form, .add = true, .a = dy,
@@ -56,28 +54,48 @@ static void down_back(const rows *r) {
     if (a->db_down) bm_cpu_sum_lines(c, a->db_down + (size_t)r->e * (size_t)a->D, &dy, r->M, a->D);
 }
 
-/* One of the matrices that read x, whose gradients start at column `at` of dhidden. */
-static void in_back(const rows *r, int at, const bm_tensor *w, const bm_tensor *dw, float *db, bool add) {
+/* Matrices that read x, one or two that are one under the other: w and dw, whose rows have their gradients from
+ * column `at` of dhidden on. */
+static void in_back(const rows *r, int at, int count, const bm_tensor *const *w, const bm_tensor *const *dw, bool add) {
     const bm_op_experts *a = r->a;
     bm_cpu *c = r->c;
-    const bm_form form = c->k.form[a->arith][w->type];
+    const bm_form form = c->k.form[a->arith][w[0]->type];
     const bm_lines d = lines_of(grouped(r, a->dhidden, 2 * a->F) + at, 2 * a->F, NULL);
-    if (dw)
-        bm_cpu_outer(c, &(bm_outer){ .M = a->F, .N = a->D, .K = r->M, .form = form, .add = true, .a = d,
-                                     .b = lines_of(a->x, a->D, r->map), .c = matrix_of(&dw[r->e]) });
-    if (db) bm_cpu_sum_lines(c, db + (size_t)r->e * (size_t)a->F, &d, r->M, a->F);
+    bm_lines weights = matrix_of(w[0]), gradients = dw[0] ? matrix_of(dw[0]) : d;
+    if (count == 2) {
+        weights.split = gradients.split = a->F;
+        weights.base[1] = w[1]->data;
+        gradients.base[1] = dw[1] ? dw[1]->data : NULL;
+    }
+    if (dw[0])
+        bm_cpu_outer(c, &(bm_outer){ .M = count * a->F, .N = a->D, .K = r->M, .form = form, .add = true, .a = d,
+                                     .b = lines_of(a->x, a->D, r->map), .c = gradients });
     if (a->dx)
-        bm_cpu_outer(c, &(bm_outer){ .M = r->M, .N = a->D, .K = a->F, .form = form, .turned = true, .add = add, .a = d,
-                                     .b = matrix_of(w), .c = lines_of(a->dx, a->D, r->map) });
+        bm_cpu_outer(c, &(bm_outer){ .M = r->M, .N = a->D, .K = count * a->F, .form = form, .turned = true, .add = add, .a = d,
+                                     .b = weights, .c = lines_of(a->dx, a->D, r->map) });
+}
+static void bias_back(const rows *r, int at, float *db) {
+    const bm_op_experts *a = r->a;
+    const bm_lines d = lines_of(grouped(r, a->dhidden, 2 * a->F) + at, 2 * a->F, NULL);
+    if (db) bm_cpu_sum_lines(r->c, db + (size_t)r->e * (size_t)a->F, &d, r->M, a->F);
 }
 
-static void expert_back(const rows *r) {
+static void expert_back(rows *r) {
     const bm_op_experts *a = r->a;
-    if (!bm_cpu_back_type(r->c, a->up[r->e].type) || !bm_cpu_back_type(r->c, a->down[r->e].type)
-        || (a->gate && !bm_cpu_back_type(r->c, a->gate[r->e].type))) return;
+    const bm_tensor *w[2] = { a->gate ? &a->gate[r->e] : NULL, &a->up[r->e] };
+    const bm_tensor *dw[2] = { a->dw_gate ? &a->dw_gate[r->e] : NULL, a->dw_up ? &a->dw_up[r->e] : NULL };
+    for (int i = a->gate ? 0 : 1; i < 2; i++)
+        if (!bm_cpu_back_type(r->c, w[i]->type)) return;
+    if (!bm_cpu_back_type(r->c, a->down[r->e].type)) return;
     down_back(r);
-    if (a->gate) in_back(r, 0, &a->gate[r->e], a->dw_gate, a->db_gate, a->add_dx);
-    in_back(r, a->F, &a->up[r->e], a->dw_up, a->db_up, a->add_dx || a->gate);
+    if (a->gate && w[0]->type == w[1]->type && !dw[0] == !dw[1]) {
+        in_back(r, 0, 2, w, dw, a->add_dx);
+    } else {
+        if (a->gate) in_back(r, 0, 1, w, dw, a->add_dx);
+        in_back(r, a->F, 1, w + 1, dw + 1, a->add_dx || a->gate);
+    }
+    if (a->gate) bias_back(r, 0, a->db_gate);
+    bias_back(r, a->F, a->db_up);
 }
 
 void bm_cpu_experts_back(bm_backend *b, const bm_op_experts *a) {
