@@ -3,14 +3,16 @@
 #include <unistd.h>
 
 bm_config tiny_config(void) {
-    bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 5, .n_vocab = 100, .d_model = 64, .d_inner = 256, .d_state = 16, .d_conv = 4,
+    bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 6, .n_vocab = 100, .d_model = 64, .d_inner = 256, .d_state = 16, .d_conv = 4,
                     .dt_rank = 4, .max_len = 2048, .activation = BM_GELU, .final_norm = BM_LAYERNORM, .norm_eps = 1e-5f,
-                    .gated = true, .conv_bias = true, .tied_head = true, .top_k = 1 };
+                    .gated = true, .conv_bias = true, .tied_head = true, .top_k = 1, .n_heads = 4, .n_kv_heads = 2,
+                    .rope_base = 10000 };
     c.layer[0] = (bm_layer_config){ BM_MIXER_MAMBA, BM_FFN_NONE, 0, 0 };
     c.layer[1] = (bm_layer_config){ BM_MIXER_NONE, BM_FFN_MOE, 4, 256 };
     c.layer[2] = (bm_layer_config){ BM_MIXER_MAMBA, BM_FFN_MOE, 3, 256 };
     c.layer[3] = (bm_layer_config){ BM_MIXER_NONE, BM_FFN_DENSE, 1, 256 };
     c.layer[4] = (bm_layer_config){ BM_MIXER_MAMBA, BM_FFN_DENSE, 1, 256 };
+    c.layer[5] = (bm_layer_config){ BM_MIXER_ATTENTION, BM_FFN_NONE, 0, 0 };
     return c;
 }
 

@@ -22,7 +22,7 @@ typedef struct rig {
 static bm_config small(void) {
     bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 1, .n_vocab = VOCAB, .d_model = 8, .d_inner = 16, .d_state = 3, .d_conv = 4,
                     .dt_rank = 2, .max_len = 64, .activation = BM_GELU, .final_norm = BM_LAYERNORM, .norm_eps = 1e-5f, .gated = true,
-                    .conv_bias = true, .tied_head = true, .top_k = 1 };
+                    .conv_bias = true, .tied_head = true, .top_k = 1, .n_heads = 2, .n_kv_heads = 2, .rope_base = 100 };
     c.layer[0] = (bm_layer_config){ BM_MIXER_MAMBA, BM_FFN_NONE, 0, 0 };
     return c;
 }
@@ -144,7 +144,7 @@ static void golden_gradients(void **state) {
 
 /* ---- against central differences, and laws, for every kind of block ----------------------------------------- */
 
-enum { KINDS = 12 };
+enum { KINDS = 15 };
 typedef struct kind { const char *name; bm_config c; bm_balance balance; bool balanced; } kind;
 static kind kinds[KINDS];
 
@@ -187,8 +187,18 @@ static void make_kinds(void) {
     kinds[k++].c.layer[0] = (bm_layer_config){ BM_MIXER_MAMBA, BM_FFN_MOE, 3, 6 };
     kinds[k].name = "Mamba and dense MLP in parallel";
     kinds[k++].c.layer[0] = (bm_layer_config){ BM_MIXER_MAMBA, BM_FFN_DENSE, 1, 6 };
+    kinds[k].name = "attention";
+    kinds[k++].c.layer[0] = (bm_layer_config){ BM_MIXER_ATTENTION, BM_FFN_NONE, 0, 0 };
+    kinds[k].name = "attention, key heads shared, biases, a short window";
+    kinds[k].c.bias = true;
+    kinds[k].c.n_kv_heads = 1;
+    kinds[k].c.max_len = 9;
+    kinds[k++].c.layer[0] = (bm_layer_config){ BM_MIXER_ATTENTION, BM_FFN_NONE, 0, 0 };
+    kinds[k].name = "attention and experts in parallel";
+    kinds[k++].c.layer[0] = (bm_layer_config){ BM_MIXER_ATTENTION, BM_FFN_MOE, 3, 6 };
     kinds[k].name = "all of them";
-    kinds[k].c.n_layers = 4;
+    kinds[k].c.n_layers = 5;
+    kinds[k].c.layer[4] = (bm_layer_config){ BM_MIXER_ATTENTION, BM_FFN_NONE, 0, 0 };
     kinds[k].balance = sinkhorn;
     kinds[k].balanced = true;
     kinds[k].c.layer[1] = (bm_layer_config){ BM_MIXER_NONE, BM_FFN_MOE, 4, 6 };
@@ -203,7 +213,7 @@ static void kind_open(rig *r, const kind *k, int slots, bool recompute) {
 }
 
 #ifdef BM_F64
-enum { CHOICES = 4 * 2 * ROWS };
+enum { CHOICES = 5 * 2 * ROWS };
 static const double NOISE = 1e-11;      /* rounding of the loss over the step; parts without any gradient */
 
 /* What the gradient is of: scaled losses of rows and routing groups. */

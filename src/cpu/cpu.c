@@ -125,6 +125,7 @@ static bm_status open_with(bm_backend **out, int threads, const bm_kernels *k) {
         .peak = bm_cpu_peak, .waited = cpu_waited,
         .embed = bm_cpu_embed, .norm = bm_cpu_norm, .linear = bm_cpu_linear, .conv = bm_cpu_conv, .scan = bm_cpu_scan,
         .route = bm_cpu_route, .experts = bm_cpu_experts, .loss = bm_cpu_loss,
+        .attention = bm_cpu_attention, .attention_back = bm_cpu_attention_back,
         .reserve_back = bm_cpu_reserve_back, .linear_back = bm_cpu_linear_back, .experts_back = bm_cpu_experts_back,
         .embed_back = bm_cpu_embed_back, .norm_back = bm_cpu_norm_back, .conv_back = bm_cpu_conv_back,
         .scan_back = bm_cpu_scan_back, .scan_back_floats = bm_cpu_scan_back_floats, .route_back = bm_cpu_route_back,

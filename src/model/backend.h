@@ -115,11 +115,15 @@ typedef struct bm_op_attention {/* y (M,H*E) = causal softmax(q k^T / sqrt E) v,
     int Q; const int32_t *start, *slot;
     int H, G, E, window;                        /* heads of q, of k and v; width of one; positions looked back at */
     float rope_base;
-    const float *qkv;                           /* (M,(H+2G)*E): q | k | v, before rotation */
+    float *qkv;                                 /* (M,(H+2G)*E): q | k | v; q and k are rotated in place */
     float *y, *state; size_t stride;            /* state of slot s: bm_attention_floats() at state + s*stride; updated */
-    const float *dy; float *dqkv;
+    const float *dy; float *dqkv;               /* back reads qkv and y as the forward left them; dqkv: before rotation */
 } bm_op_attention;
-static inline size_t bm_attention_floats(int G, int E, int window) { return 2 * (size_t)G * (size_t)E * (size_t)window + 16; }
+/* A slot's state: positions seen, an int32 in the first float; rings of `window` rotated keys and values (window,G,E). */
+enum { BM_ATTENTION_HEAD = 16 };
+static inline size_t bm_attention_floats(int G, int E, int window) {
+    return BM_ATTENTION_HEAD + 2 * (size_t)G * (size_t)E * (size_t)window;
+}
 
 typedef struct bm_op_loss {     /* loss (M) = -log softmax(logits)[target], sums in f64; target -1: 0 */
     int M, V; const float *logits; const bm_token *target; float *loss;

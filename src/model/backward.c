@@ -37,6 +37,28 @@ static void mamba_back(const bm_pass *p, const bm_back *k, int l) {
                                          .dx = d->norm, .dw = data_of(&g->in), .dbias = G(g->in_bias) });
 }
 
+/* d.norm (M,D) = gradient of norm, through attention. */
+static void attention_back(const bm_pass *p, const bm_back *k, int l) {
+    const bm_layer *w = &p->w->layer[l], *g = &k->g->layer[l];
+    const bm_acts *a = &p->acts[l];
+    const bm_dacts *d = &k->d;
+    const int D = p->config->d_model;
+    bm_op_attention op = bm_attention_op(p, l);
+    op.state = k->before + p->state_at[l];
+    op.dy = d->y;
+    op.dqkv = d->xz;
+    p->be->linear_back(p->be, &(bm_op_linear){ .M = p->M, .ldx = D, .w = &w->out, .x = a->y, .arith = p->arith, .dy = k->dsum,
+                                               .dx = d->y, .dw = data_of(&g->out), .dbias = G(g->out_bias) });
+    p->be->attention_back(p->be, &op);
+    p->be->linear_back(p->be, &(bm_op_linear){ .M = p->M, .ldx = D, .w = &w->in, .x = a->norm, .arith = p->arith, .dy = d->xz,
+                                               .dx = d->norm, .dw = data_of(&g->in), .dbias = G(g->in_bias) });
+}
+
+static void mixer_back(const bm_pass *p, const bm_back *k, int l) {
+    if (p->config->layer[l].mixer == BM_MIXER_MAMBA) mamba_back(p, k, l);
+    else attention_back(p, k, l);
+}
+
 /* d.norm (M,D) = gradient of the ffn's input, through every choice of experts and the router. */
 static void ffn_back(const bm_pass *p, const bm_back *k, int l) {
     const bm_config *c = p->config;
@@ -96,12 +118,12 @@ static void block_back(const bm_pass *p, const bm_back *k, int l) {
         p->be->copy(p->be, k->waiting, k->dsum, bytes);
         ffn_back(p, k, l);
         norm_back(p, k, l, k->waiting, w->ffn_norm, g->ffn_norm);
-        mamba_back(p, k, l);
+        mixer_back(p, k, l);
         norm_back(p, k, l, k->waiting, w->norm, g->norm);
         p->be->copy(p->be, k->dsum, k->waiting, bytes);
         return;
     }
-    if (kind->mixer) mamba_back(p, k, l);
+    if (kind->mixer) mixer_back(p, k, l);
     else ffn_back(p, k, l);
     norm_back(p, k, l, k->dsum, w->norm, g->norm);
 }

@@ -44,8 +44,8 @@ bm_status bm_config_preset(bm_config *out, const char *name) {
 /* ---- checks -------------------------------------------------------------------------------------------- */
 
 static bm_status check_layer(const bm_layer_config *k, int l, const char *path) {
-    if (k->mixer > BM_MIXER_MAMBA || k->ffn > BM_FFN_MOE || (!k->mixer && !k->ffn))
-        return bm_fail(BM_EFORMAT, "%s: layer %d has neither a Mamba block nor a feed-forward block", path, l);
+    if (k->mixer > BM_MIXER_ATTENTION || k->ffn > BM_FFN_MOE || (!k->mixer && !k->ffn))
+        return bm_fail(BM_EFORMAT, "%s: layer %d has no Mamba, attention or feed-forward block", path, l);
     const int least = k->ffn == BM_FFN_MOE ? 2 : k->ffn == BM_FFN_DENSE;
     const int most = k->ffn == BM_FFN_MOE ? BM_MAX_EXPERTS : k->ffn == BM_FFN_DENSE;
     if (k->n_experts < least || k->n_experts > most)
@@ -53,6 +53,19 @@ static bm_status check_layer(const bm_layer_config *k, int l, const char *path) 
     if (k->ffn ? k->d_ff < 1 || k->d_ff > 1 << 20 : k->d_ff != 0)
         return bm_fail(BM_EFORMAT, "%s: layer %d: found feed-forward width %d, expected %s", path, l, k->d_ff,
                        k->ffn ? "1 to 1048576" : "0");
+    return BM_OK;
+}
+
+/* Heads of equal, even width; rotations of half of it. */
+static bm_status check_attention(const bm_config *c, const char *path) {
+    const int H = c->n_heads, G = c->n_kv_heads, E = H > 0 ? c->d_model / H : 0;
+    if (c->family != BM_BLACKMAMBA) return bm_fail(BM_EFORMAT, "%s: a Mamba model has no attention layers; expected family BlackMamba", path);
+    if (H < 1 || c->d_model % H || E % 2 || E > 256)
+        return bm_fail(BM_EFORMAT, "%s: attention heads: found %d of hidden size %d, expected heads of one even width up to 256", path, H,
+                       c->d_model);
+    if (G < 1 || H % G)
+        return bm_fail(BM_EFORMAT, "%s: key-value heads: found %d, expected a divisor of the %d attention heads", path, G, H);
+    if (!(c->rope_base > 1)) return bm_fail(BM_EFORMAT, "%s: rope_base: found %g, expected more than 1", path, (double)c->rope_base);
     return BM_OK;
 }
 
@@ -73,6 +86,9 @@ bm_status bm_config_check(const bm_config *c, const char *path) {
         return bm_fail(BM_EARG, "%s: family, activation, routing or final norm is not one of the known ones", path);
     if (c->top_k < 1 || c->top_k > BM_MAX_EXPERTS)
         return bm_fail(BM_EFORMAT, "%s: experts a token goes through: found %d, expected 1 to %d", path, c->top_k, BM_MAX_EXPERTS);
+    bool attention = false;
+    for (int l = 0; l < c->n_layers; l++) attention |= c->layer[l].mixer == BM_MIXER_ATTENTION;
+    if (attention) BM_TRY(check_attention(c, path));
     for (int l = 0; l < c->n_layers; l++) {
         BM_TRY(check_layer(&c->layer[l], l, path));
         if (c->layer[l].ffn == BM_FFN_MOE && c->layer[l].n_experts < c->top_k)
@@ -89,7 +105,8 @@ static uint64_t forward_flops(const bm_config *c) {
     uint64_t f = 2 * D * (uint64_t)c->n_vocab;
     for (int l = 0; l < c->n_layers; l++) {
         const bm_layer_config *k = &c->layer[l];
-        if (k->mixer) f += I * (11 * N + 4 * R + 1) + 6 * I * D + 2 * I * (uint64_t)c->d_conv;
+        if (k->mixer == BM_MIXER_ATTENTION) f += 2 * D * (2 * D + 2 * (uint64_t)c->n_kv_heads * (D / (uint64_t)c->n_heads));
+        if (k->mixer == BM_MIXER_MAMBA) f += I * (11 * N + 4 * R + 1) + 6 * I * D + 2 * I * (uint64_t)c->d_conv;
         if (k->ffn) f += (c->gated ? 6u : 4u) * D * (uint64_t)k->d_ff;
         if (k->ffn == BM_FFN_MOE) f += 2 * (uint64_t)k->n_experts * D;
     }

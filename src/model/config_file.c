@@ -42,26 +42,32 @@ static bm_status get_choice(const json_t *o, const char *path, const char *key, 
     return choose(path, key, json_string_value(v), a, b, out);
 }
 
-/* Without a feed-forward layer its form means nothing: one value, so that equal models have equal configurations. */
+static const double ROPE_BASE = 10000;
+
+/* Without feed-forward or attention layers their form means nothing: one value, so that equal models have equal
+ * configurations. */
 static void settle(bm_config *c) {
-    for (int l = 0; l < c->n_layers; l++)
-        if (c->layer[l].ffn) return;
-    c->gated = true;
+    bool ffn = false, attention = false;
+    for (int l = 0; l < c->n_layers; l++) {
+        ffn |= c->layer[l].ffn != BM_FFN_NONE;
+        attention |= c->layer[l].mixer == BM_MIXER_ATTENTION;
+    }
+    if (!ffn) c->gated = true;
+    if (!attention) c->n_heads = c->n_kv_heads = 0;
+    if (!attention) c->rope_base = 0;
 }
 
 /* ---- config.json, released keys ------------------------------------------------------------------------ */
 
-/* "r", "1", "8", "r8", "42", "r32": Mamba, dense MLP, n experts, or Mamba beside one of them. */
+/* "r", "a", "1", "8", "r8", "42", "a32": Mamba, attention, dense MLP, n experts, or one of the first two beside one of
+ * the others. */
 static bm_status layer_code(bm_layer_config *k, const char *code, int32_t d_ff, int l, const char *path) {
     const char *p = code;
     *k = (bm_layer_config){ 0 };
-    if (*p == 'r') {
-        k->mixer = BM_MIXER_MAMBA;
-        p++;
-    }
+    if (*p == 'r' || *p == 'a') k->mixer = *p++ == 'r' ? BM_MIXER_MAMBA : BM_MIXER_ATTENTION;
     const size_t digits = strspn(p, "0123456789");
     if (p[digits] || digits > 4 || (p == code && !digits) || *p == '0')
-        return bm_fail(BM_EFORMAT, "%s: mamba_moe_layers[%d]: found '%.20s', expected r, a number of experts, or both (r8)", path,
+        return bm_fail(BM_EFORMAT, "%s: mamba_moe_layers[%d]: found '%.20s', expected r, a, a number of experts, or both (r8)", path,
                        l, code);
     if (!digits) return BM_OK;
     k->n_experts = atoi(p);
@@ -114,7 +120,12 @@ static bm_status from_released(bm_config *c, const json_t *o, const char *path) 
     c->routing = routing ? BM_ROUTE_SOFTMAX : BM_ROUTE_SIGMOID;
     c->final_norm = BM_LAYERNORM;
     c->conv_bias = c->tied_head = true;
-    c->top_k = 1;
+    BM_TRY(get_i32_or(o, path, "top_k", 1, &c->top_k));
+    BM_TRY(get_i32_or(o, path, "num_attention_heads", 0, &c->n_heads));
+    BM_TRY(get_i32_or(o, path, "num_key_value_heads", c->n_heads, &c->n_kv_heads));
+    double base = ROPE_BASE;
+    if (json_object_get(o, "rope_base")) BM_TRY(bm_json_real(o, path, "rope_base", &base));
+    c->rope_base = (float)base;
     return layer_list(c, o, path, d_ff);
 }
 
@@ -231,7 +242,8 @@ static bm_status layers_from_meta(bm_config *c, const bm_source *s, const char *
         bm_layer_config *k = &c->layer[l];
         c->bias |= has_tensor(s, l, "ssm_in.bias");
         c->conv_bias |= has_tensor(s, l, "ssm_conv1d.bias");
-        k->mixer = has_tensor(s, l, "ssm_in.weight") ? BM_MIXER_MAMBA : BM_MIXER_NONE;
+        c->bias |= has_tensor(s, l, "attn_qkv.bias");
+        k->mixer = has_tensor(s, l, "ssm_in.weight") ? BM_MIXER_MAMBA : has_tensor(s, l, "attn_qkv.weight") ? BM_MIXER_ATTENTION : BM_MIXER_NONE;
         if (c->family == BM_MAMBA) continue;
         BM_TRY(meta_layer(m, path, arch, "feed_forward_length", l, c->n_layers, &k->d_ff));
         if (!k->d_ff) continue;
@@ -264,8 +276,9 @@ static bm_status from_meta(bm_config *c, const bm_source *s) {
     BM_TRY(meta_i32(m, path, arch, "ssm.time_step_rank", &c->dt_rank));
     uint64_t used = 1;
     if (bm_meta_has(m, key_of(key, arch, "expert_used_count"))) BM_TRY(bm_meta_u64(m, key, &used));
-    if (used > 1)
-        return bm_fail(BM_ENOSUPPORT, "%s: %s: found %llu, expected 1: routing here is top-1", path, key, (unsigned long long)used);
+    if (used > BM_MAX_EXPERTS)
+        return bm_fail(BM_EFORMAT, "%s: %s: found %llu, expected at most %d", path, key, (unsigned long long)used, BM_MAX_EXPERTS);
+    c->top_k = used ? (int32_t)used : 1;
     if (bm_meta_has(m, key_of(key, arch, "context_length"))) BM_TRY(meta_i32(m, path, arch, "context_length", &c->max_len));
     if (bm_meta_has(m, key_of(key, arch, "attention.layer_norm_rms_epsilon"))) BM_TRY(bm_meta_f64(m, key, &eps));
     BM_TRY(meta_word(m, path, "blackmamba.activation", "gelu", "silu", &activation));
@@ -275,7 +288,12 @@ static bm_status from_meta(bm_config *c, const bm_source *s) {
     c->activation = c->family == BM_MAMBA || activation ? BM_SILU : BM_GELU;
     c->routing = routing ? BM_ROUTE_SOFTMAX : BM_ROUTE_SIGMOID;
     c->tied_head = !bm_source_find(s, "output.weight");
-    c->top_k = 1;
+    double base = ROPE_BASE;
+    if (bm_meta_has(m, key_of(key, arch, "attention.head_count"))) BM_TRY(meta_i32(m, path, arch, "attention.head_count", &c->n_heads));
+    c->n_kv_heads = c->n_heads;
+    if (bm_meta_has(m, key_of(key, arch, "attention.head_count_kv"))) BM_TRY(meta_i32(m, path, arch, "attention.head_count_kv", &c->n_kv_heads));
+    if (bm_meta_has(m, key_of(key, arch, "rope.freq_base"))) BM_TRY(bm_meta_f64(m, key, &base));
+    c->rope_base = (float)base;
     const bm_entry *e = bm_source_find(s, "token_embd.weight");
     if (!e || e->n_dims != 2 || e->dim[0] > MAX)
         return bm_fail(BM_EFORMAT, "%s: tensor 'token_embd.weight': found %s, expected a matrix (vocabulary, hidden size)", path,
@@ -308,10 +326,12 @@ static bm_status json_layers(const bm_config *c, json_t *o, bool *ok, int32_t *d
     *d_ff = 0;
     for (int l = 0; l < c->n_layers; l++) {
         const bm_layer_config *k = &c->layer[l];
-        char code[16] = "r";
-        if (k->ffn) snprintf(code, sizeof code, "%s%d", k->mixer ? "r" : "", k->n_experts);
+        const char *mixer = k->mixer == BM_MIXER_MAMBA ? "r" : k->mixer ? "a" : "";
+        char code[16];
+        if (k->ffn) snprintf(code, sizeof code, "%s%d", mixer, k->n_experts);
+        else snprintf(code, sizeof code, "%s", mixer);
         *ok &= !json_array_append_new(list, json_string(code));
-        dense &= k->ffn == BM_FFN_NONE;
+        dense &= k->ffn == BM_FFN_NONE && k->mixer == BM_MIXER_MAMBA;
         if (k->ffn && *d_ff && *d_ff != k->d_ff) {
             json_decref(list);
             return bm_fail(BM_ENOSUPPORT, "config.json has one ffn_hidden_size: found layers of %d and %d; write a .gguf instead",
@@ -348,6 +368,12 @@ static bm_status released_json(const bm_config *c, json_t *o, bool *ok) {
     put(o, ok, "max_sequence_length", json_integer(c->max_len));
     if (c->activation != BM_GELU) put(o, ok, "activation", json_string("silu"));
     if (c->routing != BM_ROUTE_SIGMOID) put(o, ok, "routing", json_string("softmax"));
+    if (c->top_k != 1) put(o, ok, "top_k", json_integer(c->top_k));
+    if (c->n_heads) {
+        put(o, ok, "num_attention_heads", json_integer(c->n_heads));
+        put(o, ok, "num_key_value_heads", json_integer(c->n_kv_heads));
+        put(o, ok, "rope_base", json_real((double)c->rope_base));
+    }
     if (c->norm_eps != 1e-5f) put(o, ok, "layernorm_epsilon", json_real((double)c->norm_eps));
     if (c->dt_rank != (c->d_model + 15) / 16) put(o, ok, "dt_rank", json_integer(c->dt_rank));
     return BM_OK;
@@ -400,7 +426,7 @@ static bm_status put_layers(bm_meta *m, const char *arch, const bm_config *c) {
     BM_TRY(bm_meta_put_u32s(m, key_of(key, arch, "feed_forward_length"), ff, (size_t)c->n_layers));
     if (same) BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "expert_count"), most));
     else BM_TRY(bm_meta_put_u32s(m, key_of(key, arch, "expert_count"), experts, (size_t)c->n_layers));
-    BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "expert_used_count"), most > 0));
+    BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "expert_used_count"), most ? (uint32_t)c->top_k : 0));
     return bm_meta_put_u32(m, key_of(key, arch, "expert_feed_forward_length"), width);
 }
 
@@ -413,7 +439,11 @@ bm_status bm_config_to_meta(const bm_config *c, bm_meta *m) {
     BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "embedding_length"), (uint32_t)c->d_model));
     if (c->family == BM_MAMBA) BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "feed_forward_length"), 0));
     else BM_TRY(put_layers(m, arch, c));
-    BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "attention.head_count"), 0));
+    BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "attention.head_count"), (uint32_t)c->n_heads));
+    if (c->n_heads) {
+        BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "attention.head_count_kv"), (uint32_t)c->n_kv_heads));
+        BM_TRY(bm_meta_put_f32(m, key_of(key, arch, "rope.freq_base"), c->rope_base));
+    }
     BM_TRY(bm_meta_put_f32(m, key_of(key, arch, "attention.layer_norm_rms_epsilon"), c->norm_eps));
     BM_TRY(bm_meta_put_f32(m, key_of(key, arch, "attention.layer_norm_epsilon"), c->norm_eps));
     BM_TRY(bm_meta_put_u32(m, key_of(key, arch, "ssm.conv_kernel"), (uint32_t)c->d_conv));

@@ -31,6 +31,8 @@ size_t bm_state_floats(const bm_config *c, size_t *at) {
     for (int l = 0; l < c->n_layers; l++) {
         if (at) at[l] = n;
         if (c->layer[l].mixer == BM_MIXER_MAMBA) n += (size_t)c->d_inner * (size_t)(c->d_conv - 1 + c->d_state);
+        if (c->layer[l].mixer == BM_MIXER_ATTENTION)
+            n += bm_attention_floats(c->n_kv_heads, c->d_model / c->n_heads, bm_attention_window(c));
     }
     return n;
 }
@@ -59,6 +61,29 @@ static void mamba_forward(const bm_pass *p, int l) {
     bm_profile_mark(p, BM_STAGE_SCAN);
     be->linear(be, &(bm_op_linear){ .M = M, .ldx = I, .w = &w->out, .x = a->y, .bias = w->out_bias, .y = p->out,
                                     .arith = p->arith });
+    bm_profile_mark(p, BM_STAGE_PROJECTIONS);
+}
+
+bm_op_attention bm_attention_op(const bm_pass *p, int l) {
+    const bm_config *c = p->config;
+    return (bm_op_attention){ .Q = p->Q, .start = p->start, .slot = p->slot, .H = c->n_heads, .G = c->n_kv_heads,
+                              .E = c->d_model / c->n_heads, .window = bm_attention_window(c), .rope_base = c->rope_base,
+                              .qkv = p->acts[l].xz, .y = p->acts[l].y, .state = p->state + p->state_at[l], .stride = p->stride };
+}
+
+/* out (M,D) = causal attention of norm (M,D), heads of keys and values shared (arXiv 2305.13245). */
+static void attention_forward(const bm_pass *p, int l) {
+    const bm_layer *w = &p->w->layer[l];
+    const bm_acts *a = &p->acts[l];
+    const bm_op_attention op = bm_attention_op(p, l);
+    const int D = p->config->d_model;
+    p->be->linear(p->be, &(bm_op_linear){ .M = p->M, .ldx = D, .w = &w->in, .x = a->norm, .bias = w->in_bias, .y = a->xz,
+                                          .arith = p->arith });
+    bm_profile_mark(p, BM_STAGE_PROJECTIONS);
+    p->be->attention(p->be, &op);
+    bm_profile_mark(p, BM_STAGE_SCAN);
+    p->be->linear(p->be, &(bm_op_linear){ .M = p->M, .ldx = D, .w = &w->out, .x = a->y, .bias = w->out_bias, .y = p->out,
+                                          .arith = p->arith });
     bm_profile_mark(p, BM_STAGE_PROJECTIONS);
 }
 
@@ -99,7 +124,8 @@ static void ffn_forward(const bm_pass *p, int l) {
 /* out = block(norm(sum)); a parallel block's halves have their own norms of the same residual. */
 static void block_after_norm(const bm_pass *p, int l) {
     const bm_config *c = p->config;
-    if (c->layer[l].mixer) mamba_forward(p, l);
+    if (c->layer[l].mixer == BM_MIXER_MAMBA) mamba_forward(p, l);
+    if (c->layer[l].mixer == BM_MIXER_ATTENTION) attention_forward(p, l);
     if (bm_layer_parallel(&c->layer[l])) {
         p->be->norm(p->be, &(bm_op_norm){ .M = p->M, .D = c->d_model, .eps = c->norm_eps, .residual = p->acts[l].sum,
                                           .weight = p->w->layer[l].ffn_norm, .y = p->acts[l].ffn_norm });

@@ -152,6 +152,9 @@ typedef struct bm_expert_door {
 typedef struct bm_widths { size_t xz, inner, xdbl, y, X, F, most; } bm_widths;   /* most: of any matrix's rows or columns but the head's */
 bm_widths bm_config_widths(const bm_config *c);
 size_t bm_state_floats(const bm_config *c, size_t *at);     /* of one slot; at (layers) or NULL */
+/* Positions an attention layer looks back at, and so its state holds. */
+static inline int bm_attention_window(const bm_config *c) { return c->max_len ? c->max_len : 2048; }
+bm_op_attention bm_attention_op(const bm_pass *p, int l);   /* the forward's arguments */
 void bm_forward_layers(const bm_pass *p);                   /* out, and sum of the last layer */
 void bm_forward_block(const bm_pass *p, int l);             /* from sum to out */
 

@@ -7,9 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { DIM_1, DIM_V, DIM_D, DIM_I, DIM_2I, DIM_K, DIM_R, DIM_N, DIM_R2N, DIM_X, DIM_F };
+enum { DIM_1, DIM_V, DIM_D, DIM_I, DIM_2I, DIM_K, DIM_R, DIM_N, DIM_R2N, DIM_X, DIM_F, DIM_QKV };
 /* Which blocks have it.  HEAD: untied; HEAD_BIAS, *_BIAS: with biases; GATE: gated. */
-enum { MODEL, HEAD, HEAD_BIAS, FINAL_BIAS, BLOCK, PARALLEL, MAMBA, MAMBA_BIAS, CONV_BIAS, MOE, EXPERT_GATE, EXPERT, EXPERT_GATE_BIAS,
+enum { MODEL, HEAD, HEAD_BIAS, FINAL_BIAS, BLOCK, PARALLEL, MAMBA, MAMBA_BIAS, CONV_BIAS, ATTENTION,
+       ATTENTION_BIAS, MOE, EXPERT_GATE, EXPERT, EXPERT_GATE_BIAS,
        EXPERT_BIAS, DENSE_GATE, DENSE, DENSE_GATE_BIAS, DENSE_BIAS };
 
 #define W(f) offsetof(bm_weights, f)
@@ -48,6 +49,11 @@ static const bm_param table[] = {
       MAMBA, DIM_D, DIM_I, BM_INIT_OUT, MATRIX, L(out) },
     { { PRE "mixer.out_proj.bias", BLK "ssm_out.bias", HF "mixer.out_proj.bias" },
       MAMBA_BIAS, DIM_1, DIM_D, BM_INIT_ZERO, 0, L(out_bias) },
+
+    { { PRE "mixer.qkv_proj.weight", BLK "attn_qkv.weight", NULL }, ATTENTION, DIM_QKV, DIM_D, BM_INIT_LINEAR, MATRIX, L(in) },
+    { { PRE "mixer.qkv_proj.bias", BLK "attn_qkv.bias", NULL }, ATTENTION_BIAS, DIM_1, DIM_QKV, BM_INIT_ZERO, 0, L(in_bias) },
+    { { PRE "mixer.o_proj.weight", BLK "attn_output.weight", NULL }, ATTENTION, DIM_D, DIM_D, BM_INIT_OUT, MATRIX, L(out) },
+    { { PRE "mixer.o_proj.bias", BLK "attn_output.bias", NULL }, ATTENTION_BIAS, DIM_1, DIM_D, BM_INIT_ZERO, 0, L(out_bias) },
 
     { { PRE "%f.router.weight", BLK "ffn_gate_inp.weight", NULL }, MOE, DIM_X, DIM_D, BM_INIT_LINEAR, BM_P_DECAY | BM_P_TENSOR, L(router) },
     { { PRE "%f.router.bias", BLK "ffn_gate_inp.bias", NULL }, MOE, DIM_1, DIM_X, BM_INIT_ZERO, 0, L(router_bias) },
@@ -106,13 +112,15 @@ static bool model_has(const bm_config *c, const bm_param *p) {
 
 static bool layer_has(const bm_config *c, int l, const bm_param *p) {
     const bm_layer_config *k = &c->layer[l];
-    const bool mamba = k->mixer == BM_MIXER_MAMBA, moe = k->ffn == BM_FFN_MOE, dense = k->ffn == BM_FFN_DENSE;
+    const bool mamba = k->mixer == BM_MIXER_MAMBA, attention = k->mixer == BM_MIXER_ATTENTION, moe = k->ffn == BM_FFN_MOE, dense = k->ffn == BM_FFN_DENSE;
     switch (p->where) {
     case BLOCK: return true;
     case PARALLEL: return bm_layer_parallel(k);
     case MAMBA: return mamba;
     case MAMBA_BIAS: return mamba && c->bias;
     case CONV_BIAS: return mamba && c->conv_bias;
+    case ATTENTION: return attention;
+    case ATTENTION_BIAS: return attention && c->bias;
     case MOE: return moe;
     case EXPERT: return moe;
     case EXPERT_BIAS: return moe && c->bias;
@@ -138,6 +146,7 @@ static int32_t dim_of(const bm_config *c, int l, int dim) {
     case DIM_R2N: return c->dt_rank + 2 * c->d_state;
     case DIM_X: return c->layer[l].n_experts;
     case DIM_F: return c->layer[l].d_ff;
+    case DIM_QKV: return c->d_model + 2 * c->n_kv_heads * (c->d_model / c->n_heads);
     default: return 1;
     }
 }
