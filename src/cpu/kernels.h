@@ -111,8 +111,6 @@ typedef struct bm_kernels {
     void (*scan_back)(const bm_scan_part *p);
     void (*attend)(const bm_op_attention *a, int q, int row, int h);   /* y of a row of sequence q, head h */
     void (*attend_back)(const bm_op_attention *a, int q, int g);       /* dqkv of sequence q, key head g and its heads */
-    void (*attend)(const bm_op_attention *a, int q, int row, int h);   /* y of a row of sequence q, head h */
-    void (*attend_back)(const bm_op_attention *a, int q, int g);       /* dqkv of sequence q, key head g and its heads */
     void (*sinkhorn)(const double *C, int S, int X, double eps, const double *d1, double *next);     /* one sweep; C (X,S) */
     void (*adamw)(const bm_op_adamw *a, size_t begin, size_t end);
     double (*sumsq)(const float *x, size_t n);
@@ -165,14 +163,6 @@ void bm_cpu_scan   (bm_backend *b, const bm_op_scan *a);
 void bm_cpu_route  (bm_backend *b, const bm_op_route *a);
 void bm_cpu_experts(bm_backend *b, const bm_op_experts *a);
 void bm_cpu_loss   (bm_backend *b, const bm_op_loss *a);
-void bm_cpu_attention(bm_backend *b, const bm_op_attention *a);
-void bm_cpu_attention_back(bm_backend *b, const bm_op_attention *a);
-/* Positions a state has seen; NULL: none. */
-static inline int32_t bm_attention_count(const float *state) {
-    int32_t n = 0;
-    if (state) __builtin_memcpy(&n, state, sizeof n);
-    return n;
-}
 void bm_cpu_attention(bm_backend *b, const bm_op_attention *a);
 void bm_cpu_attention_back(bm_backend *b, const bm_op_attention *a);
 /* Positions a state has seen; NULL: none. */
