@@ -80,7 +80,7 @@ static void print_table(const report *r) {
 static void warn_damaged(const report *r) {
     for (int i = 0; i < r->n; i++)
         if (r->run[i].n_damaged)
-            fprintf(stderr, "blackmamba: warning: %s/metrics.jsonl: %zu lines are no records and were passed over\n",
+            fprintf(stderr, "blackmamba: warning: %s/metrics.jsonl: lines that are no records, passed over: %zu\n",
                     r->run[i].path, r->run[i].n_damaged);
 }
 

@@ -196,7 +196,7 @@ static void notes(page *p, const report_run *r) {
     if (device) text(p, device), page_put(p, ". ");
     if (r->n_starts > 1) page_f(p, "Started %zu times. ", r->n_starts);
     if (r->n_skipped) page_f(p, "%zu step%s skipped: a number was not finite. ", r->n_skipped, r->n_skipped > 1 ? "s were" : " was");
-    if (r->n_damaged) page_f(p, "%zu lines of metrics.jsonl are no records and were passed over. ", r->n_damaged);
+    if (r->n_damaged) page_f(p, "Lines of metrics.jsonl that are no records, passed over: %zu. ", r->n_damaged);
     page_put(p, "</p>\n");
 }
 

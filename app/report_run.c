@@ -196,8 +196,10 @@ static int lines_read(report_run *r, FILE *f, const char *path) {
     size_t cap = 0, n;
     bool failed = false;
     while (!failed && line_next(f, &line, &cap, &n, &failed)) {
-        json_t *record = n ? json_loadb(line, n, JSON_ALLOW_NUL | JSON_REJECT_DUPLICATES, NULL) : NULL;
+        json_error_t e = {.line = 0};
+        json_t *record = n ? json_loadb(line, n, JSON_ALLOW_NUL | JSON_REJECT_DUPLICATES, &e) : NULL;
         if (record) failed = !record_add(r, record);
+        else if (n && json_error_code(&e) == json_error_out_of_memory) failed = true;
         else r->n_damaged++;
         json_decref(record);
     }

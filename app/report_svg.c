@@ -172,6 +172,7 @@ static void extent_curve(const chart *c, const chart_curve *k, double from, exte
         for (size_t sum = count[hi]; sum <= n / 50; sum += count[hi]) hi--;
         all = (extent){all.lo + (double)lo * width, all.lo + (double)(hi + 1) * width};
     }
+    if (!(all.lo <= all.hi)) return;
     extent_add(e, all.lo);
     extent_add(e, all.hi);
 }

@@ -30,7 +30,7 @@ fails() {
     else good; fi
 }
 
-commands="run tokenize logits perplexity bench convert inspect init"
+commands="run tokenize logits perplexity bench convert inspect init report"
 tiny=$work/tiny.gguf
 
 test_usage() {
@@ -266,7 +266,51 @@ END
     check "first turn" grep -q '^ there was' "$work/out"
 }
 
+# A run of $2 steps in folder $1, as train leaves it, with names and texts that want to be markup.
+make_metrics() {
+    mkdir -p "$1"
+    printf '{"kind":"run","step":0,"tokens":0,"parameters":5000,"device":"<i>cpu</i>"}\n' >"$1/metrics.jsonl"
+    for ((i = 1; i <= $2; i++)); do
+        printf '{"kind":"train","step":%d,"tokens":%d,"flops":%d,"seconds":%d,"loss":%s,"lr":0.001,"layers":[1],"load":[[%d,0,3]]}\n' \
+            "$i" $((i * 100)) $((i * 3000000)) "$i" "$((9 - i / 9)).5" "$i"
+    done >>"$1/metrics.jsonl"
+    printf '{"kind":"eval","step":%d,"tokens":%d,"loss":4.25,"bits_per_byte":1.5,"sources":[{"name":"</td><b>","loss":1},{"name":"b","loss":2}]}\n' \
+        "$2" $(($2 * 100)) >>"$1/metrics.jsonl"
+    printf '{"kind":"sample","step":%d,"prompt":"It","text":" was</pre><script>alert(1)</script>\\u0000\\u001b"}\n' "$2" >>"$1/metrics.jsonl"
+    echo '{"model":{"d_model":64},"lr":0.00'"$2"'}' >"$1/train.json"
+}
+
+test_report() {
+    local a="$work/runs/<b>a" b="$work/runs/b"
+    make_metrics "$a" 30
+    make_metrics "$b" 20
+    check "report" bm report "$a" --svg "$work/figures"
+    same "table" "$(tail -2 "$work/check.out" | head -1 | awk '{print $1, $2, $3, $4, $6, $7, $8}')" "<b>a 30 3000 5000 6.5000 4.2500 1.5000"
+    check "page" grep -q '<h1>&lt;b&gt;a</h1>' "$a/report.html"
+    check "expert without a token" grep -q 'class="ed" d="M0.0 20.00h350' "$a/report.html"
+    for word in '<script' '<i>' '</td><b>' '://'; do check "no $word in the page" bash -c '! grep -qF -- "$1" "$2"' - "$word" "$a/report.html"; done
+    check "text" grep -q 'was&lt;/pre&gt;&lt;script&gt;alert(1)&lt;/script&gt;&#x2400;&#x241B;' "$a/report.html"
+    same "figures" "$(cd "$work/figures" && echo *)" "bits_per_byte.svg learning_rate.svg load_layer_001.svg loss_flops.svg loss_time.svg loss_tokens.svg"
+    check "several" bm report "$a" "$b" -o "$work/both.html"
+    check "what differs" grep -q '<tr><th>lr</th><td>0.0030*</td><td>0.002[0-9]*</td></tr>' "$work/both.html"
+    same "JSON" "$(bm report "$b" --json | grep -oE '"(name|step|eval_loss|peak_share)": [^,]*' | tr '\n' ' ')" \
+        '"name": "b" "step": 20 "eval_loss": 4.25 "peak_share": null '
+    printf 'not JSON\n{"kind":"train","st' >>"$b/metrics.jsonl"
+    check "torn lines" grep -q 'metrics.jsonl: lines that are no records, passed over: 1$' <(bm report "$b" 2>&1)
+    mkdir "$work/runs/none" "$work/runs/empty" "$work/runs/folder" "$work/runs/folder/metrics.jsonl"
+    : >"$work/runs/empty/metrics.jsonl"
+    fails 1 "runs/none/metrics.jsonl: no such file" report "$work/runs/none"
+    fails 1 "runs/empty/metrics.jsonl: found no record of a step" report "$a" "$work/runs/empty"
+    fails 1 "runs/folder/metrics.jsonl: found something that is not a file" report "$work/runs/folder"
+    fails 1 "found 25 runs, expected at most 24" report "$a"{,,,,}{,,,,}
+    fails 1 "cannot write" report "$b" -o "$work/missing/x.html"
+    fails 1 "cannot create" report "$b" --svg "$work/missing/x"
+    fails 2 "expected a name that ends in .html" report "$b" -o "$b/metrics.jsonl"
+    fails 2 "1 of 1 words missing" report
+}
+
 test_usage
+test_report
 test_output
 make_tiny
 test_files

@@ -14,6 +14,10 @@ _blackmamba() {
         words="native f32"
     elif [[ $prev == --preset ]]; then
         words=$("$program" help init 2>/dev/null | grep -oE '(black)?mamba-[0-9.]+[bm]')
+    elif [[ $prev == --svg || ($command == report && $cur != -* && $prev != -o && $prev != --output) ]]; then
+        compopt -o filenames 2>/dev/null
+        mapfile -t COMPREPLY < <(compgen -d -- "$cur")
+        return
     elif [[ $cur == -* ]]; then
         words=$("$program" help "$command" 2>/dev/null | sed -n '/^  .*--/{s/   *[^- ].*//;p}' | grep -oE -- '--[a-z-]+')
     fi
