@@ -55,7 +55,7 @@ static const bm_param table[] = {
     { { PRE "mixer.o_proj.weight", BLK "attn_output.weight", NULL }, ATTENTION, DIM_D, DIM_D, BM_INIT_OUT, MATRIX, L(out) },
     { { PRE "mixer.o_proj.bias", BLK "attn_output.bias", NULL }, ATTENTION_BIAS, DIM_1, DIM_D, BM_INIT_ZERO, 0, L(out_bias) },
 
-    { { PRE "%f.router.weight", BLK "ffn_gate_inp.weight", NULL }, MOE, DIM_X, DIM_D, BM_INIT_LINEAR, BM_P_DECAY | BM_P_TENSOR, L(router) },
+    { { PRE "%f.router.weight", BLK "ffn_gate_inp.weight", NULL }, MOE, DIM_X, DIM_D, BM_INIT_LINEAR, BM_P_TENSOR, L(router) },
     { { PRE "%f.router.bias", BLK "ffn_gate_inp.bias", NULL }, MOE, DIM_1, DIM_X, BM_INIT_ZERO, 0, L(router_bias) },
     { { PRE "%f.local_experts.%e.linear_fc1.weight", BLK "ffn_gate_exps.weight", NULL },
       EXPERT_GATE, DIM_F, DIM_D, BM_INIT_LINEAR, EXPERTS | BM_P_JOINED, L(gate) },

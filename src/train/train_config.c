@@ -58,6 +58,7 @@ static const row table[] = {
     { "optimizer.min_lr", REAL, AT(min_lr), 0, 1, 0.1, NULL },
     { "optimizer.wsd_share", REAL, AT(wsd_share), 0, 1, 0.2, NULL },
     { "precision", CHOICE, AT(precision), 0, 0, 0, "f32|bf16" },
+    { "expert_ranks", BOOL, AT(expert_ranks), 0, 0, 0, NULL },
     { "recompute", BOOL, AT(recompute), 0, 0, 0, NULL },
     { "carry", BOOL, AT(carry), 0, 0, 0, NULL },
     { "average", REAL, AT(average), 0, 0.99999999, 0, NULL },
@@ -84,7 +85,7 @@ static const char *const group_keys[] = { "match", "lr", "decay", "beta1", "beta
 static const char *const model_keys[] = {
     "model_type", "num_layers", "hidden_size", "state_size", "conv_dimension", "vocab_size", "expansion_factor", "mamba_moe_layers",
     "ffn_hidden_size", "add_bias_linear", "swiglu", "max_sequence_length", "activation", "routing", "layernorm_epsilon", "dt_rank",
-    "num_attention_heads", "num_key_value_heads", "rope_base", "top_k", "num_hidden_layers", "intermediate_size", "conv_kernel",
+    "num_attention_heads", "num_key_value_heads", "rope_base", "top_k", "architectures", "num_hidden_layers", "intermediate_size", "conv_kernel",
     "time_step_rank", "layer_norm_epsilon", "use_bias", "use_conv_bias", "tie_word_embeddings", "hidden_act", NULL,
 };
 
@@ -167,7 +168,7 @@ static bm_status known(const char *path, const char *key) {
     const char *near = table->key;
     char section[64];
     int least = 99;
-    if (find(key) || !strncmp(key, "model.", 6)) return BM_OK;
+    if (find(key) || is_section(key) || !strncmp(key, "model.", 6)) return BM_OK;
     for (const row *r = table; r->key; r++) {
         if (away(key, r->key) >= least) continue;
         near = r->key;

@@ -100,7 +100,7 @@ static bm_status weights_open(bm_trainer *t) {
 }
 
 static bm_status write_json(const char *run, const char *name, const json_t *o) {
-    char *text = json_dumps(o, JSON_INDENT(1) | JSON_PRESERVE_ORDER), *path = bm_strf("%s/%s", run, name);
+    char *text = json_dumps(o, JSON_INDENT(1) | JSON_REAL_PRECISION(15)), *path = bm_strf("%s/%s", run, name);
     bm_status s = text && path ? bm_file_write(path, text, strlen(text)) : bm_fail_memory(1 << 16, name);
     free(text);
     free(path);
@@ -129,13 +129,13 @@ static bm_status run_open(bm_trainer *t, bool resume) {
     bool found = false;
     t->at = (bm_counters){ .best_loss = NAN };
     if (!t->run) return BM_OK;
-    if (!resume) BM_TRY(folder_free(t));
-    else BM_TRY(bm_checkpoint_load(t, &found));
+    if (resume) BM_TRY(bm_checkpoint_load(t, &found));
+    else BM_TRY(bm_comm_agree(t->comm, t->comm->rank ? BM_OK : folder_free(t)));
     if (found) bm_log(1, "%s: going on after step %llu", t->run, (unsigned long long)t->at.step);
     else if (resume) bm_log(1, "%s: no checkpoint yet, beginning at step 0", t->run);
-    if (t->comm->rank) return BM_OK;
-    BM_TRY(folder_open(t));
-    return bm_metrics_open(&t->metrics, t->run, t->at.step);
+    bm_status s = t->comm->rank ? BM_OK : folder_open(t);
+    if (!s && !t->comm->rank) s = bm_metrics_open(&t->metrics, t->run, t->at.step);
+    return bm_comm_agree(t->comm, s);
 }
 
 static bm_status put_start(bm_trainer *t) {
@@ -162,13 +162,14 @@ static bm_status open_all(bm_trainer *t, const bm_trainer_options *o) {
     bm_backend *be = t->device->be;
     BM_TRY(parse(&t->config, o));
     if (o->run && !(t->run = bm_strndup(o->run, strlen(o->run)))) return BM_EMEMORY;
-    BM_TRY(bm_comm_open_self(&t->comm));
+    BM_TRY(bm_comm_open(&t->comm));
     BM_TRY(bm_batch_open(&t->batch, t->config, t->comm));
     BM_TRY(tokenizer_open(t));
     BM_TRY(bm_learner_open(&t->learner, &t->config->model, be, &t->batch->most));
     BM_TRY(weights_open(t));
     BM_TRY(bm_optim_open(&t->optim, t->config, t->learner, t->comm));
     BM_TRY(bm_tally_open(&t->tally, t->learner));
+    if (t->config->expert_ranks && t->comm->size > 1) BM_TRY(bm_expert_ranks_open(&t->experts, &t->config->model, t->comm, be));
     if (t->config->average > 0)
         BM_TRY(be->alloc(be, &t->aside, t->learner->arena.n * sizeof(float), "an average of the weights"));
     bm_config_info(&t->config->model, BM_F32, &t->info);
@@ -198,6 +199,7 @@ void bm_trainer_close(bm_trainer *t) {
     if (t->aside) be->release(be, t->aside);
     bm_optim_close(&t->optim);
     bm_tally_close(t->tally);
+    bm_expert_ranks_close(t->experts);
     bm_learner_close(t->learner);
     pthread_mutex_unlock(&t->device->lock);
     bm_metrics_close(t->metrics);
@@ -213,33 +215,55 @@ int bm_trainer_rank(const bm_trainer *t) { return t->comm->rank; }
 
 /* ---- a step ------------------------------------------------------------------------------------------------------------ */
 
-/* The rank's part of the step's gradients, each micro-batch added to those before. */
+/* The first micro-batch's gradient, for the noise scale. */
+static bm_status note_small(bm_trainer *t, double targets, int M) {
+    double square;
+    BM_TRY(bm_optim_square(&t->optim, &square));
+    const double share = targets / M;
+    t->tally->sum[BM_TALLY_SMALL] = square * share * share;
+    t->tally->sum[BM_TALLY_SMALL_TARGETS] = M;
+    t->tally->sum[BM_TALLY_SMALL_COUNT] = 1;
+    return BM_OK;
+}
+
+/* Whether this rank, or where experts are shared out any rank, has another micro-batch. */
+static bm_status any_left(bm_trainer *t, bool mine, bool *any) {
+    double n = mine;
+    if (t->experts) BM_TRY(t->comm->sum(t->comm, &n, 1));
+    *any = n > 0;
+    return BM_OK;
+}
+
+/* The rank's part of the step's gradients, each micro-batch added to those before.  A rank that has no more keeps
+ * computing its experts for the others, with micro-batches of no rows. */
 static bm_status gradients(bm_trainer *t, double targets, int groups) {
+    static const int32_t nothing[1];
     bm_learner *l = t->learner;
     bm_tally *y = t->tally;
     bm_batch *b = t->batch;
-    bm_micro micro;
-    double square;
+    bool left, began = false;
     l->be->zero(l->be, l->grad, l->arena.n * sizeof(float));
     bm_tally_zero(y);
     y->user = &t->optim;
-    const bool some = b->next < b->end;
-    for (bool first = true; b->next < b->end; first = false) {
-        BM_TRY(bm_batch_next(b, l, &micro));
+    if (t->experts) l->pass.experts = bm_expert_ranks_door(t->experts);
+    BM_TRY(any_left(t, b->next < b->end, &left));
+    for (bool first = true; left; first = false) {
+        bm_micro micro = { .start = nothing, .group = nothing };
+        const bool mine = b->next < b->end;
+        if (mine) BM_TRY(bm_batch_next(b, l, &micro));
         micro.balance = &t->config->balance;
         micro.scale = (float)(1 / targets);
         micro.loss_scale = (float)(1.0 / groups);
-        y->ready = b->next == b->end ? bm_optim_ready : NULL;
+        began = b->next == b->end && !t->experts;
+        y->ready = began ? bm_optim_ready : NULL;
         BM_TRY(bm_learner_step(l, &micro, true));
-        BM_TRY(bm_tally_micro(y, &micro));
-        if (!first || !t->config->noise_scale || b->next == b->end) continue;
-        BM_TRY(bm_optim_square(&t->optim, &square));
-        const double share = targets / micro.M;
-        y->sum[BM_TALLY_SMALL] = square * share * share;
-        y->sum[BM_TALLY_SMALL_TARGETS] = micro.M;
-        y->sum[BM_TALLY_SMALL_COUNT] = 1;
+        if (t->experts) BM_TRY(bm_expert_ranks_status(t->experts));
+        if (mine) BM_TRY(bm_tally_micro(y, &micro));
+        if (first && mine && t->config->noise_scale && b->next < b->end) BM_TRY(note_small(t, targets, micro.M));
+        BM_TRY(any_left(t, b->next < b->end, &left));
     }
-    for (int layer = t->config->model.n_layers - 1; !some && layer >= -1; layer--) bm_optim_ready(&t->optim, layer);
+    l->pass.experts = NULL;         /* an evaluation is each rank's own */
+    for (int layer = t->config->model.n_layers - 1; !began && layer >= -1; layer--) bm_optim_ready(&t->optim, layer);
     return t->comm->sum(t->comm, y->sum, y->n);
 }
 
