@@ -20,10 +20,10 @@ static const app_option options[] = {
 static json_t *run_json(const report_run *r) {
     const report_summary s = report_summarize(r);
     const struct { const char *key; double v; } number[] = {
-        {"step", s.step}, {"tokens", s.tokens}, {"flops", s.flops}, {"seconds", s.seconds}, {"parameters", s.parameters},
-        {"parameters_active", s.parameters_active}, {"loss", s.loss}, {"eval_loss", s.eval_loss}, {"best_loss", s.best_loss},
-        {"bits_per_byte", s.bits_per_byte}, {"tokens_s", s.tokens_s}, {"peak_share", s.peak_share},
-        {"skipped", (double)r->n_skipped}, {"damaged", (double)r->n_damaged},
+        {"step", s.step}, {"tokens", s.tokens}, {"flops", s.flops}, {"seconds", s.seconds},
+        {"parameters", s.parameters}, {"parameters_active", s.parameters_active}, {"loss", s.loss},
+        {"eval_loss", s.eval_loss}, {"best_loss", s.best_loss}, {"bits_per_byte", s.bits_per_byte},
+        {"tokens_s", s.tokens_s}, {"peak_share", s.peak_share}, {"skipped", (double)r->n_skipped}, {"damaged", (double)r->n_damaged},
     };
     json_t *one = json_object();
     page name = {0}, path = {0};                /* a path may be no UTF-8: as the page shows it */
@@ -57,8 +57,8 @@ static void print_name(const char *name) {
 }
 
 static void print_table(const report *r) {
-    printf("%-24s %8s %8s %8s %8s %9s %9s %9s %9s %7s %14s\n", "run", "steps", "tokens", "params", "of token", "training",
-           "eval", "bits/byte", "tokens/s", "of peak", "time");
+    printf("%-24s %8s %8s %8s %8s %9s %9s %9s %9s %7s %14s\n", "run", "steps", "tokens", "params", "of token",
+           "training", "eval", "bits/byte", "tokens/s", "of peak", "time");
     for (int i = 0; i < r->n; i++) {
         const report_summary s = report_summarize(&r->run[i]);
         char v[10][32];
@@ -73,7 +73,8 @@ static void print_table(const report *r) {
         number_fixed(v[8], s.peak_share, 1, 100, "%");
         number_time(v[9], s.seconds);
         print_name(r->run[i].name);
-        printf(" %8s %8s %8s %8s %9s %9s %9s %9s %7s %14s\n", v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9]);
+        printf(" %8s %8s %8s %8s %9s %9s %9s %9s %7s %14s\n", v[0], v[1], v[2], v[3], v[4], v[5], v[6],
+               v[7], v[8], v[9]);
     }
 }
 

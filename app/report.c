@@ -32,27 +32,28 @@ void report_close(report *r) {
 /* As it is, or with means around; means of layers and their least; a point where there is one. */
 typedef enum view_kind { VIEW_LOSS, VIEW_PLAIN, VIEW_MEAN, VIEW_EVENNESS, VIEW_POINTS } view_kind;
 
+enum { LOG_X = 1, LOG_Y = 2, ZERO = 4, PERCENT = 8, BOTH = 16 };        /* BOTH: also on a page of several runs */
 static const struct view {
     const char *file, *title, *x_label;
     view_kind kind;
     report_column x, y;
-    bool log_x, log_y, zero, percent, compared;     /* compared: also on a page of several runs */
+    int flags;
 } views[] = {
-    {"loss_tokens", "Loss over tokens", "tokens", VIEW_LOSS, RC_TOKENS, RC_LOSS, .compared = true},
-    {"loss_flops", "Loss over FLOPs", "floating-point operations", VIEW_LOSS, RC_FLOPS, RC_LOSS, .log_x = true, .compared = true},
-    {"loss_time", "Loss over time", "minutes", VIEW_LOSS, RC_SECONDS, RC_LOSS, .compared = true},
-    {"bits_per_byte", "Bits per byte of the validation texts", "tokens", VIEW_LOSS, RC_TOKENS, RC_BITS, .compared = true},
-    {"learning_rate", "Learning rate", "tokens", VIEW_PLAIN, RC_TOKENS, RC_LR, .zero = true, .compared = true},
-    {"gradient_norm", "Norm of the gradient", "tokens", VIEW_MEAN, RC_TOKENS, RC_GRAD_NORM, .log_y = true, .compared = true},
-    {"tokens_s", "Tokens a second", "tokens", VIEW_MEAN, RC_TOKENS, RC_TOKENS_S, .zero = true, .compared = true},
-    {"peak_share", "Share of the arithmetic peak", "tokens", VIEW_MEAN, RC_TOKENS, RC_PEAK_SHARE, .zero = true, .percent = true,
-     .compared = true},
-    {"evenness", "Evenness of the load (entropy, 1: even)", "tokens", VIEW_EVENNESS, RC_TOKENS, RC_EVEN_MEAN, .compared = true},
-    {"dead_experts", "Experts without a token", "tokens", VIEW_PLAIN, RC_TOKENS, RC_DEAD, .zero = true, .compared = true},
-    {"sweeps", "Sinkhorn sweeps, most of any layer", "tokens", VIEW_MEAN, RC_TOKENS, RC_SWEEPS, .zero = true},
-    {"noise_scale", "Gradient noise scale, in tokens", "tokens", VIEW_POINTS, RC_TOKENS, RC_NOISE, .log_y = true},
-    {"load_loss", "Load-balance loss", "tokens", VIEW_MEAN, RC_TOKENS, RC_LOAD_LOSS, .compared = false},
-    {"z_loss", "Router z-loss", "tokens", VIEW_MEAN, RC_TOKENS, RC_Z_LOSS, .compared = false},
+    {"loss_tokens", "Loss over tokens", "tokens", VIEW_LOSS, RC_TOKENS, RC_LOSS, BOTH},
+    {"loss_flops", "Loss over FLOPs", "floating-point operations", VIEW_LOSS, RC_FLOPS, RC_LOSS, LOG_X | BOTH},
+    {"loss_time", "Loss over time", "minutes", VIEW_LOSS, RC_SECONDS, RC_LOSS, BOTH},
+    {"bits_per_byte", "Bits per byte of the validation texts", "tokens", VIEW_LOSS, RC_TOKENS, RC_BITS, BOTH},
+    {"learning_rate", "Learning rate", "tokens", VIEW_PLAIN, RC_TOKENS, RC_LR, ZERO | BOTH},
+    {"gradient_norm", "Norm of the gradient", "tokens", VIEW_MEAN, RC_TOKENS, RC_GRAD_NORM, LOG_Y | BOTH},
+    {"tokens_s", "Tokens a second", "tokens", VIEW_MEAN, RC_TOKENS, RC_TOKENS_S, ZERO | BOTH},
+    {"peak_share", "Share of the arithmetic peak", "tokens", VIEW_MEAN, RC_TOKENS, RC_PEAK_SHARE,
+     ZERO | PERCENT | BOTH},
+    {"evenness", "Evenness of the load (entropy, 1: even)", "tokens", VIEW_EVENNESS, RC_TOKENS, RC_EVEN_MEAN, BOTH},
+    {"dead_experts", "Experts without a token", "tokens", VIEW_PLAIN, RC_TOKENS, RC_DEAD, ZERO | BOTH},
+    {"sweeps", "Sinkhorn sweeps, most of any layer", "tokens", VIEW_MEAN, RC_TOKENS, RC_SWEEPS, ZERO},
+    {"noise_scale", "Gradient noise scale, in tokens", "tokens", VIEW_POINTS, RC_TOKENS, RC_NOISE, LOG_Y},
+    {"load_loss", "Load-balance loss", "tokens", VIEW_MEAN, RC_TOKENS, RC_LOAD_LOSS, 0},
+    {"z_loss", "Router z-loss", "tokens", VIEW_MEAN, RC_TOKENS, RC_Z_LOSS, 0},
 };
 enum { VIEWS = sizeof views / sizeof *views, CURVES = 5 * REPORT_MOST_RUNS };
 
@@ -74,7 +75,8 @@ static bool column_empty(const double *v, size_t n) {
     return true;
 }
 
-static void curve_add(made *m, const double *x, const double *y, size_t n, int color, chart_look look, const char *label) {
+static void curve_add(made *m, const double *x, const double *y, size_t n, int color, chart_look look,
+                      const char *label) {
     if (!x || !y || column_empty(y, n) || m->n_curves == CURVES) return;
     m->curve[m->n_curves++] = (chart_curve){x, y, n, color, look, label};
 }
@@ -138,8 +140,9 @@ static void view_draw(page *p, const struct view *w, const report *r, bool alone
     *drawn = m->n_curves > 0;
     if (*drawn)
         chart_draw(p, &(chart){.title = w->title, .x_label = w->x_label, .curve = m->curve, .n = m->n_curves,
-                               .log_x = w->log_x, .log_y = w->log_y, .zero = w->zero, .percent = w->percent,
-                               .powers = w->x == RC_FLOPS, .lead = w->kind == VIEW_LOSS ? 0.08 : 0}, alone);
+                               .log_x = w->flags & LOG_X, .log_y = w->flags & LOG_Y, .zero = w->flags & ZERO,
+                               .percent = w->flags & PERCENT, .powers = w->x == RC_FLOPS,
+                               .lead = w->kind == VIEW_LOSS ? 0.08 : 0}, alone);
     made_free(m);
     free(m);
 }
@@ -149,15 +152,19 @@ static void view_draw(page *p, const struct view *w, const report *r, bool alone
 static const char style[] =
     ":root{color-scheme:light dark;--bg:#fff;--fg:#1b1d20;--soft:#666;--line:#ddd;--box:#f5f6f7}"
     "@media(prefers-color-scheme:dark){:root{--bg:#16181c;--fg:#e4e6e8;--soft:#999;--line:#33363c;--box:#1f2227}}"
-    "*{box-sizing:border-box}body{margin:0 auto;padding:12px;max-width:1320px;background:var(--bg);color:var(--fg);"
-    "font:15px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}h1{font-size:22px;margin:6px 0}h2{font-size:17px;margin:26px 0 8px}"
-    "p{margin:6px 0}.soft{color:var(--soft)}.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(130px,1fr));gap:8px}"
-    ".tile{background:var(--box);border-radius:8px;padding:8px 10px}.tile b{display:block;font-size:18px;white-space:nowrap}"
+    "*{box-sizing:border-box}"
+    "body{margin:0 auto;padding:12px;max-width:1320px;background:var(--bg);color:var(--fg);"
+    "font:15px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}h1{font-size:22px;margin:6px 0}"
+    "h2{font-size:17px;margin:26px 0 8px}p{margin:6px 0}.soft{color:var(--soft)}"
+    ".tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(130px,1fr));gap:8px}"
+    ".tile{background:var(--box);border-radius:8px;padding:8px 10px}"
+    ".tile b{display:block;font-size:18px;white-space:nowrap}"
     ".charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:14px}"
     ".chart{display:block;width:100%;height:auto}.wide{overflow-x:auto}table{border-collapse:collapse}"
-    "th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}th{font-weight:600}"
-    "th:first-child{text-align:left}td.left{text-align:left}pre{background:var(--box);border-radius:8px;padding:10px;margin:6px 0;"
-    "white-space:pre-wrap;unicode-bidi:isolate;max-height:70vh;overflow:auto;font:13px/1.5 ui-monospace,monospace}"
+    "th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}"
+    "th{font-weight:600}th:first-child{text-align:left}td.left{text-align:left}"
+    "pre{background:var(--box);border-radius:8px;padding:10px;margin:6px 0;white-space:pre-wrap;"
+    "unicode-bidi:isolate;max-height:70vh;overflow:auto;font:13px/1.5 ui-monospace,monospace}"
     "pre b{color:var(--soft);font-weight:400}summary{cursor:pointer;margin:8px 0}"
     ".key{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px}";
 
@@ -195,14 +202,16 @@ static void notes(page *p, const report_run *r) {
     page_put(p, "<p class=\"soft\">");
     if (device) text(p, device), page_put(p, ". ");
     if (r->n_starts > 1) page_f(p, "Started %zu times. ", r->n_starts);
-    if (r->n_skipped) page_f(p, "%zu step%s skipped: a number was not finite. ", r->n_skipped, r->n_skipped > 1 ? "s were" : " was");
+    if (r->n_skipped) page_f(p, "%zu step%s skipped: a number was not finite. ", r->n_skipped,
+                             r->n_skipped > 1 ? "s were" : " was");
     if (r->n_damaged) page_f(p, "Lines of metrics.jsonl that are no records, passed over: %zu. ", r->n_damaged);
     page_put(p, "</p>\n");
 }
 
 static void sample(page *p, const json_t *record) {
     const json_t *prompt = json_object_get(record, "prompt"), *body = json_object_get(record, "text");
-    page_f(p, "<p class=\"soft\">after step %.0f</p><pre dir=\"auto\"><b>", json_number_value(json_object_get(record, "step")));
+    page_f(p, "<p class=\"soft\">after step %.0f</p><pre dir=\"auto\"><b>",
+           json_number_value(json_object_get(record, "step")));
     if (prompt) page_text(p, json_string_value(prompt), json_string_length(prompt));
     page_put(p, "</b>");
     page_text(p, json_string_value(body), json_string_length(body));
@@ -226,8 +235,8 @@ static void samples(page *p, const report_run *r) {
 static void sources(page *p, const report_run *r) {
     char loss[32], bits[32];
     if (json_array_size(r->sources) < 2) return;
-    page_put(p, "<h2>Last evaluation by source</h2>\n<div class=\"wide\"><table><tr><th>source</th><th>loss</th><th>bits per "
-             "byte</th></tr>\n");
+    page_put(p, "<h2>Last evaluation by source</h2>\n<div class=\"wide\"><table><tr><th>source</th>"
+             "<th>loss</th><th>bits per byte</th></tr>\n");
     for (size_t i = 0; i < json_array_size(r->sources) && i < 200; i++) {
         const json_t *s = json_array_get(r->sources, i), *name = json_object_get(s, "name");
         const json_t *l = json_object_get(s, "loss"), *b = json_object_get(s, "bits_per_byte");
@@ -262,7 +271,7 @@ static void heats(page *p, const report_run *r) {
 static void charts(page *p, const report *r) {
     bool drawn;
     page_put(p, "<div class=\"charts\">\n");
-    for (int i = 0; i < VIEWS; i++) if (r->n == 1 || views[i].compared) view_draw(p, &views[i], r, false, &drawn);
+    for (int i = 0; i < VIEWS; i++) if (r->n == 1 || views[i].flags & BOTH) view_draw(p, &views[i], r, false, &drawn);
     page_put(p, "</div>\n");
 }
 
@@ -271,7 +280,8 @@ static void charts(page *p, const report *r) {
 static void head(page *p, const char *title) {
     page_f(p, "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
            "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">"
-           "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';style-src 'unsafe-inline'\"><title>");
+           "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';"
+           "style-src 'unsafe-inline'\"><title>");
     text(p, title);
     page_f(p, "</title><style>%s%s</style></head>\n<body>\n<h1>", style, chart_style);
     text(p, title);
@@ -303,7 +313,8 @@ static void final_row(page *p, const report_run *r, int color) {
     number_fixed(v[7], s.peak_share, 1, 100, "%");
     number_short(v[8], s.parameters);
     number_short(v[9], s.parameters_active);
-    page_f(p, "<tr><th><svg class=\"key\" viewBox=\"0 0 9 9\"><rect class=\"f%d\" width=\"9\" height=\"9\"/></svg>", color % 7);
+    page_f(p, "<tr><th><svg class=\"key\" viewBox=\"0 0 9 9\"><rect class=\"f%d\" width=\"9\" height=\"9\"/></svg>",
+           color % 7);
     text(p, r->name);
     page_put(p, "</th>");
     for (int i = 0; i < 10; i++) page_f(p, "<td>%s</td>", v[i]);
@@ -318,8 +329,8 @@ static void page_of_many(page *p, const report *r) {
              "<th>tokens</th><th>FLOPs</th><th>time</th><th>tokens/s</th><th>of peak</th><th>parameters</th>"
              "<th>of a token</th></tr>\n");
     for (int i = 0; i < r->n; i++) final_row(p, &r->run[i], i);
-    page_put(p, "</table></div>\n<p class=\"soft\">Training loss: mean of the last fiftieth of the steps. Of a token: parameters "
-             "used by one, without the embedding.</p>\n<h2>Curves</h2>\n");
+    page_put(p, "</table></div>\n<p class=\"soft\">Training loss: mean of the last fiftieth of the steps. "
+             "Of a token: parameters used by one, without the embedding.</p>\n<h2>Curves</h2>\n");
     charts(p, r);
     report_differences(p, r);
     for (int i = 0; i < r->n; i++) {

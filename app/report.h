@@ -30,7 +30,7 @@ enum { REPORT_MOST_RUNS = 24, REPORT_BINS = 240, REPORT_SAMPLES = 24, REPORT_CEL
 typedef enum report_column {
     RC_STEP, RC_TOKENS, RC_FLOPS, RC_SECONDS, RC_LOSS, RC_LOAD_LOSS, RC_Z_LOSS, RC_LR, RC_GRAD_NORM, RC_TOKENS_S,
     RC_PEAK_SHARE, RC_NOISE, RC_SKIPPED, RC_BITS, RC_AVERAGE,
-    RC_EVEN_MEAN, RC_EVEN_LEAST, RC_DEAD, RC_SWEEPS,    /* over layers: entropy, mean and least; dead experts, sum; sweeps, most */
+    RC_EVEN_MEAN, RC_EVEN_LEAST, RC_DEAD, RC_SWEEPS,    /* over layers: mean and least entropy, sum, most */
     RC_COUNT
 } report_column;
 typedef struct report_table { size_t n, cap; double *column[RC_COUNT]; } report_table;     /* NAN: absent */

@@ -71,8 +71,8 @@ void chart_heat(page *p, const report_run *r, int layer, bool alone) {
     legend(p);
     experts(p, l, row);
     chart_axis_x(p, &x, CHART_LEFT, TOP, (int)height, "tokens");
-    page_f(p, "<svg x=\"%d\" y=\"%d\" width=\"%d\" height=\"%.1f\" overflow=\"hidden\" shape-rendering=\"crispEdges\">\n",
-           CHART_LEFT, TOP, WIDTH, height);
+    page_f(p, "<svg x=\"%d\" y=\"%d\" width=\"%d\" height=\"%.1f\" overflow=\"hidden\" "
+           "shape-rendering=\"crispEdges\">\n", CHART_LEFT, TOP, WIDTH, height);
     for (int c = 0; c <= DEAD; c++) cells(p, r, l, &x, row, c);
     page_put(p, "</svg></svg>\n");
 }

@@ -321,8 +321,9 @@ report_summary report_summarize(const report_run *r) {
     report_summary s = {
         .step = last_of(r, RC_STEP), .tokens = last_of(r, RC_TOKENS), .flops = last_of(r, RC_FLOPS),
         .seconds = last_of(r, RC_SECONDS), .parameters = number(json_object_get(r->start, "parameters")),
-        .parameters_active = number(json_object_get(r->start, "parameters_active")), .loss = last_mean(&r->train, RC_LOSS),
-        .tokens_s = last_mean(&r->train, RC_TOKENS_S), .peak_share = last_mean(&r->train, RC_PEAK_SHARE),
+        .parameters_active = number(json_object_get(r->start, "parameters_active")),
+        .loss = last_mean(&r->train, RC_LOSS), .tokens_s = last_mean(&r->train, RC_TOKENS_S),
+        .peak_share = last_mean(&r->train, RC_PEAK_SHARE),
         .eval_loss = NAN, .bits_per_byte = NAN, .best_loss = NAN,
     };
     for (size_t i = 0; i < e->n; i++) {

@@ -14,24 +14,30 @@ const char chart_style[] =
     ".w{fill:none;stroke-width:1;opacity:.35}"
     ".s0{stroke:#0072b2}.s1{stroke:#d55e00}.s2{stroke:#009e73}.s3{stroke:#cc79a7}.s4{stroke:#b88600}.s5{stroke:#56b4e9}"
     ".s6{stroke:#555}"
-    ".f0{fill:#0072b2}.f1{fill:#d55e00}.f2{fill:#009e73}.f3{fill:#cc79a7}.f4{fill:#b88600}.f5{fill:#56b4e9}.f6{fill:#555}"
-    ".e0{fill:#08306b}.e1{fill:#2171b5}.e2{fill:#6baed6}.e3{fill:#c6dbef}.e4{fill:#f2f2f2}.e5{fill:#fdd0a2}.e6{fill:#fd8d3c}"
+    ".f0{fill:#0072b2}.f1{fill:#d55e00}.f2{fill:#009e73}.f3{fill:#cc79a7}.f4{fill:#b88600}.f5{fill:#56b4e9}"
+    ".f6{fill:#555}"
+    ".e0{fill:#08306b}.e1{fill:#2171b5}.e2{fill:#6baed6}.e3{fill:#c6dbef}.e4{fill:#f2f2f2}.e5{fill:#fdd0a2}"
+    ".e6{fill:#fd8d3c}"
     ".e7{fill:#d94801}.e8{fill:#7f2704}.ed{fill:#000}"
     "@media(prefers-color-scheme:dark){.bg{fill:#16181c}.t{fill:#ddd}.m{fill:#999}.g{stroke:#33363c}.x{stroke:#777}"
     ".s0{stroke:#4da3e0}.s1{stroke:#ff8c42}.s2{stroke:#2bc295}.s3{stroke:#e8a3c9}.s4{stroke:#f0b429}.s5{stroke:#a5dcff}"
     ".s6{stroke:#bbb}"
-    ".f0{fill:#4da3e0}.f1{fill:#ff8c42}.f2{fill:#2bc295}.f3{fill:#e8a3c9}.f4{fill:#f0b429}.f5{fill:#a5dcff}.f6{fill:#bbb}"
-    ".e0{fill:#9ecbff}.e1{fill:#5a9fe0}.e2{fill:#2f6fae}.e3{fill:#24425f}.e4{fill:#2b2d31}.e5{fill:#5c3b1e}.e6{fill:#a85a1c}"
+    ".f0{fill:#4da3e0}.f1{fill:#ff8c42}.f2{fill:#2bc295}.f3{fill:#e8a3c9}.f4{fill:#f0b429}.f5{fill:#a5dcff}"
+    ".f6{fill:#bbb}"
+    ".e0{fill:#9ecbff}.e1{fill:#5a9fe0}.e2{fill:#2f6fae}.e3{fill:#24425f}.e4{fill:#2b2d31}.e5{fill:#5c3b1e}"
+    ".e6{fill:#a85a1c}"
     ".e7{fill:#e8812f}.e8{fill:#ffc38a}.ed{fill:#fff}}";
 
-enum { COLORS = 7, PLOT_HEIGHT = 190, LEGEND_ROW = 17, TITLE = 24, BOTTOM = 36, PLOT_WIDTH = CHART_WIDTH - CHART_LEFT - CHART_RIGHT };
+enum { COLORS = 7, PLOT_HEIGHT = 190, LEGEND_ROW = 17, TITLE = 24, BOTTOM = 36,
+       PLOT_WIDTH = CHART_WIDTH - CHART_LEFT - CHART_RIGHT };
 
 void chart_begin(page *p, const char *title, int height, bool alone) {
     page_f(p, "<svg class=\"chart\" viewBox=\"0 0 %d %d\" role=\"img\" aria-label=\"", CHART_WIDTH, height);
     page_text(p, title, strlen(title));
     page_put(p, "\"");
     if (alone) page_f(p, " xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\"><style>%s</style>"
-                      "<rect class=\"bg\" width=\"100%%\" height=\"100%%\"/", 3 * CHART_WIDTH / 2, 3 * height / 2, chart_style);
+                      "<rect class=\"bg\" width=\"100%%\" height=\"100%%\"/", 3 * CHART_WIDTH / 2, 3 * height / 2,
+                      chart_style);
     page_put(p, "><text class=\"t h\" x=\"8\" y=\"16\">");
     page_text(p, title, strlen(title));
     page_put(p, "</text>\n");
@@ -112,8 +118,8 @@ void chart_axis_x(page *p, const chart_axis *a, int x, int y, int height, const 
     for (int i = 0; i < n; i++) {
         double at = x + chart_at(a, value[i]);
         mark_words(words, a, value[i], step[i]);
-        page_f(p, "<path class=\"g\" d=\"M%.1f %dv%d\"/><text class=\"m\" text-anchor=\"middle\" x=\"%.1f\" y=\"%d\">%s</text>\n",
-               at, y, height, at, y + height + 14, words);
+        page_f(p, "<path class=\"g\" d=\"M%.1f %dv%d\"/><text class=\"m\" text-anchor=\"middle\" x=\"%.1f\" "
+               "y=\"%d\">%s</text>\n", at, y, height, at, y + height + 14, words);
     }
     page_f(p, "<text class=\"m\" text-anchor=\"end\" x=\"%d\" y=\"%d\">%s</text>\n", CHART_WIDTH - CHART_RIGHT,
            y + height + 29, label);
@@ -126,8 +132,8 @@ static void axis_y(page *p, const chart_axis *a, int y) {
     for (int i = 0; i < n; i++) {
         double at = y + a->pixels - chart_at(a, value[i]);
         mark_words(words, a, value[i], step[i]);
-        page_f(p, "<path class=\"g\" d=\"M%d %.1fh%d\"/><text class=\"m\" text-anchor=\"end\" x=\"%d\" y=\"%.1f\">%s</text>\n",
-               CHART_LEFT, at, PLOT_WIDTH, CHART_LEFT - 5, at + 4, words);
+        page_f(p, "<path class=\"g\" d=\"M%d %.1fh%d\"/><text class=\"m\" text-anchor=\"end\" x=\"%d\" "
+               "y=\"%.1f\">%s</text>\n", CHART_LEFT, at, PLOT_WIDTH, CHART_LEFT - 5, at + 4, words);
     }
 }
 

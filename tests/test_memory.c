@@ -4,6 +4,7 @@
  * library are counted too (glibc keeps its own under __libc_*). */
 #include "lib_tiny.h"
 #include "text/text.h"
+#include "train/metrics.h"
 #include <errno.h>
 #include <stdatomic.h>
 #include <unistd.h>
@@ -158,6 +159,24 @@ static bm_status to_folder(void) {
     return bm_convert(model_path, out, &o);
 }
 
+static bm_status write_metrics(void) {
+    const uint64_t load[3] = { 1, 0, 2 };
+    const bm_metric_layer layer = { 1, 3, load, 4 };
+    const bm_metric_source source = { "a", 1, 2 };
+    bm_metric_record r = bm_metric_start(BM_METRIC_TRAIN, 2), text = bm_metric_start(BM_METRIC_SAMPLE, 2);
+    bm_metrics *m;
+    r.layer = &layer;
+    r.n_layers = 1;
+    r.source = &source;
+    r.n_sources = 1;
+    text.text = text.prompt = (bm_metric_text){ "\xff\n", 2 };
+    BM_TRY(bm_metrics_open(&m, scratch_folder(), 1));
+    bm_status s = bm_metrics_put(m, &r);
+    if (!s) s = bm_metrics_put(m, &text);
+    bm_metrics_close(m);
+    return s;
+}
+
 /* A tokenizer of bytes, a few merges, a special token. */
 static void write_tokenizer(void) {
     json_t *vocab = json_object(), *merges = json_array();
@@ -198,6 +217,7 @@ static void test_formats(void **state) {
     OK(bm_device_open(&device, "cpu", 1));
     every_allocation("device", open_device);
     every_allocation("tokenizer", tokenizer);
+    every_allocation("metrics of a run", write_metrics);
     of_format("GGUF", tiny_gguf(BM_F32));
     char folder[1280];
     snprintf(folder, sizeof folder, "%s", scratch_path("tiny-folder"));

@@ -75,7 +75,8 @@ static bm_status put_train(bm_metrics *m, uint64_t seed, uint64_t step) {
 
 static bm_status put_eval(bm_metrics *m, uint64_t seed, uint64_t step) {
     const double loss = loss_at(seed, step) + 0.05;
-    const bm_metric_source source[2] = { { "books", loss - 0.1, (loss - 0.1) / 3 }, { "</script>\"\\\n\xff", loss + 0.1, NAN } };
+    const bm_metric_source source[2] = { { "books", loss - 0.1, (loss - 0.1) / 3 },
+                                         { "</script>\"\\\n\xff", loss + 0.1, NAN } };
     bm_metric_record r = at_step(BM_METRIC_EVAL, step);
     r.loss = loss;
     r.bits_per_byte = loss / 3;
@@ -208,7 +209,8 @@ static void look_in_value(const field *value, const char *tag, found *out) {
             const uint8_t *q = f.p;
             field in;
             assert_true(next(&q, f.p + f.n, &in) && in.number == 1 && in.v == 7);
-            assert_true(next(&q, f.p + f.n, &in) && in.number == 2 && in.n == 4 && !memcmp(in.p, "\x12\x02\x08\x01", 4));
+            assert_true(next(&q, f.p + f.n, &in) && in.number == 2 && in.n == 4);
+            assert_true(!memcmp(in.p, "\x12\x02\x08\x01", 4));
             assert_true(next(&q, f.p + f.n, &in) && in.number == 8);
             assert_true(q == f.p + f.n);
             here.text = in.p;
@@ -350,7 +352,8 @@ static void check_eval(json_t *o, uint64_t step) {
 }
 
 static void check_sample(json_t *o, uint64_t step) {
-    static const char want[] = " was <b>dark</b> & \xf0\x9f\x90\x8d \xef\xbf\xbd\xef\xbf\xbd stormy,\n\n# and\0 so on \x1b[2J";
+    static const char want[] =
+        " was <b>dark</b> & \xf0\x9f\x90\x8d \xef\xbf\xbd\xef\xbf\xbd stormy,\n\n# and\0 so on \x1b[2J";
     json_t *text = json_object_get(o, "text");
     check_line(o, "sample", step);
     assert_string_equal(json_string_value(json_object_get(o, "prompt")), "It");
@@ -387,7 +390,8 @@ static double event(const file *f, uint64_t step, const char *tag) {
 }
 
 static void check_events(const file *f) {
-    static const char quoted[] = "    It was <b>dark</b> & \xf0\x9f\x90\x8d \xef\xbf\xbd\xef\xbf\xbd stormy,\n    \n    # and\0 so on \x1b[2J";
+    static const char quoted[] =
+        "    It was <b>dark</b> & \xf0\x9f\x90\x8d \xef\xbf\xbd\xef\xbf\xbd stormy,\n    \n    # and\0 so on \x1b[2J";
     uint64_t of[EXPERTS];
     found x = look(f->p, f->n, 500, "sample/text");
     assert_int_equal(x.events, 2 + STEPS + STEPS / 50 + STEPS / 250);
@@ -596,9 +600,9 @@ static void test_full_disk(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_crc), cmocka_unit_test(test_load), cmocka_unit_test(test_run), cmocka_unit_test(test_torn),
-        cmocka_unit_test(test_beginning), cmocka_unit_test(test_resume), cmocka_unit_test(test_foreign),
-        cmocka_unit_test(test_full_disk),
+        cmocka_unit_test(test_crc), cmocka_unit_test(test_load), cmocka_unit_test(test_run),
+        cmocka_unit_test(test_torn), cmocka_unit_test(test_beginning), cmocka_unit_test(test_resume),
+        cmocka_unit_test(test_foreign), cmocka_unit_test(test_full_disk),
     };
     bm_metrics *m;
     if (argc < 3) return cmocka_run_group_tests_name("metrics", tests, NULL, NULL);

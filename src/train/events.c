@@ -239,7 +239,8 @@ static bm_status put_run(bm_buffer *b, const bm_metric_record *r) {
 }
 
 bm_status bm_event_record(bm_buffer *out, double wall_time, const bm_metric_record *r) {
-    static bm_status (*const put[])(bm_buffer *, const bm_metric_record *) = { put_run, put_train, put_eval, put_sample };
+    static bm_status (*const put[])(bm_buffer *, const bm_metric_record *) =
+        { put_run, put_train, put_eval, put_sample };
     const size_t start = out->n;
     BM_TRY(event_begin(out, wall_time, r->step));
     BM_TRY(put_key(out, 5, BYTES));

@@ -41,8 +41,9 @@ static const struct scalar { const char *name; size_t at; unsigned kinds, always
     { "ranks", offsetof(bm_metric_record, ranks), KIND(RUN), 0 },
 };
 enum { SCALARS = sizeof scalars / sizeof *scalars, CSV_SCALARS = 13 };
-static const char csv_header[] = "step,kind,tokens,flops,seconds,loss,load_loss,z_loss,lr,grad_norm,tokens_s,peak_share,"
-                                 "noise_scale,skipped,bits_per_byte,average,max_over_mean,entropy,dead_experts,sweeps\n";
+static const char csv_header[] =
+    "step,kind,tokens,flops,seconds,loss,load_loss,z_loss,lr,grad_norm,tokens_s,peak_share,"
+    "noise_scale,skipped,bits_per_byte,average,max_over_mean,entropy,dead_experts,sweeps\n";
 enum { CSV_COMMAS = 19 };
 static const char *const kind_name[] = { "run", "train", "eval", "sample" };
 
@@ -341,11 +342,13 @@ static bm_status file_cut(struct metrics_file *f, enum file_kind kind, uint64_t 
     struct stat st;
     bm_map map = { 0 };
     if (fstat(f->fd, &st)) return bm_fail_errno("examine", f->path);
-    if (!S_ISREG(st.st_mode)) return bm_fail(BM_EFORMAT, "%s: found something that is not a file, expected a file", f->path);
+    if (!S_ISREG(st.st_mode))
+        return bm_fail(BM_EFORMAT, "%s: found something that is not a file, expected a file", f->path);
     if (st.st_size) BM_TRY(bm_map_open(&map, f->path));
     bm_status s = BM_OK;
     if (map.size && !begins_as(map.data, map.size, kind, &f->head))
-        s = bm_fail(BM_EFORMAT, "%s: found another beginning than that of a training run's file; move it away", f->path);
+        s = bm_fail(BM_EFORMAT, "%s: found another beginning than that of a training run's file; move it away",
+                    f->path);
     else f->size = map.size ? cut_at(map.data, map.size, kind, &f->head, step) : 0;
     bm_map_close(&map);
     if (!s && ftruncate(f->fd, (off_t)f->size)) s = bm_fail_errno("shorten", f->path);
