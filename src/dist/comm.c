@@ -9,6 +9,13 @@
 
 static const char OBJECT[] = "blackmamba-mpi.so";
 
+bm_status bm_comm_agree(bm_comm *c, bm_status s) {
+    double failed = s ? 1 : 0;
+    const bm_status st = c->sum(c, &failed, 1);
+    if (st || s) return s ? s : st;
+    return failed > 0 ? bm_fail(BM_EIO, "another rank could not go on; its sentence says why") : BM_OK;
+}
+
 /* Started as one of several: Open MPI, PMIx and PMI (MPICH, srun) say so. */
 static bool has_company(void) {
     static const char *const size[] = { "OMPI_COMM_WORLD_SIZE", "PMI_SIZE" };

@@ -24,6 +24,8 @@ struct bm_comm {
     bm_status (*barrier)(bm_comm *c);
     void (*close)(bm_comm *c, bm_status s);     /* s a failure: ends all ranks */
 };
+/* The same for all ranks: a rank's own failure, or that another has failed. */
+bm_status bm_comm_agree(bm_comm *c, bm_status s);
 /* One rank alone; every call is trivial. */
 bm_status bm_comm_open_self(bm_comm **out);
 /* MPI when started by mpirun or srun and built in (a shared object opened at run time), else self. */

@@ -148,9 +148,9 @@ static bm_status write_json(const saving *s, const char *name, json_t *o) {
 
 static bm_status write_state(const saving *s) {
     const bm_counters *at = &s->t->at;
-    json_t *o = json_pack("{s:i, s:I, s:I, s:I, s:f, s:f, s:I}", "format", FORMAT, "step", (json_int_t)at->step, "tokens",
+    json_t *o = json_pack("{s:i, s:I, s:I, s:I, s:f, s:f, s:I, s:f, s:f}", "format", FORMAT, "step", (json_int_t)at->step, "tokens",
                           (json_int_t)at->tokens, "updates", (json_int_t)at->updates, "flops", at->flops, "seconds", at->seconds,
-                          "best_step", (json_int_t)at->best_step);
+                          "best_step", (json_int_t)at->best_step, "signal", at->signal, "noise", at->noise);
     if (o && isfinite(at->best_loss)) json_object_set_new(o, "best_loss", json_real(at->best_loss));
     return write_json(s, "state.json", o);
 }
@@ -263,14 +263,6 @@ static bm_status forget_old(const struct bm_trainer *t, const char *folder) {
 
 /* ---- save ------------------------------------------------------------------------------------------------- */
 
-/* All ranks or none: the worst status of any. */
-static bm_status agree(bm_comm *c, bm_status s) {
-    double failed = s ? 1 : 0;
-    const bm_status st = c->sum(c, &failed, 1);
-    if (st || s) return s ? s : st;
-    return failed > 0 ? bm_fail(BM_EIO, "another rank could not go on; its sentence says why") : BM_OK;
-}
-
 static bm_status begin(saving *s, const char *folder) {
     char *path = step_path(folder, s->t->at.step);
     if (!path) return BM_EMEMORY;
@@ -288,12 +280,12 @@ bm_status bm_checkpoint_save(struct bm_trainer *t) {
     char *folder = folder_of(t);
     bm_status st = folder ? scratch(t, &s.x, &s.y) : BM_EMEMORY;
     if (!st && writes) st = begin(&s, folder);
-    st = agree(t->comm, st);
+    st = bm_comm_agree(t->comm, st);
     if (!st) st = write_kind(&s, &MODEL);
-    st = agree(t->comm, st);
-    if (!st) st = agree(t->comm, write_kind(&s, &OPTIMIZER));
-    if (!st && t->optim.average) st = agree(t->comm, write_kind(&s, &AVERAGE));
-    if (!st) st = agree(t->comm, write_carry(&s));
+    st = bm_comm_agree(t->comm, st);
+    if (!st) st = bm_comm_agree(t->comm, write_kind(&s, &OPTIMIZER));
+    if (!st && t->optim.average) st = bm_comm_agree(t->comm, write_kind(&s, &AVERAGE));
+    if (!st) st = bm_comm_agree(t->comm, write_carry(&s));
     if (!st && writes) st = write_small(&s);
     if (!st && writes) st = bm_folder_finish(&s.folder);
     bm_folder_abort(&s.folder);
@@ -301,7 +293,7 @@ bm_status bm_checkpoint_save(struct bm_trainer *t) {
     free(folder);
     free(s.x);
     free(s.y);
-    return agree(t->comm, st);
+    return bm_comm_agree(t->comm, st);
 }
 
 /* ---- load -------------------------------------------------------------------------------------------------- */
@@ -423,6 +415,8 @@ static bm_status read_state(struct bm_trainer *t, const char *folder) {
     if (!s) s = bm_json_int(o, folder, "best_step", 0, INT64_MAX, &best);
     if (!s) s = bm_json_real(o, folder, "flops", &at.flops);
     if (!s) s = bm_json_real(o, folder, "seconds", &at.seconds);
+    if (!s) s = bm_json_real(o, folder, "signal", &at.signal);
+    if (!s) s = bm_json_real(o, folder, "noise", &at.noise);
     if (!s && json_object_get(o, "best_loss")) s = bm_json_real(o, folder, "best_loss", &at.best_loss);
     json_decref(o);
     if (s) return s;
@@ -461,11 +455,11 @@ bm_status bm_checkpoint_load(struct bm_trainer *t, bool *found) {
         else bm_log(0, "checkpoint passed over: %s", bm_error());
         free(path);
     }
-    s = agree(t->comm, s);
+    s = bm_comm_agree(t->comm, s);
     if (!s) s = t->comm->broadcast(t->comm, &newest, sizeof newest);
     if (!s && newest != UINT64_MAX) {
         char *path = step_path(folder, newest);
-        s = agree(t->comm, path ? load_from(t, path) : BM_EMEMORY);
+        s = bm_comm_agree(t->comm, path ? load_from(t, path) : BM_EMEMORY);
         free(path);
         *found = !s;
     }

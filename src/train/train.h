@@ -11,7 +11,7 @@
  * updates it, and it alone has its m, v and average (ZeRO-1, arXiv 1910.02054). */
 #ifndef BM_TRAIN_H
 #define BM_TRAIN_H
-#include "dist/comm.h"
+#include "dist/experts.h"
 #include "model/model.h"
 #include "train/data.h"
 #include "train/metrics.h"
@@ -43,6 +43,7 @@ typedef struct bm_train_config {
     double lr, beta1, beta2, eps, decay, clip;
     bm_rule *rule; size_t n_rules;
     int curve; int64_t warmup; double min_lr, wsd_share;        /* min_lr: of lr; wsd_share: of the steps, at the end */
+    bool expert_ranks;                      /* experts shared out among ranks */
     int precision; bool recompute, carry, noise_scale, stop_on_nonfinite;
     int64_t seed_init, seed_data, seed_sample;
     int64_t evaluate_every, evaluate_windows;
@@ -167,6 +168,7 @@ struct bm_trainer {
     bm_learner *learner;
     bm_optim optim;
     bm_counters at;
+    bm_expert_ranks *experts;   /* NULL: every rank computes all of them */
     bm_metrics *metrics;        /* rank 0 with a run; else NULL */
     bm_batch *batch;
     bm_tally *tally;            /* sums of a step */
