@@ -18,6 +18,8 @@ _blackmamba() {
         compopt -o filenames 2>/dev/null
         mapfile -t COMPREPLY < <(compgen -d -- "$cur")
         return
+    elif [[ $prev == --device ]]; then
+        words="cpu cpu:scalar cpu:avx2 cpu:avx512 cpu:neon"
     elif [[ $cur == -* ]]; then
         words=$("$program" help "$command" 2>/dev/null | sed -n '/^  .*--/{s/   *[^- ].*//;p}' | grep -oE -- '--[a-z-]+')
     fi
