@@ -41,7 +41,7 @@ static const struct view {
 } views[] = {
     {"loss_tokens", "Loss over tokens", "tokens", VIEW_LOSS, RC_TOKENS, RC_LOSS, BOTH},
     {"loss_flops", "Loss over FLOPs", "floating-point operations", VIEW_LOSS, RC_FLOPS, RC_LOSS, LOG_X | BOTH},
-    {"loss_time", "Loss over time", "minutes", VIEW_LOSS, RC_SECONDS, RC_LOSS, BOTH},
+    {"loss_time", "Loss over time", NULL, VIEW_LOSS, RC_SECONDS, RC_LOSS, BOTH},
     {"bits_per_byte", "Bits per byte of the validation texts", "tokens", VIEW_LOSS, RC_TOKENS, RC_BITS, BOTH},
     {"learning_rate", "Learning rate", "tokens", VIEW_PLAIN, RC_TOKENS, RC_LR, ZERO | BOTH},
     {"gradient_norm", "Norm of the gradient", "tokens", VIEW_MEAN, RC_TOKENS, RC_GRAD_NORM, LOG_Y | BOTH},
@@ -58,7 +58,12 @@ static const struct view {
 enum { VIEWS = sizeof views / sizeof *views, CURVES = 5 * REPORT_MOST_RUNS };
 
 /* Columns made for one chart. */
-typedef struct made { double *column[CURVES]; int n; chart_curve curve[CURVES]; int n_curves; bool failed; } made;
+typedef struct made {
+    double *column[CURVES]; int n;
+    chart_curve curve[CURVES]; int n_curves;
+    double second;              /* in units of the time axis */
+    bool failed;
+} made;
 
 static double *made_column(made *m, size_t n) {
     double *v = malloc((n ? n : 1) * sizeof *v);
@@ -81,11 +86,18 @@ static void curve_add(made *m, const double *x, const double *y, size_t n, int c
     m->curve[m->n_curves++] = (chart_curve){x, y, n, color, look, label};
 }
 
-/* Time is shown in minutes. */
+/* The unit of time that suits the longest run. */
+static const char *time_unit(const report *r, double *second) {
+    double most = 0;
+    for (int i = 0; i < r->n; i++) most = fmax(most, report_summarize(&r->run[i]).seconds);
+    *second = most < 300 ? 1 : most < 4 * 3600 ? 1. / 60 : 1. / 3600;
+    return most < 300 ? "seconds" : most < 4 * 3600 ? "minutes" : "hours";
+}
+
 static const double *x_of(made *m, const report_table *t, report_column c) {
     if (c != RC_SECONDS) return t->column[c];
     double *v = made_column(m, t->n);
-    for (size_t i = 0; v && i < t->n; i++) v[i] = t->column[c][i] / 60;
+    for (size_t i = 0; v && i < t->n; i++) v[i] = t->column[c][i] * m->second;
     return v;
 }
 
@@ -135,13 +147,14 @@ static void view_draw(page *p, const struct view *w, const report *r, bool alone
         p->failed = true;
         return;
     }
+    const char *unit = time_unit(r, &m->second);
     for (int i = 0; i < r->n; i++) run_add(m, w, &r->run[i], i, r->n == 1);
     p->failed = p->failed || m->failed;
     *drawn = m->n_curves > 0;
     if (*drawn)
-        chart_draw(p, &(chart){.title = w->title, .x_label = w->x_label, .curve = m->curve, .n = m->n_curves,
-                               .log_x = w->flags & LOG_X, .log_y = w->flags & LOG_Y, .zero = w->flags & ZERO,
-                               .percent = w->flags & PERCENT, .powers = w->x == RC_FLOPS,
+        chart_draw(p, &(chart){.title = w->title, .x_label = w->x_label ? w->x_label : unit, .curve = m->curve,
+                               .n = m->n_curves, .log_x = w->flags & LOG_X, .log_y = w->flags & LOG_Y,
+                               .zero = w->flags & ZERO, .percent = w->flags & PERCENT, .powers = w->x == RC_FLOPS,
                                .lead = w->kind == VIEW_LOSS ? 0.08 : 0}, alone);
     made_free(m);
     free(m);
