@@ -75,8 +75,8 @@ F64_TESTS := test_gradients
 tests: all $(TESTS:%=$B/tests/%) $(REPLAY:%=$B/tests/fuzz/%)
 check: deps
 	@$(MAKE) $(JOBS) tests
-	@$(MAKE) $(JOBS) F64=1 B=$B-f64 $(F64_TESTS:%=$B-f64/tests/%)
-	@tools/check $B layers $(TESTS) $(F64_TESTS:%=f64:%) $(LEVELS) $(REPLAY) test_command.sh
+	@$(MAKE) $(JOBS) F64=1 B=$B-f64 all $(F64_TESTS:%=$B-f64/tests/%)
+	@tools/check $B layers $(TESTS) $(F64_TESTS:%=f64:%) $(LEVELS) $(REPLAY) test_command.sh test_kill.sh test_ranks.sh
 
 # Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
 # allocator, so not that one), what uses threads under TSan.
