@@ -47,7 +47,7 @@ typedef struct app_command {
 } app_command;
 
 extern const app_command app_run, app_tokenize, app_logits, app_perplexity, app_bench, app_convert, app_inspect,
-    app_init, app_grads, app_report, app_train, app_data;
+    app_init, app_tokenizer, app_grads, app_report, app_train, app_data;
 
 #define APP_MODEL(to) {'m', "model", NULL, "MODEL", APP_TEXT, to, 0, 0, NULL, \
     "a model folder or .gguf file"}

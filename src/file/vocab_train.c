@@ -44,8 +44,9 @@ static bm_status check_bad(const job *j, const bm_tokenizer_train_info *info) {
     if (!info->bad) return BM_OK;
     const char *path = j->o->in[info->first_bad];
     if (info->bad > info->bytes / MOST)
-        return bm_fail(BM_EFORMAT, "%s: found bytes that are no UTF-8, %llu places in %llu bytes of all texts, expected text "
-                       "in UTF-8; convert it first", path, (unsigned long long)info->bad, (unsigned long long)info->bytes);
+        return bm_fail(BM_EFORMAT, "%s: found bytes that are no UTF-8, %llu places in %llu bytes of all texts, "
+                       "expected text in UTF-8; convert it first", path, (unsigned long long)info->bad,
+                       (unsigned long long)info->bytes);
     bm_log(0, "%s: found bytes that are no UTF-8, the first of %llu places in all texts; each counts as U+FFFD", path,
            (unsigned long long)info->bad);
     return BM_OK;
@@ -68,8 +69,8 @@ static bm_status train(job *j, bm_tokenizer_train_info *info, bm_tokenizer **out
     BM_TRY(bm_bpe_trainer_finish(j->t, out, info));
     BM_TRY(check_bad(j, info));
     if (info->n_vocab < j->o->n_vocab)
-        bm_log(0, "%s: %zu tokens were asked for and %zu are written: no other pair of tokens stands often enough in the "
-               "texts", j->o->out, j->o->n_vocab, info->n_vocab);
+        bm_log(0, "%s: %zu tokens were asked for and %zu are written: no other pair of tokens stands often enough in "
+               "the texts", j->o->out, j->o->n_vocab, info->n_vocab);
     return BM_OK;
 }
 
@@ -79,7 +80,8 @@ bm_status bm_tokenizer_train(const bm_tokenizer_train_options *o, bm_tokenizer_t
     bm_pool *pool = NULL;
     bm_tokenizer *t = NULL;
     bm_out *out = NULL;
-    if (!o->n_in || !o->out) return bm_fail(BM_EARG, "training a tokenizer: found no %s, expected one", o->out ? "text" : "output");
+    if (!o->n_in || !o->out)
+        return bm_fail(BM_EARG, "training a tokenizer: found no %s, expected one", o->out ? "text" : "output");
     bm_status st = bm_pool_open(&pool, o->threads);
     if (st == BM_OK) st = bm_bpe_trainer_open(&j.t, o, pool);
     if (st == BM_OK) st = bm_out_open(&out, o->out);

@@ -4,9 +4,8 @@
  * ill-formed bytes become U+FFFD, the text is put into NFC, special tokens and markers part it and belong to no
  * word, the GPT-2 pattern splits what is left.  Memory holds the distinct words, not the text.
  *
- * A text is cut into pieces that many threads count at once.  A cut stands before white space that follows
- * something else: the pattern always ends a word there, and nothing composes across it, so cutting changes no
- * word.  Where pieces end depends on the text alone. */
+ * A text is cut into pieces that many threads count at once, at places that change no word (cut.c).  Where pieces
+ * end depends on the text alone. */
 #include "text/parts.h"
 #include <stdlib.h>
 #include <xxhash.h>
@@ -35,7 +34,7 @@ struct bm_counts {
     uint64_t bytes, bad; size_t first_bad;
 };
 
-/* ---- distinct words -------------------------------------------------------------------------------- */
+/* ---- distinct words ---------------------------------------------------------------- */
 
 static bm_status words_rehash(bm_words *w, size_t size) {
     bm_words_slot *slot;
@@ -81,7 +80,7 @@ static void words_free(bm_words *w) {
     memset(w, 0, sizeof *w);
 }
 
-/* ---- counting a piece ------------------------------------------------------------------------------- */
+/* ---- counting a piece -------------------------------------------------------------- */
 
 static bm_status count_words(const bm_counts *c, counter *k, const char *s, size_t n) {
     for (size_t at = 0, end; at < n; at = end) {
@@ -95,20 +94,12 @@ static bm_status count_words(const bm_counts *c, counter *k, const char *s, size
     return BM_OK;
 }
 
-/* Ill-formed sequences, each of which becomes one U+FFFD. */
-static size_t count_bad(const char *s, size_t n) {
-    size_t bad = 0, len;
-    for (size_t i = 0; (i += bm_utf8_valid(s + i, n - i)) < n; i += len, bad++)
-        bm_utf8_look((const uint8_t *)s + i, n - i, &len);
-    return bad;
-}
-
 static bm_status count_piece(const bm_counts *c, counter *k, piece *p) {
     const char *s = c->text.s + p->at;
     size_t n = p->n;
     if (bm_utf8_valid(s, n) != n) {
         k->mended.n = 0;
-        p->bad = count_bad(s, n);
+        p->bad = bm_text_bad(s, n);
         BM_TRY(bm_utf8_mend(&k->mended, s, n));
         s = k->mended.s;
         n = k->mended.n;
@@ -149,20 +140,12 @@ static bm_status count_batch(bm_counts *c) {
     return BM_OK;
 }
 
-/* ---- cutting ---------------------------------------------------------------------------------------- */
-
-static bool is_space(uint8_t b) { return b == ' ' || (b >= '\t' && b <= '\r'); }
-
-/* Last bytes of the characters that the pattern takes for white space, and of many others. */
-static bool may_end_space(uint8_t b) {
-    return is_space(b) || (b >= 0x80 && b <= 0x8A) || b == 0x9F || b == 0xA0 || b == 0xA8 || b == 0xA9 || b == 0xAF;
-}
+/* ---- cutting ----------------------------------------------------------------------- */
 
 /* Where to cut the first PIECE bytes of s; at the beginning of a character when no place is right. */
 static size_t find_cut(const bm_counts *c, const char *s) {
     for (size_t i = PIECE; c->lines && i > 0; i--) if (s[i - 1] == '\n') return i;
-    for (size_t i = PIECE; i > 0; i--)
-        if (is_space((uint8_t)s[i]) && !may_end_space((uint8_t)s[i - 1])) return i;
+    for (size_t i = PIECE; i > 0; i--) if (bm_words_part(s, i)) return i;
     size_t i = PIECE;
     while (i > PIECE - 3 && ((uint8_t)s[i] & 0xC0) == 0x80) i--;
     return i;
@@ -238,7 +221,7 @@ uint64_t bm_counts_bad(const bm_counts *c, size_t *text) {
     return c->bad;
 }
 
-/* ---- open and close ---------------------------------------------------------------------------------- */
+/* ---- open and close ---------------------------------------------------------------- */
 
 static bm_status open_stops(bm_counts *c, const char *const *stop, size_t n) {
     BM_TRY(bm_vocab_make(&c->stop, n, 0));

@@ -38,6 +38,9 @@ bm_status bm_words_open(pcre2_code **out);
 /* The end of the word that begins at `at` < n. */
 bm_status bm_words_next(const pcre2_code *re, pcre2_match_data *md, const char *s, size_t n, size_t at, size_t *end);
 
+/* cut.c: a word surely ends before s[at], 0 < at, whatever else the text holds; of all such places most. */
+bool bm_words_part(const char *s, size_t at);
+
 /* ---- match.c: strings of added tokens, leftmost, longest ------------------------------ */
 
 typedef struct bm_match_item { const char *s; size_t n; char *own; bm_token id; } bm_match_item;

@@ -43,7 +43,7 @@ struct bm_bpe_trainer {
     struct bm_vocab_merge *merge; size_t n_merges, cap_merges;
 };
 
-/* ---- tokens ------------------------------------------------------------------------------------------- */
+/* ---- tokens ------------------------------------------------------------------------ */
 
 static size_t token_length(const bm_bpe_trainer *t, uint32_t id) { return t->begin[id + 1] - t->begin[id]; }
 
@@ -135,7 +135,7 @@ static bm_status open_tokens(bm_bpe_trainer *t, uint32_t id[256]) {
     return put_bytes(t, id);
 }
 
-/* ---- pairs -------------------------------------------------------------------------------------------- */
+/* ---- pairs ------------------------------------------------------------------------- */
 
 static uint64_t key_of(uint32_t left, uint32_t right) { return (uint64_t)left << 32 | right; }
 
@@ -189,7 +189,7 @@ static void lose(bm_bpe_trainer *t, uint32_t left, uint32_t right, uint32_t word
     t->pair[*pair_slot(t, key_of(left, right)) - 1].count -= t->word_count[word];
 }
 
-/* ---- the heap: largest count, then smallest ids ----------------------------------------------------------- */
+/* ---- the heap: largest count, then smallest ids ------------------------------------ */
 
 static bool before(const bm_bpe_trainer *t, node a, node b) {
     return a.count != b.count ? a.count > b.count : t->pair[a.pair].key < t->pair[b.pair].key;
@@ -246,7 +246,7 @@ static bool heap_take(bm_bpe_trainer *t, uint32_t *p) {
     return false;
 }
 
-/* ---- merging -------------------------------------------------------------------------------------------- */
+/* ---- merging ----------------------------------------------------------------------- */
 
 static bm_status merge_at(bm_bpe_trainer *t, uint32_t at, uint32_t word, const struct bm_vocab_merge *m) {
     const uint32_t left = (uint32_t)m->left, right = (uint32_t)m->right, out = (uint32_t)m->out;
@@ -320,12 +320,13 @@ static bm_status merge_all(bm_bpe_trainer *t) {
     return BM_OK;
 }
 
-/* ---- from words to cells --------------------------------------------------------------------------------- */
+/* ---- from words to cells ----------------------------------------------------------- */
 
 static bm_status lay_out(bm_bpe_trainer *t, const bm_words *w, const uint32_t id[256]) {
     size_t n = 1;
     for (size_t i = 0; i < w->n; i++) n += w->word[i].n + 1;
-    if (n >= GONE) return bm_fail(BM_ENOSUPPORT, "found distinct words of %zu bytes in all, expected at most %u", n, GONE);
+    if (n >= GONE)
+        return bm_fail(BM_ENOSUPPORT, "texts: found distinct words of %zu bytes in all, expected at most %u", n, GONE);
     BM_TRY(bm_alloc(&t->cell, n * sizeof *t->cell, "words"));
     BM_TRY(bm_alloc(&t->word_count, (w->n + 1) * sizeof *t->word_count, "words"));
     t->cell[t->n_cells++] = NONE;
@@ -346,15 +347,15 @@ static bm_status count_pairs(bm_bpe_trainer *t) {
     return queue_touched(t);
 }
 
-/* ---- the trainer ------------------------------------------------------------------------------------------ */
+/* ---- the trainer ------------------------------------------------------------------- */
 
 static const char *const END_OF_TEXT[] = {"<|endoftext|>"};
 
 static bm_status check_options(const bm_bpe_trainer *t) {
     const size_t least = 256 + t->n_special, most = 1 << 24;
     if (t->o->n_vocab >= least && t->o->n_vocab <= most) return BM_OK;
-    return bm_fail(BM_EARG, "size of the vocabulary: found %zu, expected %zu (256 bytes and %zu special token%s) to %zu",
-                   t->o->n_vocab, least, t->n_special, t->n_special == 1 ? "" : "s", most);
+    return bm_fail(BM_EARG, "size of the vocabulary: found %zu, expected %zu (256 bytes and %zu special token%s) to "
+                   "%zu", t->o->n_vocab, least, t->n_special, t->n_special == 1 ? "" : "s", most);
 }
 
 static bm_status open_counts(bm_bpe_trainer *t, bm_pool *pool) {
@@ -400,7 +401,8 @@ static bm_status make_tokenizer(const bm_bpe_trainer *t, bm_tokenizer **out) {
     for (size_t i = t->n_special; i < t->n_tokens && st == BM_OK; i++) {
         const size_t n = token_length(t, (uint32_t)i);
         st = bm_grow(&s.s, &s.cap, 2 * n, 1, "a token");
-        if (st == BM_OK) st = bm_vocab_put(&v, i, s.s, bm_alphabet_write(t->bytes.s + t->begin[i], n, s.s), BM_TOKEN_NORMAL);
+        if (st) break;
+        st = bm_vocab_put(&v, i, s.s, bm_alphabet_write(t->bytes.s + t->begin[i], n, s.s), BM_TOKEN_NORMAL);
     }
     if (t->n_merges) memcpy(v.merge, t->merge, t->n_merges * sizeof *t->merge);
     if (st == BM_OK) st = bm_tokenizer_from_vocab(out, &v, "the new tokenizer");
@@ -432,8 +434,8 @@ bm_status bm_bpe_trainer_finish(bm_bpe_trainer *t, bm_tokenizer **out, bm_tokeni
 void bm_bpe_trainer_close(bm_bpe_trainer *t) {
     if (!t) return;
     bm_counts_close(t->counts);
-    void *const owned[] = {t->cell, t->word_count, t->pair, t->slot, t->place, t->heap, t->touched, t->bytes.s, t->begin,
-                           t->token_slot, t->merge};
+    void *const owned[] = {t->cell, t->word_count, t->pair, t->slot, t->place, t->heap, t->touched, t->bytes.s,
+                           t->begin, t->token_slot, t->merge};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     free(t);
 }
