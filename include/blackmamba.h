@@ -397,7 +397,7 @@ typedef struct bm_train_plan {
     uint64_t parameters, parameters_per_token;  /* as in bm_info */
     uint64_t steps, tokens, tokens_per_step;    /* of all ranks; tokens_per_step: after the warmups */
     double flops, peak;                         /* 3 forward passes of all tokens; operations a second of all ranks */
-    uint64_t bytes;                             /* of memory of one rank; data stays mapped and is not counted */
+    uint64_t bytes;                             /* of memory of one rank, this process included; data stays mapped and is not */
     uint64_t bytes_weights, bytes_optimizer, bytes_activations;     /* of them: masters, gradients, copies; m, v, average */
     int ranks;
 } bm_train_plan;

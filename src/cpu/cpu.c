@@ -46,6 +46,11 @@ static bm_status cpu_reserve(bm_backend *b, int rows, int cols) {
     return BM_OK;
 }
 
+static size_t cpu_reserved(bm_backend *b) {
+    const bm_cpu *c = (const bm_cpu *)b;
+    return c->scratch_bytes + c->panel_floats * sizeof(float);
+}
+
 /* ---- bandwidth ------------------------------------------------------------------------ */
 
 typedef struct read_job { bm_cpu *c; const uint8_t *p; float sum[MOST_THREADS]; } read_job;
@@ -126,7 +131,8 @@ static bm_status open_with(bm_backend **out, int threads, const bm_kernels *k) {
         .embed = bm_cpu_embed, .norm = bm_cpu_norm, .linear = bm_cpu_linear, .conv = bm_cpu_conv, .scan = bm_cpu_scan,
         .route = bm_cpu_route, .experts = bm_cpu_experts, .loss = bm_cpu_loss,
         .attention = bm_cpu_attention, .attention_back = bm_cpu_attention_back,
-        .reserve_back = bm_cpu_reserve_back, .linear_back = bm_cpu_linear_back, .experts_back = bm_cpu_experts_back,
+        .reserve_back = bm_cpu_reserve_back, .reserved = cpu_reserved, .linear_back = bm_cpu_linear_back,
+        .experts_back = bm_cpu_experts_back,
         .embed_back = bm_cpu_embed_back, .norm_back = bm_cpu_norm_back, .conv_back = bm_cpu_conv_back,
         .scan_back = bm_cpu_scan_back, .scan_back_floats = bm_cpu_scan_back_floats, .route_back = bm_cpu_route_back,
         .adamw = bm_cpu_adamw, .sumsq = bm_cpu_sumsq, .blend = bm_cpu_blend, .narrow = bm_cpu_narrow, .decay = bm_cpu_decay,

@@ -153,6 +153,7 @@ struct bm_backend {
     bm_status (*reserve)(bm_backend *b, int rows, int cols);
     /* The same for linear_back and experts_back; the largest rows, matrix rows and matrix columns. */
     bm_status (*reserve_back)(bm_backend *b, int M, int rows, int cols);
+    size_t (*reserved)(bm_backend *b);                                  /* bytes that both hold */
     size_t (*scan_back_floats)(bm_backend *b, int M, int I, int N);     /* floats of bm_op_scan.work */
     bm_status (*bandwidth)(bm_backend *b, size_t bytes, int repeats, double *out);
     /* Operations a second (2 for a multiplication and an addition) that registers allow linear with such weights. */

@@ -127,6 +127,13 @@ static bm_status check(const bm_config *c, const bm_backend *be, const bm_learne
     return BM_OK;
 }
 
+static bm_status reserve(const bm_learner *l) {
+    const int rows = l->opt.rows, most = (int)bm_config_widths(l->config).most;
+    BM_TRY(l->be->reserve(l->be, rows > HEAD_ROWS ? rows : HEAD_ROWS, most));
+    BM_TRY(l->be->reserve_back(l->be, rows, most, most));
+    return l->be->reserve_back(l->be, HEAD_ROWS, l->config->n_vocab, l->config->d_model);
+}
+
 bm_status bm_learner_bytes(const bm_config *c, bm_backend *be, const bm_learner_options *o, uint64_t *out) {
     bm_learner l = { .config = c, .be = be, .opt = *o };
     BM_TRY(check(c, be, o));
@@ -135,8 +142,10 @@ bm_status bm_learner_bytes(const bm_config *c, bm_backend *be, const bm_learner_
     needs w = { .l = &l };
     need_all(&w);
     bm_arena_close(&l.arena);
-    *out = w.bytes;
-    return w.s;
+    BM_TRY(w.s);
+    BM_TRY(reserve(&l));
+    *out = w.bytes + be->reserved(be);
+    return BM_OK;
 }
 
 /* ---- open, close ---------------------------------------------------------------------------------- */
@@ -144,7 +153,6 @@ bm_status bm_learner_bytes(const bm_config *c, bm_backend *be, const bm_learner_
 static bm_status learner_init(bm_learner *l) {
     const bm_config *c = l->config;
     const size_t layers = (size_t)c->n_layers;
-    const bm_widths full = bm_config_widths(c);
     BM_TRY(bm_arena_open(&l->arena, c));
     BM_TRY(bm_weights_alloc(&l->w, c));
     BM_TRY(bm_weights_alloc(&l->g, c));
@@ -167,9 +175,7 @@ static bm_status learner_init(bm_learner *l) {
     l->back.g = &l->g;
     l->back.recompute = l->opt.recompute;
     l->back.slots = l->opt.slots;
-    BM_TRY(l->be->reserve(l->be, l->opt.rows > HEAD_ROWS ? l->opt.rows : HEAD_ROWS, (int)full.most));
-    BM_TRY(l->be->reserve_back(l->be, l->opt.rows, (int)full.most, (int)full.most));
-    return l->be->reserve_back(l->be, HEAD_ROWS, c->n_vocab, c->d_model);
+    return reserve(l);
 }
 
 bm_status bm_learner_open(bm_learner **out, const bm_config *c, bm_backend *be, const bm_learner_options *o) {

@@ -225,7 +225,7 @@ typedef struct bm_learner {
     void **owned; size_t n_owned, cap_owned;
     size_t bytes;                           /* of device memory */
 } bm_learner;
-/* Bytes that open will ask the device for. */
+/* Bytes that open will ask the device for, its work space, which is reserved here, included. */
 bm_status bm_learner_bytes(const bm_config *c, bm_backend *be, const bm_learner_options *o, uint64_t *out);
 bm_status bm_learner_open(bm_learner **out, const bm_config *c, bm_backend *be, const bm_learner_options *o);    /* c is not copied */
 void bm_learner_close(bm_learner *l);

@@ -155,10 +155,19 @@ static bm_status write_state(const saving *s) {
     return write_json(s, "state.json", o);
 }
 
+/* Pages leave memory as they are done with. */
 static bm_status hash_file(const char *path, char out[33], uint64_t *bytes) {
+    enum { PIECE = 1 << 20 };
     bm_map m;
+    XXH3_state_t state;
     BM_TRY(bm_map_open(&m, path));
-    const XXH128_hash_t h = XXH3_128bits(m.data, m.size);
+    XXH3_128bits_reset(&state);
+    for (size_t at = 0; at < m.size; at += PIECE) {
+        const size_t n = m.size - at < PIECE ? m.size - at : PIECE;
+        XXH3_128bits_update(&state, m.data + at, n);
+        bm_map_drop(m.data + at, n);
+    }
+    const XXH128_hash_t h = XXH3_128bits_digest(&state);
     snprintf(out, 33, "%016llx%016llx", (unsigned long long)h.high64, (unsigned long long)h.low64);
     *bytes = m.size;
     bm_map_close(&m);

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 /* ---- what a run takes ------------------------------------------------------------------------------------------- */
@@ -25,30 +26,68 @@ static uint64_t tokens_before(const bm_train_config *c, uint64_t step) {
     return n;
 }
 
-static bm_status plan(bm_train_plan *out, bm_backend *be, const bm_train_config *c, bm_comm *comm) {
+static bm_status tokenizer_open(bm_tokenizer **out, const bm_batch *b) {
+    char *path = bm_strf("%s/tokenizer.json", bm_data_path(b->source[0]));
+    if (!path) return BM_EMEMORY;
+    const bm_status s = bm_tokenizer_open(out, path);
+    free(path);
+    return s;
+}
+
+/* This process as it is: programs, threads, what was opened so far. */
+static uint64_t process_bytes(void) {
+    struct rusage r;
+    return getrusage(RUSAGE_SELF, &r) ? 0 : (uint64_t)r.ru_maxrss * 1024;
+}
+
+/* Two of the largest region and as much again for a tensor, while a checkpoint is written. */
+static uint64_t checkpoint_bytes(const bm_arena *a) {
+    size_t most = 0, begin = 0;
+    for (size_t i = 1; i <= a->n_parts; i++) {
+        const size_t end = i < a->n_parts ? a->part[i].at : a->n;
+        if (i < a->n_parts && a->part[i].part.layer == a->part[begin].part.layer &&
+            bm_part_of_model(&a->part[i].part) == bm_part_of_model(&a->part[begin].part)) continue;
+        if (end - a->part[begin].at > most) most = end - a->part[begin].at;
+        begin = i;
+    }
+    return 3 * (uint64_t)most * sizeof(float);
+}
+
+/* What does not depend on sizes: the data, their tokenizer, the measured peak. */
+static bm_status look(bm_train_plan *p, bm_learner_options *o, bm_backend *be, const bm_train_config *c, const bm_comm *comm) {
     bm_batch *b;
+    bm_tokenizer *t = NULL;
+    BM_TRY(bm_batch_open(&b, c, comm));
+    const bm_status s = tokenizer_open(&t, b);
+    *o = b->most;
+    p->peak = peak_of(be, c) * comm->size;
+    p->bytes = process_bytes();
+    bm_tokenizer_close(t);
+    bm_batch_close(b);
+    return s;
+}
+
+static bm_status plan(bm_train_plan *out, bm_backend *be, const bm_train_config *c, bm_comm *comm) {
+    bm_learner_options o;
     bm_arena a;
     bm_info info;
-    bm_train_plan p = { .ranks = comm->size, .steps = bm_schedule_steps(c) };
-    BM_TRY(bm_batch_open(&b, c, comm));
-    const bm_learner_options o = b->most;
-    bm_batch_close(b);
     uint64_t learner;
+    bm_train_plan p = { .ranks = comm->size, .steps = bm_schedule_steps(c) };
+    BM_TRY(look(&p, &o, be, c, comm));
     BM_TRY(bm_learner_bytes(&c->model, be, &o, &learner));
     BM_TRY(bm_optim_bytes(c, comm->size, &p.bytes_optimizer));
     BM_TRY(bm_arena_open(&a, &c->model));
     p.bytes_weights = a.n * (2 * sizeof(float) + (c->precision == BM_PRECISION_BF16 ? 2 : 0));
     if (c->average > 0) p.bytes_optimizer += a.n * sizeof(float);
-    bm_arena_close(&a);
     bm_config_info(&c->model, BM_F32, &info);
     p.bytes_activations = learner - p.bytes_weights + (uint64_t)o.rows * (2 * sizeof(bm_token) + sizeof(float));
-    p.bytes = p.bytes_weights + p.bytes_optimizer + p.bytes_activations;
+    p.bytes += p.bytes_weights + p.bytes_optimizer + p.bytes_activations + checkpoint_bytes(&a);
+    bm_arena_close(&a);
     p.parameters = info.parameters;
     p.parameters_per_token = info.parameters_per_token;
     p.tokens = tokens_before(c, p.steps);
     p.tokens_per_step = (uint64_t)(c->batch.sequences * c->seq_len);
     p.flops = 3 * (double)info.flops_per_token * (double)p.tokens;
-    p.peak = peak_of(be, c) * comm->size;
     *out = p;
     return BM_OK;
 }
@@ -150,21 +189,13 @@ static bm_status put_start(bm_trainer *t) {
     return bm_metrics_put(t->metrics, &r);
 }
 
-static bm_status tokenizer_open(bm_trainer *t) {
-    char *path = bm_strf("%s/tokenizer.json", bm_data_path(t->batch->source[0]));
-    if (!path) return BM_EMEMORY;
-    const bm_status s = bm_tokenizer_open(&t->tokenizer, path);
-    free(path);
-    return s;
-}
-
 static bm_status open_all(bm_trainer *t, const bm_trainer_options *o) {
     bm_backend *be = t->device->be;
     BM_TRY(parse(&t->config, o));
     if (o->run && !(t->run = bm_strndup(o->run, strlen(o->run)))) return BM_EMEMORY;
     BM_TRY(bm_comm_open(&t->comm));
     BM_TRY(bm_batch_open(&t->batch, t->config, t->comm));
-    BM_TRY(tokenizer_open(t));
+    BM_TRY(tokenizer_open(&t->tokenizer, t->batch));
     BM_TRY(bm_learner_open(&t->learner, &t->config->model, be, &t->batch->most));
     BM_TRY(weights_open(t));
     BM_TRY(bm_optim_open(&t->optim, t->config, t->learner, t->comm));
