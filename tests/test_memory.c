@@ -4,6 +4,7 @@
  * library are counted too (glibc keeps its own under __libc_*). */
 #include "lib_tiny.h"
 #include "text/text.h"
+#include "train/data.h"
 #include "train/metrics.h"
 #include <errno.h>
 #include <stdatomic.h>
@@ -177,6 +178,40 @@ static bm_status write_metrics(void) {
     return s;
 }
 
+static char text_path[1280], rows_path[1280];
+
+static void write_texts(void) {
+    static const char text[] = "the cat\n<|endoftext|>\nthe mat", rows[] = "{\"text\": \"the \xff, and some twenty bytes more\"}\n";
+    snprintf(text_path, sizeof text_path, "%s", scratch_path("memory.txt"));
+    snprintf(rows_path, sizeof rows_path, "%s", scratch_path("memory.jsonl"));
+    OK(bm_file_write(text_path, text, sizeof text - 1));
+    OK(bm_file_write(rows_path, rows, sizeof rows - 1));
+}
+
+static bm_status pack_and_read(void) {
+    char out[1280];
+    const char *in[2] = { text_path, rows_path };
+    bm_tokenizer *t;
+    bm_data *d = NULL;
+    bm_order *o = NULL;
+    bm_token tokens[3];
+    int32_t starts[2];
+    bm_row row;
+    snprintf(out, sizeof out, "%s", scratch_path("memory-data"));
+    bm_folder_remove(out);
+    BM_TRY(bm_tokenizer_open(&t, tokenizer_path));
+    bm_status st = bm_data_pack(&(bm_pack_options){ .in = in, .n_in = 2, .out = out, .tokenizer = t, .split = "<|endoftext|>",
+                                                    .valid_every = 2, .threads = 1 });
+    if (!st) st = bm_data_open(&d, out);
+    if (!st) st = bm_data_verify(d, NULL, NULL);
+    if (!st) st = bm_order_open(&o, (const bm_data *const[]){ d }, NULL, 1, 1, 2);
+    if (!st) st = bm_order_row(o, 0, 2, tokens, starts, &row);
+    bm_order_close(o);
+    bm_data_close(d);
+    bm_tokenizer_close(t);
+    return st;
+}
+
 /* A tokenizer of bytes, a few merges, a special token. */
 static void write_tokenizer(void) {
     json_t *vocab = json_object(), *merges = json_array();
@@ -218,6 +253,8 @@ static void test_formats(void **state) {
     every_allocation("device", open_device);
     every_allocation("tokenizer", tokenizer);
     every_allocation("metrics of a run", write_metrics);
+    write_texts();
+    every_allocation("texts packed", pack_and_read);
     of_format("GGUF", tiny_gguf(BM_F32));
     char folder[1280];
     snprintf(folder, sizeof folder, "%s", scratch_path("tiny-folder"));

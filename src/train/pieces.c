@@ -87,7 +87,7 @@ static bool next_piece(bm_pieces *p, const char *s, size_t n, bm_cutting *c, siz
     if (stop) end_document(p, s, &c->n, taken);
     else *taken += c->n;
     p->line++;
-    p->begins = stop || (p->begins && c->n == 0);
+    p->begins = stop != NULL;
     return true;
 }
 
