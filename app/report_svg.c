@@ -11,7 +11,7 @@
 const char chart_style[] =
     ".chart{font:12px system-ui,sans-serif}.bg{fill:#fff}.t{fill:#333}.m{fill:#666}.h{font-weight:600;font-size:13px}"
     ".g{stroke:#ddd}.x{stroke:#999;fill:none}.l{fill:none;stroke-width:1.8;stroke-linejoin:round}"
-    ".w{fill:none;stroke-width:1;opacity:.35}"
+    ".w{fill:none;stroke-width:1;opacity:.25}"
     ".s0{stroke:#0072b2}.s1{stroke:#d55e00}.s2{stroke:#009e73}.s3{stroke:#cc79a7}.s4{stroke:#b88600}.s5{stroke:#56b4e9}"
     ".s6{stroke:#555}"
     ".f0{fill:#0072b2}.f1{fill:#d55e00}.f2{fill:#009e73}.f3{fill:#cc79a7}.f4{fill:#b88600}.f5{fill:#56b4e9}"
