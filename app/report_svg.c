@@ -207,11 +207,19 @@ static void plot_to(plot *f, double x, double y) {
     f->down = true;
 }
 
+/* Where stretch s of `parts` begins among n points: as long as the others on the axis, if points are even along x. */
+static size_t stretch_at(const plot *f, size_t n, size_t s, size_t parts) {
+    if (!f->x.log || !s) return n * s / parts;
+    return (size_t)((double)n * pow(f->x.lo / f->x.hi, 1 - (double)s / (double)parts));
+}
+
 /* Least and most of each of 500 stretches, in their order, so that no spike is lost. */
 static void plot_stretches(plot *f, const chart_curve *k) {
     const size_t parts = CHART_POINTS_MOST / 2;
     for (size_t s = 0; s < parts; s++) {
-        const size_t from = k->n * s / parts, to = k->n * (s + 1) / parts;
+        const size_t from = stretch_at(f, k->n, s, parts);
+        const size_t to = s + 1 < parts ? stretch_at(f, k->n, s + 1, parts) : k->n;
+        if (from >= to) continue;
         size_t least = from, most = from;
         for (size_t i = from; i < to; i++) {
             if (isnan(k->y[least]) || k->y[i] < k->y[least]) least = i;
