@@ -25,13 +25,15 @@ static const app_option options[] = {
      "pack: where the text of a .jsonl row is (text); given, standard input is .jsonl too"},
     {0, "valid", NULL, "SHARE", APP_FLOAT, &o.valid, 0, 0.999, &o.of_pack,
      "pack: keep this share of the documents for validation, drawn at random, always the same (0)"},
-    {0, "valid-every", NULL, "N", APP_INT, &o.valid_every, 2, 1 << 30, &o.of_pack, "pack: keep every N-th document for validation"},
+    {0, "valid-every", NULL, "N", APP_INT, &o.valid_every, 2, 1 << 30, &o.of_pack,
+     "pack: keep every N-th document for validation"},
     {0, "valid-file", NULL, "IN", APP_TEXTS, &o.valid_file, 0, 0, &o.of_pack,
      "pack: a text of its own for validation; may be given again"},
     {0, "shard-tokens", NULL, "N", APP_INT, &o.shard_tokens, 1, 0x7fffffff, &o.of_pack,
      "pack: begin another file after the document that reaches N tokens (100000000)"},
     {'t', "threads", NULL, "N", APP_INT, &o.threads, 0, 1024, &o.of_pack, "pack: threads; 0: one per processor (0)"},
-    {0, "verify", NULL, NULL, APP_FLAG, &o.verify, 0, 0, &o.of_stats, "stats: check every file against its checksum first"},
+    {0, "verify", NULL, NULL, APP_FLAG, &o.verify, 0, 0, &o.of_stats,
+     "stats: check every file against its checksum first"},
     {0, "show", NULL, "N", APP_INT, &o.show, 0, 1000, &o.of_stats, "stats: the beginnings of N documents (0)"},
     APP_JSON(&o.json),
     {0},
@@ -54,23 +56,26 @@ static int open_tokenizer(bm_tokenizer **out) {
 
 static json_t *split_json(const bm_data *d, bm_split s) {
     const uint64_t tokens = bm_data_tokens(d, s), bytes = bm_data_bytes(d, s);
-    return json_pack("{s:I, s:I, s:I, s:o, s:I}", "tokens", (json_int_t)tokens, "documents", (json_int_t)bm_data_documents(d, s),
-                     "bytes", (json_int_t)bytes, "bytes_per_token", tokens ? app_json_real((double)bytes / (double)tokens) :
-                     json_null(), "shards", (json_int_t)bm_data_shards(d, s));
+    json_t *ratio = tokens ? app_json_real((double)bytes / (double)tokens) : json_null();
+    return json_pack("{s:I, s:I, s:I, s:o, s:I}", "tokens", (json_int_t)tokens, "documents",
+                     (json_int_t)bm_data_documents(d, s), "bytes", (json_int_t)bytes, "bytes_per_token", ratio,
+                     "shards", (json_int_t)bm_data_shards(d, s));
 }
 
 static int report_pack(const bm_data *d, double seconds) {
     char tokens[32], documents[32], bytes[32], valid[32];
     const uint64_t all = bm_data_bytes(d, BM_SPLIT_TRAIN) + bm_data_bytes(d, BM_SPLIT_VALID);
     if (o.json)
-        return app_print_json(json_pack("{s:s, s:o, s:o, s:o}", "path", bm_data_path(d), "train", split_json(d, BM_SPLIT_TRAIN), "valid",
-                                        split_json(d, BM_SPLIT_VALID), "seconds", app_json_real(seconds)));
+        return app_print_json(json_pack("{s:s, s:o, s:o, s:o}", "path", bm_data_path(d), "train",
+                                        split_json(d, BM_SPLIT_TRAIN), "valid", split_json(d, BM_SPLIT_VALID),
+                                        "seconds", app_json_real(seconds)));
     app_format_count(tokens, bm_data_tokens(d, BM_SPLIT_TRAIN));
     app_format_count(documents, bm_data_documents(d, BM_SPLIT_TRAIN));
     app_format_count(valid, bm_data_tokens(d, BM_SPLIT_VALID));
     app_format_bytes(bytes, (double)all);
-    printf("%s: %s tokens in %s documents to train on, %s tokens for validation, from %s of text; %.1f s, %.1f MB/s\n",
-           bm_data_path(d), tokens, documents, valid, bytes, seconds, (double)all / 1e6 / (seconds > 0 ? seconds : 1e-9));
+    printf("%s: %s tokens in %s documents to train on, %s tokens for validation, from %s of text; "
+           "%.1f s, %.1f MB/s\n", bm_data_path(d), tokens, documents, valid, bytes, seconds,
+           (double)all / 1e6 / (seconds > 0 ? seconds : 1e-9));
     return APP_OK;
 }
 
@@ -82,8 +87,10 @@ static int run_pack(char **operand, size_t n) {
     if (o.of_stats) return app_usage(&app_data, "--verify and --show are options of stats");
     if (o.lines && o.split) return app_usage(&app_data, "--lines and --split are two ways to part texts");
     if (o.model && o.tokenizer) return app_usage(&app_data, "-m and --tokenizer both name a tokenizer");
-    if (o.valid > 0 && o.valid_every) return app_usage(&app_data, "--valid and --valid-every are two ways to choose documents");
-    if (o.split && !*o.split) return app_usage(&app_data, "--split: found an empty marker, expected at least one character");
+    if (o.valid > 0 && o.valid_every)
+        return app_usage(&app_data, "--valid and --valid-every are two ways to choose documents");
+    if (o.split && !*o.split)
+        return app_usage(&app_data, "--split: found an empty marker, expected at least one character");
     int code = app_output_check(o.out, false);
     if (!code) code = open_tokenizer(&t);
     if (code) return code;
@@ -91,10 +98,10 @@ static int run_pack(char **operand, size_t n) {
     app_catch_interrupts();
     const double start = app_seconds();
     bm_status s = bm_data_pack(&(bm_pack_options){
-        .in = (const char *const *)operand, .n_in = n, .valid = o.valid_file.item, .n_valid = (size_t)o.valid_file.n, .out = o.out,
-        .tokenizer = t, .split = o.split, .lines = o.lines, .field = o.field, .valid_share = (double)o.valid,
-        .valid_every = (uint64_t)o.valid_every, .shard_tokens = (uint64_t)o.shard_tokens, .threads = o.threads,
-        .progress = app_progress_step, .user = &p });
+        .in = (const char *const *)operand, .n_in = n, .valid = o.valid_file.item, .n_valid = (size_t)o.valid_file.n,
+        .out = o.out, .tokenizer = t, .split = o.split, .lines = o.lines, .field = o.field,
+        .valid_share = (double)o.valid, .valid_every = (uint64_t)o.valid_every,
+        .shard_tokens = (uint64_t)o.shard_tokens, .threads = o.threads, .progress = app_progress_step, .user = &p });
     const double seconds = app_seconds() - start;
     app_progress_end(&p);
     bm_tokenizer_close(t);
@@ -132,7 +139,8 @@ static void count_lengths(stats *z, bm_split s) {
 
 static bm_status count_tokens(stats *z, bm_split s, app_progress *p) {
     bm_token block[BLOCK];
-    const uint64_t n = bm_data_tokens(z->d, s), all = bm_data_tokens(z->d, BM_SPLIT_TRAIN) + bm_data_tokens(z->d, BM_SPLIT_VALID);
+    const uint64_t n = bm_data_tokens(z->d, s);
+    const uint64_t all = bm_data_tokens(z->d, BM_SPLIT_TRAIN) + bm_data_tokens(z->d, BM_SPLIT_VALID);
     for (uint64_t at = 0; at < n; ) {
         const size_t m = n - at < BLOCK ? (size_t)(n - at) : BLOCK;
         const bm_status st = bm_data_read(z->d, s, at, m, block);
@@ -195,7 +203,8 @@ static void print_split(const bm_data *d, bm_split s, const char *name) {
     app_format_count(documents, documents_n);
     app_format_count(bytes, bm_data_bytes(d, s));
     printf("  %-10s %15s %13s %15s %13.2f %13.1f %8zu\n", name, tokens, documents, bytes,
-           n ? (double)bm_data_bytes(d, s) / (double)n : 0, documents_n ? (double)n / (double)documents_n : 0, bm_data_shards(d, s));
+           n ? (double)bm_data_bytes(d, s) / (double)n : 0, documents_n ? (double)n / (double)documents_n : 0,
+           bm_data_shards(d, s));
 }
 
 static void print_lengths(const stats *z) {
@@ -234,7 +243,8 @@ static int print_tokens(const stats *z) {
         const int code = token_text(z, &z->top[i], 1, &text, &n);
         if (code) return code;
         app_format_count(n_text, z->count[z->top[i]]);
-        printf("  %8d %14s %6.2f%%  '", (int)z->top[i], n_text, 100.0 * (double)z->count[z->top[i]] / (double)z->tokens);
+        printf("  %8d %14s %6.2f%%  '", (int)z->top[i], n_text,
+               100.0 * (double)z->count[z->top[i]] / (double)z->tokens);
         print_escaped(text, n);
         puts("'");
         bm_free(text);
@@ -243,10 +253,11 @@ static int print_tokens(const stats *z) {
 }
 
 /* The i-th of the documents to show: they lie evenly over all, those of validation behind. */
-static int beginning(const stats *z, uint64_t i, bm_split *s, uint64_t *number, size_t *n_tokens, char **text, size_t *n) {
+static int beginning(const stats *z, uint64_t i, bm_split *s, uint64_t *number, size_t *n_tokens, char **text,
+                     size_t *n) {
     bm_token ids[SHOWN];
-    const uint64_t train = bm_data_documents(z->d, BM_SPLIT_TRAIN), shown = (uint64_t)o.show < z->documents ? (uint64_t)o.show :
-        z->documents;
+    const uint64_t train = bm_data_documents(z->d, BM_SPLIT_TRAIN), asked = (uint64_t)o.show;
+    const uint64_t shown = asked < z->documents ? asked : z->documents;
     *number = z->documents / shown * i + z->documents % shown * i / shown;
     *s = *number < train ? BM_SPLIT_TRAIN : BM_SPLIT_VALID;
     if (*s == BM_SPLIT_VALID) *number -= train;
@@ -265,7 +276,8 @@ static int print_beginnings(const stats *z) {
         char *text;
         const int code = beginning(z, i, &s, &number, &n_tokens, &text, &n);
         if (code) return code;
-        printf("%s%s %llu, %zu tokens: ", i ? "" : "\n", s ? "validation document" : "document", (unsigned long long)number, n_tokens);
+        printf("%s%s %llu, %zu tokens: ", i ? "" : "\n", s ? "validation document" : "document",
+               (unsigned long long)number, n_tokens);
         print_escaped(text, n);
         puts(n_tokens > SHOWN + 1 ? " ..." : "");
         bm_free(text);
@@ -274,8 +286,9 @@ static int print_beginnings(const stats *z) {
 }
 
 static int print_stats(const stats *z) {
-    printf("%s%s\n  %-10s %15s %13s %15s %13s %13s %8s\n", bm_data_path(z->d), o.verify ? ", every checksum right" : "", "split",
-           "tokens", "documents", "bytes of text", "bytes/token", "tokens/doc.", "shards");
+    printf("%s%s\n", bm_data_path(z->d), o.verify ? ", every checksum right" : "");
+    printf("  %-10s %15s %13s %15s %13s %13s %8s\n", "split", "tokens", "documents", "bytes of text", "bytes/token",
+           "tokens/doc.", "shards");
     print_split(z->d, BM_SPLIT_TRAIN, "train");
     print_split(z->d, BM_SPLIT_VALID, "valid");
     print_lengths(z);
@@ -291,8 +304,8 @@ static int json_tops(const stats *z, json_t *list) {
         size_t n;
         const int code = token_text(z, &z->top[i], 1, &text, &n);
         if (code) return code;
-        json_array_append_new(list, json_pack("{s:i, s:o, s:I}", "id", (int)z->top[i], "text", json_stringn(text, n), "count",
-                                              (json_int_t)z->count[z->top[i]]));
+        json_array_append_new(list, json_pack("{s:i, s:o, s:I}", "id", (int)z->top[i], "text", json_stringn(text, n),
+                                              "count", (json_int_t)z->count[z->top[i]]));
         bm_free(text);
     }
     return APP_OK;
@@ -306,8 +319,9 @@ static int json_beginnings(const stats *z, json_t *list) {
         char *text;
         const int code = beginning(z, i, &s, &number, &n_tokens, &text, &n);
         if (code) return code;
-        json_array_append_new(list, json_pack("{s:s, s:I, s:I, s:o}", "split", s ? "valid" : "train", "document", (json_int_t)number,
-                                              "tokens", (json_int_t)n_tokens, "text", json_stringn(text, n)));
+        json_array_append_new(list, json_pack("{s:s, s:I, s:I, s:o}", "split", s ? "valid" : "train", "document",
+                                              (json_int_t)number, "tokens", (json_int_t)n_tokens, "text",
+                                              json_stringn(text, n)));
         bm_free(text);
     }
     return APP_OK;
@@ -320,17 +334,19 @@ static int json_stats(const stats *z) {
     for (int i = 0; i < BINS && !code; i++)
         if (z->bin[i])
             json_array_append_new(lengths, json_pack("{s:I, s:I, s:I}", "from", (json_int_t)((uint64_t)1 << i), "to",
-                                                     (json_int_t)(((uint64_t)2 << i) - 1), "documents", (json_int_t)z->bin[i]));
+                                                     (json_int_t)(((uint64_t)2 << i) - 1), "documents",
+                                                     (json_int_t)z->bin[i]));
     if (code) {
         json_decref(tops);
         json_decref(shown);
         json_decref(lengths);
         return code;
     }
-    return app_print_json(json_pack("{s:s, s:b, s:o, s:o, s:I, s:I, s:i, s:I, s:I, s:o, s:o, s:o}", "path", bm_data_path(z->d),
-        "verified", o.verify, "train", split_json(z->d, BM_SPLIT_TRAIN), "valid", split_json(z->d, BM_SPLIT_VALID), "vocabulary",
-        (json_int_t)bm_data_vocab(z->d), "vocabulary_used", (json_int_t)z->used, "separator", (int)bm_data_separator(z->d), "shortest",
-        (json_int_t)z->shortest, "longest", (json_int_t)z->longest, "lengths", lengths, "most_frequent", tops, "beginnings", shown));
+    return app_print_json(json_pack("{s:s, s:b, s:o, s:o, s:I, s:I, s:i, s:I, s:I, s:o, s:o, s:o}",
+        "path", bm_data_path(z->d), "verified", o.verify, "train", split_json(z->d, BM_SPLIT_TRAIN), "valid",
+        split_json(z->d, BM_SPLIT_VALID), "vocabulary", (json_int_t)bm_data_vocab(z->d), "vocabulary_used",
+        (json_int_t)z->used, "separator", (int)bm_data_separator(z->d), "shortest", (json_int_t)z->shortest,
+        "longest", (json_int_t)z->longest, "lengths", lengths, "most_frequent", tops, "beginnings", shown));
 }
 
 static int verify(const bm_data *d) {
@@ -343,14 +359,15 @@ static int verify(const bm_data *d) {
 static int run_stats(char **operand, size_t n) {
     stats z = {0};
     if (n != 1) return app_usage(&app_data, "stats: found %zu folders, expected one", n);
-    if (o.of_pack) return app_usage(&app_data, "stats takes --verify, --show and --json; the other options are of pack");
+    if (o.of_pack)
+        return app_usage(&app_data, "stats takes --verify, --show and --json; the other options are of pack");
     app_catch_interrupts();
     bm_status s = bm_data_open(&z.d, operand[0]);
     if (!s) s = bm_tokenizer_open(&z.t, operand[0]);
     int code = s ? app_failed(s) : APP_OK;
     if (!code && bm_tokenizer_size(z.t) != bm_data_vocab(z.d))
-        code = app_error("%s: found a tokenizer.json of %zu tokens, expected %zu as index.json says", operand[0], bm_tokenizer_size(z.t),
-                         bm_data_vocab(z.d));
+        code = app_error("%s: found a tokenizer.json of %zu tokens, expected %zu as index.json says", operand[0],
+                         bm_tokenizer_size(z.t), bm_data_vocab(z.d));
     if (!code && o.verify) code = verify(z.d);
     if (!code) code = count_all(&z);
     if (!code) code = o.json ? json_stats(&z) : print_stats(&z);
@@ -369,11 +386,11 @@ static int run(char **operand) {
 }
 
 const app_command app_data = {
-    "data", "pack IN... -o DIR [-m MODEL | --tokenizer FILE] [--split MARKER | --lines] [--valid SHARE | --valid-every N] "
-    "[--valid-file IN]... [-t N] | stats DIR [--verify] [--show N] [--json]",
+    "data", "pack IN... -o DIR [-m MODEL | --tokenizer FILE] [--split MARKER | --lines] [--valid SHARE | "
+    "--valid-every N] [--valid-file IN]... [-t N] | stats DIR [--verify] [--show N] [--json]",
     "Turns texts into tokens for training; tells what is in them.",
-    "IN are texts in UTF-8, plain or compressed with gzip, xz or zstd; - is standard input. A file is a document, unless "
-    "--split or --lines parts it; of .jsonl each row is one, in its field \"text\". Before each document stands the "
-    "tokenizer's end-of-text token. The same texts and options give the same files, whatever the number of threads. DIR holds "
-    "the tokenizer too, and appears whole or not at all.", options, -2, run,
+    "IN are texts in UTF-8, plain or compressed with gzip, xz or zstd; - is standard input. A file is a document, "
+    "unless --split or --lines parts it; of .jsonl each row is one, in its field \"text\". Before each document "
+    "stands the tokenizer's end-of-text token. The same texts and options give the same files, whatever the number "
+    "of threads. DIR holds the tokenizer too, and appears whole or not at all.", options, -1, run,
 };

@@ -50,7 +50,8 @@ static void same_document(const bm_data *d, bm_split s, uint64_t i, const bm_tok
     assert_int_equal(got[0], bm_data_separator(d));
     if (end - at != n_ids + 1) fail_msg("document %d has %d ids, expected %zu", (int)i, (int)(end - at), n_ids + 1);
     for (size_t k = 0; k < n_ids; k++)
-        if (got[k + 1] != ids[k]) fail_msg("document %d: id %zu is %d, expected %d", (int)i, k, (int)got[k + 1], (int)ids[k]);
+        if (got[k + 1] != ids[k])
+            fail_msg("document %d: id %zu is %d, expected %d", (int)i, k, (int)got[k + 1], (int)ids[k]);
     bm_free(ids);
     free(got);
 }
@@ -81,11 +82,13 @@ static void test_documents(void **state) {
     DOCUMENTS(whole, WRITE("a.txt", "abc ab\n\nabc"), "abc ab\n\nabc");
     DOCUMENTS(whole, WRITE("a.txt", "\xef\xbb\xbf" "abc"), "abc");
     DOCUMENTS(split, WRITE("a.txt", "abc<|endoftext|>ab"), "abc", "ab");
-    DOCUMENTS(split, WRITE("a.txt", "<|endoftext|>abc\n<|endoftext|>\nab\n<|endoftext|>\r\na\n<|endoftext|>"), "abc\n", "ab\n", "a\n");
-    DOCUMENTS(split, WRITE("a.txt", "abc<|endoftext|>\nab"), "abc", "\nab");        /* the marker has no line of its own */
+    DOCUMENTS(split, WRITE("a.txt", "<|endoftext|>abc\n<|endoftext|>\nab\n<|endoftext|>\r\na\n<|endoftext|>"),
+              "abc\n", "ab\n", "a\n");
+    DOCUMENTS(split, WRITE("a.txt", "abc<|endoftext|>\nab"), "abc", "\nab");    /* the marker begins no line */
     DOCUMENTS(split, WRITE("a.txt", "<|endoftext|>\n<|endoftext|>\n\nab"), "\nab");
     DOCUMENTS(lines, WRITE("a.txt", "abc\nab\r\n\n\n ab ab"), "abc", "ab", " ab ab");
-    DOCUMENTS(whole, WRITE("a.jsonl", "{\"text\": \"abc\\nab\"}\n\n  \n{\"x\": 1, \"text\": \"\"}\n{\"text\": \"\\u00e9\"}"), "abc\nab", "\xc3\xa9");
+    DOCUMENTS(whole, WRITE("a.jsonl", "{\"text\": \"abc\\nab\"}\n\n  \n{\"x\": 1, \"text\": \"\"}\n{\"text\": "
+                           "\"\\u00e9\"}"), "abc\nab", "\xc3\xa9");
     DOCUMENTS(whole, WRITE("a.jsonl", "\xef\xbb\xbf{\"text\": \"abc\"}\r\n"), "abc");
     DOCUMENTS(split, WRITE("a.jsonl", "{\"text\": \"abc\"}\n{\"text\": \"a\"}\n"), "abc", "a");
     DOCUMENTS(field, WRITE("a.jsonl", "{\"a.b\": \"abc\", \"text\": \"no\"}\n"), "abc");
@@ -170,8 +173,8 @@ static void test_validation(void **state) {
 
 /* n bytes of words, runs of white space and characters that compose; no white space after the first `words` bytes. */
 static bm_text random_text(uint64_t seed, size_t n, size_t words) {
-    static const char *const some[] = { " abc", " ab", "aaaa", "  ", "\n", " e\xcc\x81", "\xe2\x80\x83", "b  c", "b c", "\xc3\xa9", ".", " a",
-                                        "   a", "\n\n b" }, *const bad[] = { "\xff", "\xe2\x82" };
+    static const char *const some[] = { " abc", " ab", "aaaa", "  ", "\n", " e\xcc\x81", "\xe2\x80\x83", "b  c",
+        "b c", "\xc3\xa9", ".", " a", "   a", "\n\n b" }, *const bad[] = { "\xff", "\xe2\x82" };
     bm_text t = {0};
     for (uint64_t i = 0; t.n < n; i++) {
         const uint64_t dice = bm_rng_u64(seed, 0, i);
@@ -194,7 +197,8 @@ static void test_cuts(void **state) {
         OK(bm_text_put(&all, "<|endoftext|>", 13));
         OK(bm_text_put(&all, b.s, b.n));
         bm_tokenizer *t = list[k];
-        bm_data *d = pack_one((bm_pack_options){ .tokenizer = t, .split = "<|endoftext|>" }, write_text("a.txt", all.s, all.n));
+        bm_data *d = pack_one((bm_pack_options){ .tokenizer = t, .split = "<|endoftext|>" },
+                              write_text("a.txt", all.s, all.n));
         assert_int_equal(bm_data_documents(d, BM_SPLIT_TRAIN), 2);
         same_document(d, BM_SPLIT_TRAIN, 0, t, a.s, a.n);
         same_document(d, BM_SPLIT_TRAIN, 1, t, b.s, b.n);
@@ -227,7 +231,8 @@ static void test_markers(void **state) {
     for (size_t at = PIECE - 4; at < PIECE + 3; at++) {
         memset(text, 'c', sizeof text);
         memcpy(text + at, marker, 3);
-        bm_data *d = pack_one((bm_pack_options){ .tokenizer = t, .split = marker }, write_text("a.txt", text, sizeof text));
+        bm_data *d = pack_one((bm_pack_options){ .tokenizer = t, .split = marker },
+                              write_text("a.txt", text, sizeof text));
         assert_int_equal(bm_data_documents(d, BM_SPLIT_TRAIN), 2);
         same_document(d, BM_SPLIT_TRAIN, 0, t, text, at);
         same_document(d, BM_SPLIT_TRAIN, 1, t, text + at + 3, sizeof text - at - 3);
@@ -237,8 +242,8 @@ static void test_markers(void **state) {
 }
 
 static void same_folders(const char *a, const char *b) {
-    static const char *const name[] = { "index.json", "tokenizer.json", "tokenizer_config.json", "train-00000.bin", "train-00000.idx",
-        "train-00001.bin", "train-00001.idx", "valid-00000.bin", "valid-00000.idx" };
+    static const char *const name[] = { "index.json", "tokenizer.json", "tokenizer_config.json", "train-00000.bin",
+        "train-00000.idx", "train-00001.bin", "train-00001.idx", "valid-00000.bin", "valid-00000.idx" };
     char x[1400], y[1400];
     for (size_t i = 0; i < COUNT(name); i++) {
         snprintf(x, sizeof x, "%s/%s", a, name[i]);
@@ -258,7 +263,8 @@ static void test_threads(void **state) {
     const char *in[] = { write_text("a.txt", a.s, a.n), write_text("b.jsonl", rows.s, rows.n) };
     char first[1280];
     for (int threads = 1; threads <= 3; threads += 2) {
-        OK(pack((bm_pack_options){ .tokenizer = t, .valid_every = 7, .shard_tokens = 1000000, .threads = threads }, in, 2));
+        OK(pack((bm_pack_options){ .tokenizer = t, .valid_every = 7, .shard_tokens = 1000000, .threads = threads },
+                in, 2));
         if (threads == 1) snprintf(first, sizeof first, "%s", out_path);
         else same_folders(first, out_path);
     }
@@ -303,8 +309,8 @@ static bm_data *letters(uint64_t seed, int documents, uint64_t shard_tokens) {
         }
         OK(bm_text_put(&text, "\n", 1));
     }
-    bm_data *d = pack_one((bm_pack_options){ .tokenizer = t, .lines = true, .valid_every = 5, .shard_tokens = shard_tokens },
-                          write_text("letters.txt", text.s, text.n));
+    bm_data *d = pack_one((bm_pack_options){ .tokenizer = t, .lines = true, .valid_every = 5, .shard_tokens =
+        shard_tokens }, write_text("letters.txt", text.s, text.n));
     free(text.s);
     bm_tokenizer_close(t);
     return d;
@@ -328,7 +334,8 @@ static void expect_row(const bm_data *d, bm_split s, uint64_t at, int n, const r
         const bool begins = id == 0;            /* only separators are */
         if (i == 0) assert_int_equal(got->r.fresh, begins);
         if (i == 0 || i == n || !begins) continue;
-        if (starts >= got->r.n_starts || got->start[starts] != i) fail_msg("start %d of a row is missing, expected %d", starts, i);
+        if (starts >= got->r.n_starts || got->start[starts] != i)
+            fail_msg("start %d of a row is missing, expected %d", starts, i);
         starts++;
     }
     assert_int_equal(got->r.n_starts, starts);
@@ -366,7 +373,8 @@ static void test_windows(void **state) {
             targets += (uint64_t)x.r.n;
         }
         assert_int_equal(targets, n - 1);
-        assert_int_equal(bm_data_window(d, BM_SPLIT_VALID, bm_data_windows(d, BM_SPLIT_VALID, T), T, x.token, x.start, &x.r), BM_EARG);
+        assert_int_equal(bm_data_window(d, BM_SPLIT_VALID, bm_data_windows(d, BM_SPLIT_VALID, T), T, x.token, x.start,
+                                        &x.r), BM_EARG);
     }
     bm_data_close(d);
 }
@@ -471,7 +479,7 @@ static void test_mixture(void **state) {
         had[x.r.source]++;
     }
     assert_true(had[2] >= 1);
-    for (int i = 0; i < 3; i++) {                       /* each source by itself: pass after pass, but for a block at the end */
+    for (int i = 0; i < 3; i++) {   /* each source by itself: pass after pass, but for a block at the end */
         const uint64_t W = (bm_data_tokens(d[i], BM_SPLIT_TRAIN) - 1) / T, passes = had[i] / W;
         const uint64_t slack = (uint64_t)(BLOCK * weight[i] / 10 / (double)W) + 2;
         assert_true(W <= 2000);
@@ -506,7 +514,8 @@ static void test_carry(void **state) {
             OK(bm_order_carry(o, lane, LANES, at, T, x.token, x.start, &x.r));
             const bm_data *source = d[x.r.source];
             if (s == 0) of[x.r.source]++, first[lane] = x.r.at;
-            else assert_int_equal(x.r.at, (before[lane].r.at + (uint64_t)before[lane].r.n) % bm_data_tokens(source, BM_SPLIT_TRAIN));
+            else assert_int_equal(x.r.at, (before[lane].r.at + (uint64_t)before[lane].r.n) % bm_data_tokens(source,
+                                  BM_SPLIT_TRAIN));
             if (s) assert_int_equal(x.token[0], before[lane].token[before[lane].r.n]);
             if (s == 0) assert_true(x.r.fresh);
             else expect_row(source, BM_SPLIT_TRAIN, x.r.at, T, &x);
@@ -548,23 +557,29 @@ static void test_refused_texts(void **state) {
     bm_tokenizer *t = tiny(EOS), *no_end = without_end();
     const bm_pack_options o = { .tokenizer = t };
     refused(o, WRITE("a.txt", ""), BM_EFORMAT, "a.txt: found no text in it");
-    refused((bm_pack_options){ .tokenizer = t, .lines = true }, WRITE("a.txt", "\n\n\n"), BM_EFORMAT, "found no text in it");
+    refused((bm_pack_options){ .tokenizer = t, .lines = true }, WRITE("a.txt", "\n\n\n"), BM_EFORMAT,
+            "found no text in it");
     refused(o, WRITE("a.jsonl", "\n{\"text\": \"\"}\n"), BM_EFORMAT, "found no text in it");
     refused(o, WRITE("a.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n"), BM_EFORMAT, "a.jsonl: line 3: ");
-    refused(o, WRITE("a.jsonl", "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n"), BM_EFORMAT, "a.jsonl: line 2: found nothing for 'text', expected a text");
+    refused(o, WRITE("a.jsonl", "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n"), BM_EFORMAT, "a.jsonl: line 2: found nothing "
+            "for 'text', expected a text");
     refused(o, WRITE("a.jsonl", "{\"text\": 7}\n"), BM_EFORMAT, "line 1: found a number for 'text'");
     refused(o, WRITE("a.jsonl", "[\"text\"]\n"), BM_EFORMAT, "line 1: found a list, expected a JSON object");
     refused(o, scratch_path("absent.txt"), BM_EIO, "absent.txt");
     refused((bm_pack_options){ .tokenizer = no_end }, WRITE("a.txt", "a"), BM_EARG, "without EOS and BOS");
-    refused((bm_pack_options){ .tokenizer = t, .valid_every = 2 }, WRITE("a.txt", "abc"), BM_EFORMAT, "found 1 documents, none of them for validation");
-    refused((bm_pack_options){ .tokenizer = t, .valid_every = 2, .valid_share = 0.5 }, WRITE("a.txt", "abc"), BM_EARG, "not both");
-    refused((bm_pack_options){ .tokenizer = t, .split = "x", .lines = true }, WRITE("a.txt", "abc"), BM_EARG, "a marker and lines");
+    refused((bm_pack_options){ .tokenizer = t, .valid_every = 2 }, WRITE("a.txt", "abc"), BM_EFORMAT,
+            "found 1 documents, none of them for validation");
+    refused((bm_pack_options){ .tokenizer = t, .valid_every = 2, .valid_share = 0.5 }, WRITE("a.txt", "abc"), BM_EARG,
+            "not both");
+    refused((bm_pack_options){ .tokenizer = t, .split = "x", .lines = true }, WRITE("a.txt", "abc"), BM_EARG,
+            "a marker and lines");
     refused((bm_pack_options){ .tokenizer = t, .split = "" }, WRITE("a.txt", "abc"), BM_EARG, "an empty marker");
     refused(o, WRITE("a.txt", "\xff\xfe" "a\0b\xff\xfe\xfd"), BM_EFORMAT, "found bytes that are no UTF-8");
     assert_int_equal(bm_data_pack(&(bm_pack_options){ .tokenizer = t }), BM_EARG);
     const char *in = WRITE("a.txt", "abc");
     OK(pack(o, &in, 1));
-    assert_int_equal(bm_data_pack(&(bm_pack_options){ .tokenizer = t, .in = &in, .n_in = 1, .out = out_path }), BM_EARG);
+    assert_int_equal(bm_data_pack(&(bm_pack_options){ .tokenizer = t, .in = &in, .n_in = 1, .out = out_path }),
+                     BM_EARG);
     expect_sentence("exists already");
     bm_tokenizer_close(t);
     bm_tokenizer_close(no_end);
@@ -574,8 +589,8 @@ static void test_refused_texts(void **state) {
 static void test_mended(void **state) {
     (void)state;
     bm_tokenizer *t = tiny(EOS);
-    static const char text[] = "abc \xff ab and a good deal more of words", line[] = "{\"text\": \"abc \xff ab and a good deal more\"}\n",
-        mended[] = "abc \xef\xbf\xbd ab and a good deal more";
+    static const char text[] = "abc \xff ab and a good deal more of words", line[] = "{\"text\": \"abc \xff ab and a "
+        "good deal more\"}\n", mended[] = "abc \xef\xbf\xbd ab and a good deal more";
     bm_data *d = pack_one((bm_pack_options){ .tokenizer = t }, WRITE("a.txt", text));
     same_document(d, BM_SPLIT_TRAIN, 0, t, text, sizeof text - 1);
     bm_data_close(d);
@@ -594,7 +609,8 @@ static void test_stopped(void **state) {
     (void)state;
     int calls = 0;
     bm_tokenizer *t = tiny(EOS);
-    refused((bm_pack_options){ .tokenizer = t, .progress = stop, .user = &calls }, WRITE("a.txt", "abc"), BM_ECANCELLED, "stopped");
+    refused((bm_pack_options){ .tokenizer = t, .progress = stop, .user = &calls }, WRITE("a.txt", "abc"),
+            BM_ECANCELLED, "stopped");
     assert_int_equal(calls, 1);
     bm_tokenizer_close(t);
 }
@@ -652,9 +668,11 @@ static bm_status open_damaged(const uint8_t *data, size_t n) {
 
 static void test_damage(void **state) {
     (void)state;
-    static const char *const name[] = { "index.json", "train-00000.bin", "train-00000.idx", "valid-00000.bin", "tokenizer.json" };
+    static const char *const name[] = { "index.json", "train-00000.bin", "train-00000.idx", "valid-00000.bin",
+        "tokenizer.json" };
     bm_tokenizer *t = tiny(EOS);
-    bm_data *d = pack_one((bm_pack_options){ .tokenizer = t, .lines = true, .valid_every = 3 }, WRITE("a.txt", "abc\nab a\nb\nc c\na\naaaa b\nabc"));
+    bm_data *d = pack_one((bm_pack_options){ .tokenizer = t, .lines = true, .valid_every = 3 }, WRITE("a.txt",
+                          "abc\nab a\nb\nc c\na\naaaa b\nabc"));
     bm_data_close(d);
     bm_tokenizer_close(t);
     for (size_t i = 0; i < COUNT(name); i++) {
@@ -692,7 +710,8 @@ static void test_refused_folders(void **state) {
     expect_open("index.json", foreign, sizeof foreign - 1, BM_EFORMAT, "format is 'x', expected 'blackmamba-data'");
     expect_open("index.json", "[]", 2, BM_EFORMAT, "found no object");
     expect_open("index.json", "{}", 2, BM_EFORMAT, "found nothing for 'format'");
-    expect_open("train-00000.bin", ids, 6, BM_EFORMAT, "train-00000.bin: found 6 bytes, expected 8 as index.json says; the file is cut short");
+    expect_open("train-00000.bin", ids, 6, BM_EFORMAT, "train-00000.bin: found 6 bytes, expected 8 as index.json says; "
+                "the file is cut short");
     expect_open("train-00000.bin", past, 8, BM_EFORMAT, "train-00000.bin: found checksum");
     expect_open("train-00000.idx", starts, 8, BM_EFORMAT, "train-00000.idx: found checksum");
     snprintf(victim, sizeof victim, "%s/train-00000.bin", out_path);
@@ -703,12 +722,12 @@ static void test_refused_folders(void **state) {
     expect_sentence("train-00000.bin: token 3 is 301, expected an id below 301");
     bm_data_close(d);
     assert_int_equal(bm_data_open(&d, scratch_path("absent")), BM_EIO);
-    expect_sentence("found no index.json in it");
+    expect_sentence("found no such folder");
     assert_int_equal(bm_data_open(&d, scratch_folder()), BM_EFORMAT);
-    expect_sentence("expected a folder that 'blackmamba data pack' wrote");
+    expect_sentence("found no index.json in it, expected a folder that 'blackmamba data pack' wrote");
 }
 
-/* ---- real texts ----------------------------------------------------------------------------------------------------- */
+/* ---- real texts ----------------------------------------------------------------------------------------- */
 
 static void test_books(void **state) {
     (void)state;
@@ -741,13 +760,14 @@ static void test_books(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_documents), cmocka_unit_test(test_inputs), cmocka_unit_test(test_compressed), cmocka_unit_test(test_validation),
-        cmocka_unit_test(test_cuts), cmocka_unit_test(test_places), cmocka_unit_test(test_markers), cmocka_unit_test(test_threads), cmocka_unit_test(test_wide),
-        cmocka_unit_test(test_rows), cmocka_unit_test(test_windows),
-        cmocka_unit_test(test_passes), cmocka_unit_test(test_evenly), cmocka_unit_test(test_pure), cmocka_unit_test(test_mixture),
-        cmocka_unit_test(test_carry),
-        cmocka_unit_test(test_refused_texts), cmocka_unit_test(test_mended), cmocka_unit_test(test_stopped), cmocka_unit_test(test_short),
-        cmocka_unit_test(test_damage), cmocka_unit_test(test_refused_folders), cmocka_unit_test(test_books),
+        cmocka_unit_test(test_documents), cmocka_unit_test(test_inputs), cmocka_unit_test(test_compressed),
+        cmocka_unit_test(test_validation), cmocka_unit_test(test_cuts), cmocka_unit_test(test_places),
+        cmocka_unit_test(test_markers), cmocka_unit_test(test_threads), cmocka_unit_test(test_wide),
+        cmocka_unit_test(test_rows), cmocka_unit_test(test_windows), cmocka_unit_test(test_passes),
+        cmocka_unit_test(test_evenly), cmocka_unit_test(test_pure), cmocka_unit_test(test_mixture),
+        cmocka_unit_test(test_carry), cmocka_unit_test(test_refused_texts), cmocka_unit_test(test_mended),
+        cmocka_unit_test(test_stopped), cmocka_unit_test(test_short), cmocka_unit_test(test_damage),
+        cmocka_unit_test(test_refused_folders), cmocka_unit_test(test_books),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

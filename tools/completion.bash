@@ -18,6 +18,8 @@ _blackmamba() {
         compopt -o filenames 2>/dev/null
         mapfile -t COMPREPLY < <(compgen -d -- "$cur")
         return
+    elif [[ $command == data && $COMP_CWORD == 2 ]]; then
+        words="pack stats"
     elif [[ $prev == --device ]]; then
         words="cpu cpu:scalar cpu:avx2 cpu:avx512 cpu:neon"
     elif [[ $cur == -* ]]; then

@@ -34,11 +34,12 @@ static bm_status get_object(const json_t *o, const char *path, const char *key, 
     *out = json_object_get(o, key);
     if (*out && (int)json_typeof(*out) == type) return BM_OK;
     return bm_fail(BM_EFORMAT, "%s: found %s for '%s', expected %s; pack the texts again", path,
-                   *out ? "another kind of value" : "nothing", key, type == JSON_OBJECT ? "an object" : type == JSON_ARRAY ?
-                   "a list" : "a text");
+                   *out ? "another kind of value" : "nothing", key,
+                   type == JSON_OBJECT ? "an object" : type == JSON_ARRAY ? "a list" : "a text");
 }
 
-static bm_status get_count(const json_t *o, const char *path, const char *key, uint64_t min, uint64_t max, uint64_t *out) {
+static bm_status get_count(const json_t *o, const char *path, const char *key, uint64_t min, uint64_t max,
+                           uint64_t *out) {
     int64_t v = 0;
     BM_TRY(bm_json_int(o, path, key, (int64_t)min, (int64_t)max, &v));
     *out = (uint64_t)v;
@@ -68,20 +69,22 @@ static bm_status check_index(json_t *root, const char *path) {
     json_t *format;
     int64_t version;
     uint64_t hash, found;
-    if (!json_is_object(root)) return bm_fail(BM_EFORMAT, "%s: found no object, expected the index of packed data", path);
+    if (!json_is_object(root))
+        return bm_fail(BM_EFORMAT, "%s: found no object, expected the index of packed data", path);
     BM_TRY(get_object(root, path, "format", JSON_STRING, &format));
     if (strcmp(json_string_value(format), BM_PACKED_FORMAT))
-        return bm_fail(BM_EFORMAT, "%s: format is '%.40s', expected '%s'", path, json_string_value(format), BM_PACKED_FORMAT);
+        return bm_fail(BM_EFORMAT, "%s: format is '%.40s', expected '%s'", path, json_string_value(format),
+                       BM_PACKED_FORMAT);
     BM_TRY(bm_json_int(root, path, "version", 0, INT_MAX, &version));
     if (version != BM_PACKED_VERSION)
-        return bm_fail(BM_ENOSUPPORT, "%s: version is %d, expected %d; pack the texts again, or use the release that packed "
-                       "them", path, (int)version, BM_PACKED_VERSION);
+        return bm_fail(BM_ENOSUPPORT, "%s: version is %d, expected %d; pack the texts again, or use the release that "
+                       "packed them", path, (int)version, BM_PACKED_VERSION);
     BM_TRY(get_hash(root, path, "xxh3", &hash));
     json_object_del(root, "xxh3");
     BM_TRY(bm_packed_seal(root, &found));
-    return found == hash ? BM_OK : bm_fail(BM_EFORMAT, "%s: found checksum %016llx, expected %016llx; the file has changed "
-                                           "since it was written, pack the texts again", path, (unsigned long long)found,
-                                           (unsigned long long)hash);
+    if (found == hash) return BM_OK;
+    return bm_fail(BM_EFORMAT, "%s: found checksum %016llx, expected %016llx; the file has changed since it was "
+                   "written, pack the texts again", path, (unsigned long long)found, (unsigned long long)hash);
 }
 
 static bm_status read_shard(const json_t *o, const char *path, part *p, shard *s) {
@@ -112,8 +115,8 @@ static bm_status read_split(const json_t *splits, const char *path, bm_split k, 
         p->n++;
     }
     if (tokens == p->tokens && documents == p->documents) return BM_OK;
-    return bm_fail(BM_EFORMAT, "%s: the shards of %s hold %llu tokens in %llu documents, expected %llu in %llu as it says", path,
-                   bm_packed_split[k], (unsigned long long)p->tokens, (unsigned long long)p->documents,
+    return bm_fail(BM_EFORMAT, "%s: the shards of %s hold %llu tokens in %llu documents, expected %llu in %llu as it "
+                   "says", path, bm_packed_split[k], (unsigned long long)p->tokens, (unsigned long long)p->documents,
                    (unsigned long long)tokens, (unsigned long long)documents);
 }
 
@@ -141,8 +144,8 @@ static bm_status read_index(bm_data *d) {
     size_t n;
     bm_status st = path ? BM_OK : BM_EMEMORY;
     if (st == BM_OK && !bm_path_exists(path))
-        st = bm_fail(bm_path_exists(d->path) ? BM_EFORMAT : BM_EIO, "%s: found no index.json in it, expected a folder that "
-                     "'blackmamba data pack' wrote", d->path);
+        st = bm_fail(bm_path_exists(d->path) ? BM_EFORMAT : BM_EIO, "%s: found no %s, expected a folder that "
+                     "'blackmamba data pack' wrote", d->path, bm_path_exists(d->path) ? "index.json in it" : "such folder");
     if (st == BM_OK) st = bm_file_read(path, BM_PACKED_INDEX, &text, &n);
     if (st == BM_OK) st = bm_json_parse(&root, text, n, path);
     if (st == BM_OK) st = check_index(root, path);
@@ -160,8 +163,9 @@ static bm_status map_file(const bm_data *d, bm_split k, size_t i, const char *en
     if (!path) return BM_EMEMORY;
     bm_status st = bm_map_open(out, path);
     if (st == BM_OK && out->size != want)
-        st = bm_fail(BM_EFORMAT, "%s: found %zu bytes, expected %llu as index.json says; the file is %s, pack the texts again or "
-                     "copy the folder anew", path, out->size, (unsigned long long)want, out->size < want ? "cut short" : "too long");
+        st = bm_fail(BM_EFORMAT, "%s: found %zu bytes, expected %llu as index.json says; the file is %s, pack the "
+                     "texts again or copy the folder anew", path, out->size, (unsigned long long)want,
+                     out->size < want ? "cut short" : "too long");
     free(path);
     return st;
 }
@@ -265,8 +269,8 @@ uint64_t bm_data_document(const bm_data *d, bm_split s, uint64_t i) {
 bm_status bm_data_read(const bm_data *d, bm_split k, uint64_t at, size_t n, bm_token *tokens) {
     const part *p = &d->split[k];
     if (at > p->tokens || n > p->tokens - at)
-        return bm_fail(BM_EARG, "%s: found token %llu and %zu from there asked for, expected at most %llu in the %s split", d->path,
-                       (unsigned long long)at, n, (unsigned long long)p->tokens, bm_packed_split[k]);
+        return bm_fail(BM_EARG, "%s: found token %llu and %zu from there asked for, expected at most %llu in the %s "
+                       "split", d->path, (unsigned long long)at, n, (unsigned long long)p->tokens, bm_packed_split[k]);
     for (size_t i = n ? shard_of(p, at) : 0; n; i++) {
         const shard *s = &p->shard[i];
         const uint64_t from = at - s->first, left = s->n - from;
@@ -274,8 +278,9 @@ bm_status bm_data_read(const bm_data *d, bm_split k, uint64_t at, size_t n, bm_t
         for (size_t j = 0; j < m; j++) {
             tokens[j] = id_of(d, s, from + j);
             if ((size_t)tokens[j] < d->vocab) continue;
-            return bm_fail(BM_EFORMAT, "%s/%s-%05zu.bin: token %llu is %d, expected an id below %zu; the file is damaged, pack the "
-                           "texts again", d->path, bm_packed_split[k], i, (unsigned long long)(from + j), (int)tokens[j], d->vocab);
+            return bm_fail(BM_EFORMAT, "%s/%s-%05zu.bin: token %llu is %d, expected an id below %zu; the file is "
+                           "damaged, pack the texts again", d->path, bm_packed_split[k], i,
+                           (unsigned long long)(from + j), (int)tokens[j], d->vocab);
         }
         tokens += m;
         at += m;
@@ -287,9 +292,9 @@ bm_status bm_data_read(const bm_data *d, bm_split k, uint64_t at, size_t n, bm_t
 /* ---- rows ------------------------------------------------------------------------------------------------------ */
 
 static bm_status bad_starts(const bm_data *d, bm_split k, size_t number, uint64_t i) {
-    return bm_fail(BM_EFORMAT, "%s/%s-%05zu.idx: document %llu begins at a wrong place, expected starts that grow from 0 to the "
-                   "shard's end; the file is damaged, pack the texts again", d->path, bm_packed_split[k], number,
-                   (unsigned long long)i);
+    return bm_fail(BM_EFORMAT, "%s/%s-%05zu.idx: document %llu begins at a wrong place, expected starts that grow from "
+                   "0 to the shard's end; the file is damaged, pack the texts again", d->path, bm_packed_split[k],
+                   number, (unsigned long long)i);
 }
 
 /* The first document of a shard that begins at `from` or after. */
@@ -311,7 +316,9 @@ static bm_status add_starts(const bm_data *d, bm_split k, uint64_t at, int n, in
         const shard *s = &p->shard[i];
         const uint64_t from = at > s->first ? at - s->first : 0, to = end - s->first;
         uint64_t last = UINT64_MAX, start;
-        for (uint64_t j = first_start(s, from); j < s->n_documents && (start = start_of(s, j)) < to; j++, last = start) {
+        for (uint64_t j = first_start(s, from); j < s->n_documents; j++, last = start) {
+            start = start_of(s, j);
+            if (start >= to) break;
             if (start < from || start >= s->n || (last != UINT64_MAX && start <= last)) return bad_starts(d, k, i, j);
             const int32_t place = row + (int32_t)(s->first + start - at);
             if (place == 0) out->fresh = true;
@@ -321,11 +328,13 @@ static bm_status add_starts(const bm_data *d, bm_split k, uint64_t at, int n, in
     return BM_OK;
 }
 
-bm_status bm_data_row(const bm_data *d, bm_split k, uint64_t at, int n, bm_token *tokens, int32_t *starts, bm_row *out) {
+bm_status bm_data_row(const bm_data *d, bm_split k, uint64_t at, int n, bm_token *tokens, int32_t *starts,
+                      bm_row *out) {
     const uint64_t total = d->split[k].tokens, m = (uint64_t)n + 1;
     if (n < 1 || m > total || at >= total)
-        return bm_fail(BM_EARG, "%s: found %llu tokens in the %s split, expected at least %llu for a row of %d targets; pack more "
-                       "text or take shorter rows", d->path, (unsigned long long)total, bm_packed_split[k], (unsigned long long)m, n);
+        return bm_fail(BM_EARG, "%s: found %llu tokens in the %s split, expected at least %llu for a row of %d "
+                       "targets; pack more text or take shorter rows", d->path, (unsigned long long)total,
+                       bm_packed_split[k], (unsigned long long)m, n);
     const uint64_t head = m < total - at ? m : total - at;      /* tokens before the end of the split */
     BM_TRY(bm_data_read(d, k, at, head, tokens));
     BM_TRY(bm_data_read(d, k, 0, m - head, tokens + head));
@@ -340,7 +349,8 @@ uint64_t bm_data_windows(const bm_data *d, bm_split k, int T) {
     return n < 2 ? 0 : (n - 2) / (uint64_t)T + 1;
 }
 
-bm_status bm_data_window(const bm_data *d, bm_split k, uint64_t w, int T, bm_token *tokens, int32_t *starts, bm_row *out) {
+bm_status bm_data_window(const bm_data *d, bm_split k, uint64_t w, int T, bm_token *tokens, int32_t *starts,
+                         bm_row *out) {
     const uint64_t windows = bm_data_windows(d, k, T), at = w * (uint64_t)T;
     if (w >= windows)
         return bm_fail(BM_EARG, "%s: found window %llu asked for, expected one of %llu", d->path, (unsigned long long)w,
@@ -363,13 +373,15 @@ static bm_status check_file(check *c, const bm_map *m, uint64_t want, const char
         const size_t n = m->size - at < STEP ? m->size - at : STEP;
         XXH3_64bits_update(state, m->data + at, n);
         c->done += n;
-        if (c->progress && !c->progress(c->user, c->done, c->total)) st = bm_fail(BM_ECANCELLED, "verifying was stopped");
+        if (c->progress && !c->progress(c->user, c->done, c->total))
+            st = bm_fail(BM_ECANCELLED, "verifying was stopped");
     }
     const uint64_t found = XXH3_64bits_digest(state);
     XXH3_freeState(state);
     if (st == BM_OK && found != want)
-        st = bm_fail(BM_EFORMAT, "%s/%s: found checksum %016llx, expected %016llx as index.json says; the file is damaged, pack the "
-                     "texts again or copy the folder anew", c->d->path, name, (unsigned long long)found, (unsigned long long)want);
+        st = bm_fail(BM_EFORMAT, "%s/%s: found checksum %016llx, expected %016llx as index.json says; the file is "
+                     "damaged, pack the texts again or copy the folder anew", c->d->path, name,
+                     (unsigned long long)found, (unsigned long long)want);
     return st;
 }
 
@@ -408,7 +420,8 @@ static bm_status check_tokenizer(check *c) {
 bm_status bm_data_verify(const bm_data *d, bm_progress_fn progress, void *user) {
     check c = { .d = d, .progress = progress, .user = user };
     for (int k = 0; k < BM_SPLITS; k++)
-        for (size_t i = 0; i < d->split[k].n; i++) c.total += d->split[k].shard[i].tokens.size + d->split[k].shard[i].starts.size;
+        for (size_t i = 0; i < d->split[k].n; i++)
+            c.total += d->split[k].shard[i].tokens.size + d->split[k].shard[i].starts.size;
     BM_TRY(check_tokenizer(&c));
     for (int k = 0; k < BM_SPLITS; k++)
         for (size_t i = 0; i < d->split[k].n; i++) BM_TRY(check_shard(&c, (bm_split)k, i));

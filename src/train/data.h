@@ -27,10 +27,12 @@ typedef struct bm_row {
  * and then every document's first token.  Target of input i is tokens[i + 1]. */
 
 /* n targets from token `at` on, round the end of the split where it is reached; the split has more than n tokens. */
-bm_status   bm_data_row(const bm_data *d, bm_split s, uint64_t at, int n, bm_token *tokens, int32_t *starts, bm_row *out);
+bm_status   bm_data_row(const bm_data *d, bm_split s, uint64_t at, int n, bm_token *tokens, int32_t *starts,
+                        bm_row *out);
 /* Validation: all windows of a split in order, each target once; the last may be shorter. */
 uint64_t    bm_data_windows(const bm_data *d, bm_split s, int T);
-bm_status   bm_data_window(const bm_data *d, bm_split s, uint64_t w, int T, bm_token *tokens, int32_t *starts, bm_row *out);
+bm_status   bm_data_window(const bm_data *d, bm_split s, uint64_t w, int T, bm_token *tokens, int32_t *starts,
+                           bm_row *out);
 
 /* ---- order.c: the order of training -------------------------------------------------------------------------- */
 
@@ -44,7 +46,8 @@ typedef struct bm_order bm_order;
 enum { BM_MAX_SOURCES = 64 };
 /* The data outlive it.  weight NULL: by tokens; else any positive numbers, only their ratios count.  max_T: the
  * longest row that will be asked for; a source too short for it is BM_EARG. */
-bm_status bm_order_open(bm_order **out, const bm_data *const *source, const double *weight, int n, uint64_t seed, int max_T);
+bm_status bm_order_open(bm_order **out, const bm_data *const *source, const double *weight, int n, uint64_t seed,
+                        int max_T);
 void      bm_order_close(bm_order *o);
 int       bm_order_sources(const bm_order *o);
 const bm_data *bm_order_source(const bm_order *o, int i);

@@ -1,7 +1,7 @@
 /* src/train/order.c - which tokens a row of training has.  Room: train.
  *
- * In: packed data with weights, a seed, the number of a row.  Out: its tokens.  Every answer is computed from the number
- * alone: no list of windows, no state, so that any rank and any resumed run finds the same row.
+ * In: packed data with weights, a seed, the number of a row.  Out: its tokens.  Every answer is computed from the
+ * number alone: no list of windows, no state, so that any rank and any resumed run finds the same row.
  *
  *     row -> block of 4096 rows and a place in it -> permuted place -> source, and number k of its rows
  *     k   -> pass k / W and a place in it         -> permuted place -> window w of the W of the source
@@ -77,23 +77,26 @@ static bm_status set_weights(bm_order *o, const double *weight) {
         if (o->weight[i] > o->weight[o->largest]) o->largest = i;
         total += o->weight[i];
         if (o->weight[i]) continue;
-        return bm_fail(BM_EARG, "%s: weight is %g of %g, expected a share of at least 2^-32; leave it out", bm_data_path(o->source[i]),
-                       w[i], sum);
+        return bm_fail(BM_EARG, "%s: weight is %g of %g, expected a share of at least 2^-32; leave it out",
+                       bm_data_path(o->source[i]), w[i], sum);
     }
     o->weight[o->largest] += ONE - total;
     return BM_OK;
 }
 
-bm_status bm_order_open(bm_order **out, const bm_data *const *source, const double *weight, int n, uint64_t seed, int max_T) {
+bm_status bm_order_open(bm_order **out, const bm_data *const *source, const double *weight, int n, uint64_t seed,
+                        int max_T) {
     bm_order *o;
     *out = NULL;
     if (n < 1 || n > BM_MAX_SOURCES || max_T < 1)
-        return bm_fail(BM_EARG, "order: found %d data and rows of %d tokens, expected 1 to %d and at least 1", n, max_T, BM_MAX_SOURCES);
+        return bm_fail(BM_EARG, "order: found %d data and rows of %d tokens, expected 1 to %d and at least 1", n,
+                       max_T, BM_MAX_SOURCES);
     for (int i = 0; i < n; i++) {
         const uint64_t tokens = bm_data_tokens(source[i], BM_SPLIT_TRAIN);
         if (tokens <= (uint64_t)max_T)
-            return bm_fail(BM_EARG, "%s: found %llu tokens to train on, expected at least %lld for rows of %d targets; pack more text "
-                           "or take shorter rows", bm_data_path(source[i]), (unsigned long long)tokens, max_T + 1LL, max_T);
+            return bm_fail(BM_EARG, "%s: found %llu tokens to train on, expected at least %lld for rows of %d targets; "
+                           "pack more text or take shorter rows", bm_data_path(source[i]), (unsigned long long)tokens,
+                           max_T + 1LL, max_T);
     }
     BM_TRY(bm_alloc(&o, sizeof *o, "the order of training"));
     o->n = n;
@@ -142,8 +145,9 @@ bm_status bm_order_lanes(const bm_order *o, int lanes) {
     if (lanes < 1) return bm_fail(BM_EARG, "order: found %d lanes, expected at least 1", lanes);
     for (int i = 0; i < o->n; i++) {
         if (lanes_before(o, i + 1, lanes) > lanes_before(o, i, lanes)) continue;
-        return bm_fail(BM_EARG, "%s: gets none of %d sequences that carry their state, by its weight of %.3g; expected at least one: "
-                       "take more sequences, a larger weight, or no carry", bm_data_path(o->source[i]), lanes, bm_order_weight(o, i));
+        return bm_fail(BM_EARG, "%s: gets none of %d sequences that carry their state, by its weight of %.3g; expected "
+                       "at least one: take more sequences, a larger weight, or no carry", bm_data_path(o->source[i]),
+                       lanes, bm_order_weight(o, i));
     }
     return BM_OK;
 }

@@ -91,8 +91,8 @@ static bm_status shard_finish(writer *w) {
     if (!w->ids.out) return BM_OK;
     BM_TRY(stream_finish(&w->ids, hash));
     BM_TRY(stream_finish(&w->starts, starts_hash));
-    json_t *o = json_pack("{s:I, s:I, s:s, s:s}", "tokens", (json_int_t)w->n, "documents", (json_int_t)w->documents, "xxh3", hash,
-                          "starts_xxh3", starts_hash);
+    json_t *o = json_pack("{s:I, s:I, s:s, s:s}", "tokens", (json_int_t)w->n, "documents", (json_int_t)w->documents,
+                          "xxh3", hash, "starts_xxh3", starts_hash);
     if (json_array_append_new(w->shards, o)) return bm_fail_memory(0, "an index");
     w->n = w->documents = 0;
     return BM_OK;
@@ -102,8 +102,8 @@ static bm_status shard_open(const job *j, writer *w) {
     char name[32];
     const size_t number = json_array_size(w->shards);
     if (number >= BM_PACKED_SHARDS)
-        return bm_fail(BM_EARG, "%s: found more than %d shards, expected fewer; let a shard have more tokens", j->o->out,
-                       BM_PACKED_SHARDS);
+        return bm_fail(BM_EARG, "%s: found more than %d shards, expected fewer; let a shard have more tokens",
+                       j->o->out, BM_PACKED_SHARDS);
     snprintf(name, sizeof name, "%s-%05zu.bin", bm_packed_split[w->split], number);
     BM_TRY(stream_open(&w->ids, j->folder, name));
     snprintf(name, sizeof name, "%s-%05zu.idx", bm_packed_split[w->split], number);
@@ -182,7 +182,8 @@ static bm_status parse_row(const char *s, size_t n, const char *name, uint64_t b
 }
 
 static const char *kind_of(const json_t *v) {
-    static const char *const name[] = { "an object", "a list", "a text", "a number", "a number", "true", "false", "null" };
+    static const char *const name[] = { "an object", "a list", "a text", "a number", "a number", "true", "false",
+                                        "null" };
     return v ? name[json_typeof(v)] : "nothing";
 }
 
@@ -196,7 +197,8 @@ static bm_status tokenize_row(const job *j, const bm_cutting *c, const char *s, 
     if (st == BM_OK && !json_is_object(root))
         st = bm_fail(BM_EFORMAT, "%s: found %s, expected a JSON object with a '%s'", name, kind_of(root), field);
     if (st == BM_OK && !json_is_string(text))
-        st = bm_fail(BM_EFORMAT, "%s: found %s for '%s', expected a text; name its field with --field", name, kind_of(text), field);
+        st = bm_fail(BM_EFORMAT, "%s: found %s for '%s', expected a text; name its field with --field", name,
+                     kind_of(text), field);
     if (st == BM_OK) st = tokenize_text(j, json_string_value(text), json_string_length(text), r);
     r->bad = bad;
     json_decref(root);
@@ -257,11 +259,11 @@ static bm_status pack_batch(job *j) {
     return st;
 }
 
-/* ---- the whole ------------------------------------------------------------------------------------------------------ */
+/* ---- the whole ------------------------------------------------------------------------------------------ */
 
 static json_t *split_json(const writer *w) {
-    return json_pack("{s:I, s:I, s:I, s:O}", "tokens", (json_int_t)w->tokens, "documents", (json_int_t)w->all_documents, "bytes",
-                     (json_int_t)w->bytes, "shards", w->shards);
+    return json_pack("{s:I, s:I, s:I, s:O}", "tokens", (json_int_t)w->tokens, "documents",
+                     (json_int_t)w->all_documents, "bytes", (json_int_t)w->bytes, "shards", w->shards);
 }
 
 static json_t *sources_json(const bm_pack_options *o) {
@@ -289,10 +291,11 @@ static bm_status write_index(const job *j) {
     char hash[17], *text = NULL, *path = NULL;
     uint64_t seal;
     BM_TRY(tokenizer_hash(j, hash));
-    json_t *root = json_pack("{s:s, s:i, s:s, s:i, s:{s:I, s:s}, s:o, s:{s:o, s:o}}", "format", BM_PACKED_FORMAT, "version",
-        BM_PACKED_VERSION, "dtype", j->width == 2 ? "u16" : "u32", "separator", (int)j->separator, "tokenizer", "size",
-        (json_int_t)bm_tokenizer_size(j->o->tokenizer), "xxh3", hash, "sources", sources_json(j->o), "splits",
-        bm_packed_split[0], split_json(&j->split[0]), bm_packed_split[1], split_json(&j->split[1]));
+    json_t *root = json_pack("{s:s, s:i, s:s, s:i, s:{s:I, s:s}, s:o, s:{s:o, s:o}}", "format", BM_PACKED_FORMAT,
+                             "version", BM_PACKED_VERSION, "dtype", j->width == 2 ? "u16" : "u32", "separator",
+                             (int)j->separator, "tokenizer", "size", (json_int_t)bm_tokenizer_size(j->o->tokenizer),
+                             "xxh3", hash, "sources", sources_json(j->o), "splits", bm_packed_split[0],
+                             split_json(&j->split[0]), bm_packed_split[1], split_json(&j->split[1]));
     bm_status st = root ? bm_packed_seal(root, &seal) : bm_fail_memory(0, "an index");
     if (st == BM_OK) {
         snprintf(hash, sizeof hash, "%016llx", (unsigned long long)seal);
@@ -318,30 +321,33 @@ static bm_status look_at_result(const job *j) {
         return bm_fail(BM_EFORMAT, "%s: found no text in %s, expected at least one word", first,
                        o->n_in + o->n_valid > 1 ? "it and the other inputs" : "it");
     if (!train->tokens || (wanted && !valid->tokens))
-        return bm_fail(BM_EFORMAT, "%s: found %llu documents, none of them for %s; pack more of them, part the texts (split, "
-                       "lines), or give texts of their own for validation", first, (unsigned long long)j->documents,
-                       train->tokens ? "validation" : "training");
+        return bm_fail(BM_EFORMAT, "%s: found %llu documents, none of them for %s; pack more of them, part the texts "
+                       "(split, lines), or give texts of their own for validation", first,
+                       (unsigned long long)j->documents, train->tokens ? "validation" : "training");
     if (j->bad > j->bytes / MOST_BAD)
-        return bm_fail(BM_EFORMAT, "%s: found bytes that are no UTF-8, %llu places in %llu bytes of all texts, expected text in "
-                       "UTF-8; convert it first", bm_pieces_name(j->pieces, j->first_bad), (unsigned long long)j->bad,
-                       (unsigned long long)j->bytes);
+        return bm_fail(BM_EFORMAT, "%s: found bytes that are no UTF-8, %llu places in %llu bytes of all texts, "
+                       "expected text in UTF-8; convert it first", bm_pieces_name(j->pieces, j->first_bad),
+                       (unsigned long long)j->bad, (unsigned long long)j->bytes);
     if (j->bad)
         bm_log(0, "%s: found bytes that are no UTF-8, the first of %llu places in all texts; each counts as U+FFFD",
                bm_pieces_name(j->pieces, j->first_bad), (unsigned long long)j->bad);
     if (j->separators)
-        bm_log(0, "%s: found %llu separators (id %d) inside documents; where they stand between documents, say so with --split",
-               first, (unsigned long long)j->separators, (int)j->separator);
+        bm_log(0, "%s: found %llu separators (id %d) inside documents; where they stand between documents, say so with "
+               "--split", first, (unsigned long long)j->separators, (int)j->separator);
     return BM_OK;
 }
 
 static bm_status check_options(const bm_pack_options *o) {
     if (!o->n_in || !o->out || !o->tokenizer)
-        return bm_fail(BM_EARG, "packing texts: found no %s, expected one", !o->n_in ? "text" : o->out ? "tokenizer" : "output");
+        return bm_fail(BM_EARG, "packing texts: found no %s, expected one", !o->n_in ? "text" : o->out ? "tokenizer" :
+                       "output");
     if (o->split && (o->lines || !*o->split))
-        return bm_fail(BM_EARG, "packing texts: found %s, expected a marker or lines", *o->split ? "a marker and lines" : "an empty marker");
+        return bm_fail(BM_EARG, "packing texts: found %s, expected a marker or lines", *o->split ? "a marker and "
+                       "lines" : "an empty marker");
     if (!(o->valid_share >= 0 && o->valid_share < 1) || (o->valid_share > 0 && o->valid_every) || o->valid_every == 1)
-        return bm_fail(BM_EARG, "packing texts: found a share of %g and every %llu documents for validation, expected a share below "
-                       "1 or a number above 1, not both", o->valid_share, (unsigned long long)o->valid_every);
+        return bm_fail(BM_EARG, "packing texts: found a share of %g and every %llu documents for validation, expected "
+                       "a share below 1 or a number above 1, not both", o->valid_share,
+                       (unsigned long long)o->valid_every);
     return BM_OK;
 }
 
@@ -349,8 +355,8 @@ static bm_status job_open(job *j) {
     const bm_tokenizer *t = j->o->tokenizer;
     j->separator = bm_tokenizer_eos(t) >= 0 ? bm_tokenizer_eos(t) : bm_tokenizer_bos(t);
     if (j->separator < 0)
-        return bm_fail(BM_EARG, "packing texts: found a tokenizer without EOS and BOS, expected one of them to stand before documents; "
-                       "name it (eos_token) in tokenizer_config.json");
+        return bm_fail(BM_EARG, "packing texts: found a tokenizer without EOS and BOS, expected one of them to stand "
+                       "before documents; name it (eos_token) in tokenizer_config.json");
     j->width = bm_tokenizer_size(t) <= 65536 ? 2 : 4;
     j->shard_tokens = j->o->shard_tokens ? j->o->shard_tokens : SHARD_TOKENS;
     for (int k = 0; k < BM_SPLITS; k++) {

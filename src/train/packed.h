@@ -6,7 +6,8 @@
 #pragma GCC visibility push(hidden)
 
 #define BM_PACKED_FORMAT "blackmamba-data"
-enum { BM_PACKED_VERSION = 1, BM_PACKED_INDEX = 100 << 20, BM_PACKED_SHARDS = 100000 };   /* bytes of index.json at most */
+enum { BM_PACKED_VERSION = 1, BM_PACKED_SHARDS = 100000 };
+enum { BM_PACKED_INDEX = 100 << 20 };                          /* bytes of index.json, at most */
 extern const char *const bm_packed_split[BM_SPLITS];            /* "train", "valid": in names of files and of keys */
 /* XXH3 of index.json without its member xxh3, written compact with sorted keys. */
 bm_status bm_packed_seal(const json_t *root, uint64_t *out);

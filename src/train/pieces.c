@@ -26,7 +26,9 @@ struct bm_pieces {
 
 static size_t inputs(const bm_pack_options *o) { return o->n_in + o->n_valid; }
 
-static const char *input_name(const bm_pack_options *o, size_t i) { return i < o->n_in ? o->in[i] : o->valid[i - o->n_in]; }
+static const char *input_name(const bm_pack_options *o, size_t i) {
+    return i < o->n_in ? o->in[i] : o->valid[i - o->n_in];
+}
 
 static bool is_rows(const bm_pack_options *o, const char *name) {
     static const char *const end[] = { ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst" };
@@ -36,7 +38,9 @@ static bool is_rows(const bm_pack_options *o, const char *name) {
 
 /* ---- cutting ------------------------------------------------------------------------------------------------- */
 
-static const char *find(const char *s, size_t n, const bm_pieces *p) { return p->stop ? memmem(s, n, p->stop, p->n_stop) : NULL; }
+static const char *find(const char *s, size_t n, const bm_pieces *p) {
+    return p->stop ? memmem(s, n, p->stop, p->n_stop) : NULL;
+}
 
 /* The length of the next piece of n bytes that no stop ends before PIECE. */
 static size_t cut_long(const bm_pieces *p, const char *s, size_t n) {
@@ -51,8 +55,8 @@ static size_t cut_long(const bm_pieces *p, const char *s, size_t n) {
     return i;
 }
 
-/* Bytes in front that belong to no document: the byte order mark of a text, the line end of a stop that stood on a line of
- * its own.  false when more must be read to know. */
+/* Bytes in front that belong to no document: the byte order mark of a text, the line end of a stop that began a line.
+ * false when more must be read to know. */
 static bool skip(const bm_pieces *p, const char *s, size_t n, size_t *taken) {
     *taken = 0;
     if (!p->first && !p->swallow) return true;
@@ -103,8 +107,8 @@ static bm_status cut_text(bm_pieces *p, bm_cuttings *b, size_t *cut) {
         p->found++;
     }
     if (!p->rows || b->n - *cut <= ROW) return BM_OK;
-    return bm_fail(BM_EFORMAT, "%s: line %llu is longer than %d bytes, expected one JSON object a line", input_name(p->o, p->input),
-                   (unsigned long long)p->line, ROW);
+    return bm_fail(BM_EFORMAT, "%s: line %llu is longer than %d bytes, expected one JSON object a line",
+                   input_name(p->o, p->input), (unsigned long long)p->line, ROW);
 }
 
 /* ---- reading --------------------------------------------------------------------------------------------------- */
@@ -171,7 +175,7 @@ bm_status bm_pieces_next(bm_pieces *p, bm_cuttings *out) {
     return BM_OK;
 }
 
-/* ---- open and close ------------------------------------------------------------------------------------------------ */
+/* ---- open and close ------------------------------------------------------------------------------------ */
 
 /* Sizes of the files as they lie, and that each can be opened, before hours are spent on the first. */
 static bm_status look_at_files(bm_pieces *p) {
