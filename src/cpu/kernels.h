@@ -116,6 +116,7 @@ typedef struct bm_kernels {
     double (*sumsq)(const float *x, size_t n);
     void (*blend)(float *y, float p, const float *x, float q, size_t n);
     void (*decay)(float *A, const float *A_log, size_t n);
+    void (*narrow_bf16)(uint16_t *dst, const float *x, size_t n);
     float (*read)(const float *p, size_t n);                    /* a sum, n % 64 == 0: touches every byte */
 } bm_kernels;
 

@@ -48,7 +48,9 @@ void bm_cpu_blend(bm_backend *b, float *y, float p, const float *x, float q, siz
 static void narrow_part(void *arg, int64_t begin, int64_t end, int thread) {
     const job *j = arg;
     (void)thread;
-    bm_narrow((uint8_t *)j->dst + bm_dtype_bytes(j->type, (size_t)begin), j->type, j->x + begin, (size_t)(end - begin));
+    uint8_t *dst = (uint8_t *)j->dst + bm_dtype_bytes(j->type, (size_t)begin);
+    if (j->type == BM_BF16) j->c->k.narrow_bf16((uint16_t *)(void *)dst, j->x + begin, (size_t)(end - begin));
+    else bm_narrow(dst, j->type, j->x + begin, (size_t)(end - begin));
 }
 void bm_cpu_narrow(bm_backend *b, void *dst, bm_dtype type, const float *x, size_t n) {
     job j = { .c = (bm_cpu *)b, .dst = dst, .type = type, .x = x };
