@@ -15,9 +15,11 @@ static struct {
 } o = {.device = "cpu"};
 
 static const app_option options[] = {
-    {'o', "output", NULL, "RUN", APP_TEXT, &o.run, 0, 0, NULL, "the folder of the run (CONFIG without .json, and .run)"},
+    {'o', "output", NULL, "RUN", APP_TEXT, &o.run, 0, 0, NULL,
+     "the folder of the run (CONFIG without .json, and .run)"},
     {0, "resume", NULL, NULL, APP_FLAG, &o.resume, 0, 0, NULL, "go on from the newest whole checkpoint in RUN"},
-    {0, "set", NULL, "KEY=VALUE", APP_TEXTS, &o.set, 0, 0, NULL, "wins over CONFIG, such as optimizer.lr=3e-4; may be given again"},
+    {0, "set", NULL, "KEY=VALUE", APP_TEXTS, &o.set, 0, 0, NULL,
+     "wins over CONFIG, such as optimizer.lr=3e-4; may be given again"},
     {0, "dry-run", NULL, NULL, APP_FLAG, &o.dry, 0, 0, NULL, "say what the run needs, and stop"},
     {0, "device", NULL, "NAME", APP_TEXT, &o.device, 0, 0, NULL, "cpu, or cpu: and an instruction set (cpu)"},
     APP_THREADS(&o.threads),
@@ -40,8 +42,9 @@ static void show_step(watch *w, const bm_train_news *n) {
     if (n->step < n->steps && now - w->shown < (w->terminal ? 0.2 : 10)) return;
     if (isfinite(n->seconds_left)) number_time(left, n->seconds_left);
     if (isfinite(n->peak_share)) snprintf(share, sizeof share, ", %.0f%% of peak", 100 * n->peak_share);
-    fprintf(stderr, "%sstep %llu of %llu: loss %.4f, %.0f tokens/s%s, %s left%s", w->terminal ? "\r" : "", (unsigned long long)n->step,
-            (unsigned long long)n->steps, n->loss, n->tokens_s, share, left, w->terminal ? "\033[K" : "\n");
+    fprintf(stderr, "%sstep %llu of %llu: loss %.4f, %.0f tokens/s%s, %s left%s", w->terminal ? "\r" : "",
+            (unsigned long long)n->step, (unsigned long long)n->steps, n->loss, n->tokens_s, share, left,
+            w->terminal ? "\033[K" : "\n");
     w->drawn = w->terminal;
     w->shown = now;
 }
@@ -59,7 +62,8 @@ static int put_report(const char *run) {
 static void show_evaluation(watch *w, const bm_train_news *n) {
     wipe(w);
     if (isfinite(n->valid_loss))
-        fprintf(stderr, "step %llu: validation loss %.4f, %.4f bits a byte\n", (unsigned long long)n->step, n->valid_loss, n->bits_per_byte);
+        fprintf(stderr, "step %llu: validation loss %.4f, %.4f bits a byte\n", (unsigned long long)n->step,
+                n->valid_loss, n->bits_per_byte);
     if (!w->code) w->code = put_report(w->run);
 }
 
@@ -87,7 +91,8 @@ static void print_plan(const bm_train_plan *p) {
     if (!isfinite(p->peak)) return;
     number_time(few, p->flops / p->peak / 0.6);
     number_time(many, p->flops / p->peak / 0.3);
-    printf("arithmetic       %.3g operations at a peak of %.3g a second: %s to %s at 60%% to 30%% of it\n", p->flops, p->peak, few, many);
+    printf("arithmetic       %.3g operations at a peak of %.3g a second: %s to %s at 60%% to 30%% of it\n", p->flops,
+           p->peak, few, many);
 }
 
 static int run_trainer(bm_device *d, const bm_trainer_options *want) {
@@ -120,8 +125,8 @@ static int run(char **operand) {
     bm_train_plan plan;
     int code = app_read(operand[0], &text, &n);
     if (!code && !o.run && !(folder = default_run(operand[0]))) code = app_error("out of memory for a path");
-    const bm_trainer_options want = {.config = text, .n_config = n, .config_name = operand[0], .set = o.set.item, .n_set = o.set.n,
-                                     .run = o.run ? o.run : folder, .resume = o.resume};
+    const bm_trainer_options want = {.config = text, .n_config = n, .config_name = operand[0], .set = o.set.item,
+                                     .n_set = o.set.n, .run = o.run ? o.run : folder, .resume = o.resume};
     if (!code && bm_device_open(&d, o.device, o.threads)) code = app_error("%s", bm_error());
     if (!code && o.dry) {
         const bm_status s = bm_train_plan_make(&plan, d, &want);
@@ -137,7 +142,7 @@ static int run(char **operand) {
 const app_command app_train = {
     "train", "CONFIG.json [-o RUN] [--resume] [--set KEY=VALUE]... [--dry-run] [--device NAME] [-t N]",
     "Trains a model on packed data.",
-    "The keys of CONFIG are in docs/TRAINING.md.  RUN gets config.json, train.json, metrics.csv, metrics.jsonl, a TensorBoard "
-    "file, report.html and checkpoints, each of them a model for every other command.  An interrupt ends the step, saves a "
-    "checkpoint and exits with 130.", options, 1, run,
+    "The keys of CONFIG are in docs/TRAINING.md.  RUN gets config.json, train.json, metrics.csv, metrics.jsonl, a "
+    "TensorBoard file, report.html and checkpoints, each of them a model for every other command.  An interrupt ends "
+    "the step, saves a checkpoint and exits with 130.", options, 1, run,
 };

@@ -16,7 +16,8 @@ static bm_status wait_for(bm_comm *c, bm_request *r) {
     (void)c, (void)r;
     return BM_OK;
 }
-static bm_status exchange(bm_comm *c, const void *from, const int32_t *give, void *to, const int32_t *take, size_t row_bytes) {
+static bm_status exchange(bm_comm *c, const void *from, const int32_t *give, void *to, const int32_t *take,
+                          size_t row_bytes) {
     (void)c, (void)take;
     if (give[0]) memcpy(to, from, (size_t)give[0] * row_bytes);
     return BM_OK;
@@ -43,9 +44,9 @@ bm_status bm_comm_open_self(bm_comm **out) {
     bm_comm *c;
     *out = NULL;
     BM_TRY(bm_alloc(&c, sizeof *c, "ranks"));
-    *c = (bm_comm){ .rank = 0, .size = 1, .sum = sum, .reduce_scatter = in_place, .all_gather = in_place, .wait = wait_for,
-                    .exchange = exchange, .exchange_counts = exchange_counts, .broadcast = broadcast, .barrier = barrier,
-                    .close = close_self };
+    *c = (bm_comm){ .rank = 0, .size = 1, .sum = sum, .reduce_scatter = in_place, .all_gather = in_place,
+                    .wait = wait_for, .exchange = exchange, .exchange_counts = exchange_counts, .broadcast = broadcast,
+                    .barrier = barrier, .close = close_self };
     *out = c;
     return BM_OK;
 }

@@ -35,7 +35,9 @@ static bm_status sizes(bm_batch *b, const bm_comm *comm) {
         const bm_data *d = b->source[i];
         for (int s = 0; s < BM_SPLITS; s++) {
             const int64_t most = segments(d, (bm_split)s, T);
-            const double mean = 1 + (double)T * (double)bm_data_documents(d, (bm_split)s) / (double)(bm_data_tokens(d, (bm_split)s) + 1);
+            const double documents = (double)bm_data_documents(d, (bm_split)s);
+            const double tokens = (double)bm_data_tokens(d, (bm_split)s);
+            const double mean = 1 + (double)T * documents / (tokens + 1);
             if (most > worst) worst = most;
             if (mean > usual) usual = mean;
         }
@@ -43,13 +45,14 @@ static bm_status sizes(bm_batch *b, const bm_comm *comm) {
     int64_t sequences = (int64_t)(4 * usual) * micro;
     if (sequences < worst * c->route_group) sequences = worst * c->route_group;
     if (sequences > worst * micro) sequences = worst * micro;
-    b->most = (bm_learner_options){ .rows = (int)(micro * T), .sequences = (int)sequences, .groups = (int)(micro / c->route_group),
-                                    .slots = c->carry ? (int)(2 * share) : 0, .recompute = c->recompute,
+    b->most = (bm_learner_options){ .rows = (int)(micro * T), .sequences = (int)sequences,
+                                    .groups = (int)(micro / c->route_group), .recompute = c->recompute,
+                                    .slots = c->carry ? (int)(2 * share) : 0,
                                     .arith = c->precision == BM_PRECISION_BF16 ? BM_ARITH_NATIVE : BM_ARITH_F32 };
     return BM_OK;
 }
 
-/* ---- open, close -------------------------------------------------------------------------------------------------- */
+/* ---- open, close --------------------------------------------------------------------------------------------- */
 
 static bm_status sources_open(bm_batch *b) {
     const bm_train_config *c = b->c;
@@ -59,11 +62,11 @@ static bm_status sources_open(bm_batch *b) {
         b->n_sources = i + 1;
         const bm_data *d = b->source[i];
         if (bm_data_vocab(d) > (size_t)c->model.n_vocab)
-            return bm_fail(BM_EARG, "%s: found a vocabulary of %zu, the model of %s has %d: give it vocab_size %zu or more", bm_data_path(d),
-                           bm_data_vocab(d), c->path, c->model.n_vocab, bm_data_vocab(d));
+            return bm_fail(BM_EARG, "%s: found a vocabulary of %zu, the model of %s has %d: give it vocab_size %zu or "
+                           "more", bm_data_path(d), bm_data_vocab(d), c->path, c->model.n_vocab, bm_data_vocab(d));
         if (bm_data_tokenizer_hash(d) != bm_data_tokenizer_hash(b->source[0]))
-            return bm_fail(BM_EARG, "%s: found another tokenizer than that of %s, expected the same: pack both with one", bm_data_path(d),
-                           bm_data_path(b->source[0]));
+            return bm_fail(BM_EARG, "%s: found another tokenizer than that of %s, expected the same: pack both with "
+                           "one", bm_data_path(d), bm_data_path(b->source[0]));
     }
     return BM_OK;
 }
@@ -81,7 +84,8 @@ static bm_status batch_init(bm_batch *b, const bm_comm *comm) {
     BM_TRY(sources_open(b));
     BM_TRY(order_open(b));
     BM_TRY(sizes(b, comm));
-    const size_t T = (size_t)b->c->seq_len, M = (size_t)b->most.rows, Q = (size_t)b->most.sequences, G = (size_t)b->most.groups;
+    const size_t T = (size_t)b->c->seq_len, M = (size_t)b->most.rows;
+    const size_t Q = (size_t)b->most.sequences, G = (size_t)b->most.groups;
     BM_TRY(bm_alloc(&b->token, M * sizeof *b->token, "a batch"));
     BM_TRY(bm_alloc(&b->target, M * sizeof *b->target, "a batch"));
     BM_TRY(bm_alloc(&b->tokens, (T + 1) * sizeof *b->tokens, "a batch"));
@@ -119,7 +123,7 @@ void bm_batch_close(bm_batch *b) {
     free(b);
 }
 
-/* ---- rows of a micro-batch ------------------------------------------------------------------------------------------ */
+/* ---- rows of a micro-batch ----------------------------------------------------------------------------------- */
 
 static bool fits(const bm_batch *b, const bm_row *r) {
     return b->M + r->n <= b->most.rows && b->Q + r->n_starts <= b->most.sequences;
@@ -155,8 +159,8 @@ static void empty(bm_batch *b) {
 }
 
 static void give(const bm_batch *b, bm_micro *out) {
-    *out = (bm_micro){ .M = b->M, .Q = b->Q, .G = b->G, .token = b->token, .target = b->target, .start = b->start, .slot = b->slot,
-                       .group = b->group };
+    *out = (bm_micro){ .M = b->M, .Q = b->Q, .G = b->G, .token = b->token, .target = b->target, .start = b->start,
+                       .slot = b->slot, .group = b->group };
 }
 
 static int share_begin(const bm_comm *comm, int groups, int rank) { return (int)((int64_t)groups * rank / comm->size); }
@@ -178,7 +182,8 @@ static bm_status add_group(bm_batch *b, bm_learner *l, bool *whole) {
     *whole = true;
     for (int i = 0; i < route_group; i++) {
         const int lane = b->next * route_group + i;
-        if (b->c->carry) BM_TRY(bm_order_carry(b->order, lane, lanes, b->step * (uint64_t)b->T, b->T, b->tokens, b->starts, &r));
+        if (b->c->carry) BM_TRY(bm_order_carry(b->order, lane, lanes, b->step * (uint64_t)b->T, b->T, b->tokens,
+                                               b->starts, &r));
         else BM_TRY(bm_order_row(b->order, b->first + (uint64_t)lane, b->T, b->tokens, b->starts, &r));
         if (!fits(b, &r)) {
             *whole = false;
@@ -210,7 +215,7 @@ bm_status bm_batch_next(bm_batch *b, bm_learner *l, bm_micro *out) {
     return BM_OK;
 }
 
-/* ---- carried states ------------------------------------------------------------------------------------------------ */
+/* ---- carried states ------------------------------------------------------------------------------------------ */
 
 size_t bm_carry_floats(const struct bm_trainer *t) {
     return t->config->carry ? (size_t)t->config->batch.sequences * t->learner->pass.stride : 0;
@@ -250,7 +255,7 @@ bm_status bm_carry_set(struct bm_trainer *t, const float *x) {
     return l->be->sync(l->be);
 }
 
-/* ---- validation ------------------------------------------------------------------------------------------------------ */
+/* ---- validation ---------------------------------------------------------------------------------------------- */
 
 bm_status bm_batch_valid(bm_batch *b, int source, uint64_t *w, uint64_t step, uint64_t n, uint64_t of, bm_micro *out) {
     const int T = (int)b->c->seq_len;

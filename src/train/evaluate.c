@@ -117,7 +117,7 @@ bm_status bm_trainer_evaluate(bm_trainer *t, double *loss, double *bits) {
     return s;
 }
 
-/* ---- samples ------------------------------------------------------------------------------------------------------ */
+/* ---- samples ------------------------------------------------------------------------------------------------- */
 
 typedef struct writing { char *text; size_t n, cap; } writing;
 

@@ -25,7 +25,8 @@ static bool matches(const bm_texts *t, const char *name, bool *used) {
 }
 
 static setting setting_for(const bm_train_config *c, const bm_param *p, const char *name, bool **used) {
-    setting s = { .lr = 1, .decay = p->flags & BM_P_DECAY ? c->decay : 0, .beta1 = c->beta1, .beta2 = c->beta2, .eps = c->eps };
+    setting s = { .lr = 1, .decay = p->flags & BM_P_DECAY ? c->decay : 0, .beta1 = c->beta1, .beta2 = c->beta2,
+                  .eps = c->eps };
     s.frozen = matches(&c->freeze, name, used[0]);
     for (size_t i = 0; i < c->n_rules; i++) {
         const bm_rule *r = &c->rule[i];
@@ -50,11 +51,12 @@ static bm_status intern(bm_optim *o, size_t *n, size_t *cap, const setting *s, u
     size_t i = 0;
     for (; i < *n; i++) {
         const setting *t = &o->setting[i];
-        if (t->lr == s->lr && t->decay == s->decay && t->beta1 == s->beta1 && t->beta2 == s->beta2 && t->eps == s->eps &&
-            t->frozen == s->frozen) break;
+        if (t->lr == s->lr && t->decay == s->decay && t->beta1 == s->beta1 && t->beta2 == s->beta2 &&
+            t->eps == s->eps && t->frozen == s->frozen) break;
     }
     if (i == *n) {
-        if (i > UINT16_MAX) return bm_fail(BM_EARG, "optimizer.groups: found more than %d different settings", UINT16_MAX);
+        if (i > UINT16_MAX)
+            return bm_fail(BM_EARG, "optimizer.groups: found more than %d different settings", UINT16_MAX);
         BM_TRY(bm_grow(&o->setting, cap, i + 1, sizeof *o->setting, "an optimizer"));
         o->setting[(*n)++] = *s;
     }
@@ -78,11 +80,12 @@ static bm_status set_all(bm_optim *o, bool **used) {
 }
 
 static bm_status all_used(const bm_optim *o, const bm_texts *t, const bool *used, const char *key) {
+    const bool mamba = o->l->config->family == BM_MAMBA;
+    const char *name = mamba ? "backbone.layers.0.mixer.in_proj.weight" : "decoder.layers.0.mixer.in_proj.weight";
     for (size_t i = 0; i < t->n; i++)
         if (!used[i])
-            return bm_fail(BM_EARG, "%s: %s: found '%.80s', which no tensor's name matches; names are such as %s", o->c->path, key,
-                           t->item[i], o->l->config->family == BM_MAMBA ? "backbone.layers.0.mixer.in_proj.weight"
-                                                                        : "decoder.layers.0.mixer.in_proj.weight");
+            return bm_fail(BM_EARG, "%s: %s: found '%.80s', which no tensor's name matches; names are such as %s",
+                           o->c->path, key, t->item[i], name);
     return BM_OK;
 }
 
@@ -102,7 +105,7 @@ static bm_status settings_open(bm_optim *o) {
     return s;
 }
 
-/* ---- regions and slices ------------------------------------------------------------------------------------------- */
+/* ---- regions and slices -------------------------------------------------------------------------------------- */
 
 int bm_optim_region_of(const bm_optim *o, const bm_part *p) {
     if (!bm_part_of_model(p)) return 1 + p->layer;
@@ -166,7 +169,7 @@ static bm_status stretches_open(bm_optim *o) {
     return bm_alloc(&o->sums, n_parts * sizeof *o->sums, "an optimizer");      /* a stretch holds a part at least */
 }
 
-/* ---- open, close ---------------------------------------------------------------------------------------------------- */
+/* ---- open, close --------------------------------------------------------------------------------------------- */
 
 bm_status bm_optim_bytes(const bm_train_config *c, int ranks, uint64_t *out) {
     bm_arena a;
@@ -180,7 +183,8 @@ bm_status bm_optim_bytes(const bm_train_config *c, int ranks, uint64_t *out) {
 static bm_status optim_init(bm_optim *o) {
     bm_backend *be = o->l->be;
     if (o->comm->size > 1 && !be->reads_host)
-        return bm_fail(BM_ENOSUPPORT, "device %s: found %d ranks, expected one: its memory is not the host's", be->name, o->comm->size);
+        return bm_fail(BM_ENOSUPPORT, "device %s: found %d ranks, expected one: its memory is not the host's", be->name,
+                       o->comm->size);
     BM_TRY(settings_open(o));
     BM_TRY(regions_open(o));
     BM_TRY(stretches_open(o));
@@ -224,7 +228,7 @@ void bm_optim_close(bm_optim *o) {
     memset(o, 0, sizeof *o);
 }
 
-/* ---- a step ------------------------------------------------------------------------------------------------------------ */
+/* ---- a step -------------------------------------------------------------------------------------------------- */
 
 static void begin_sum(bm_optim *o, int r) {
     bm_region *g = &o->region[r];
@@ -351,7 +355,7 @@ bm_status bm_optim_step(bm_optim *o, double lr, int64_t update, double loss, bm_
     return o->l->be->sync(o->l->be);
 }
 
-/* ---- checkpoints -------------------------------------------------------------------------------------------------------- */
+/* ---- checkpoints --------------------------------------------------------------------------------------------- */
 
 static float *owned(const bm_optim *o, bm_state kind, int r) {
     const bm_region *g = &o->region[r];

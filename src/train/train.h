@@ -36,8 +36,10 @@ typedef struct bm_train_config {
     bm_mixture *data; size_t n_data;
     int64_t seq_len;
     int64_t steps, tokens;                  /* one of them is 0 */
-    struct { int64_t sequences, micro, warmup, from, len_warmup, len_from; } batch;     /* of all ranks; micro: of one micro-batch */
-    struct { int choice, start, stop; double tol, scale, capacity, load, z; int64_t sweeps; } routing;  /* words as written */
+    /* of all ranks; micro: of one micro-batch */
+    struct { int64_t sequences, micro, warmup, from, len_warmup, len_from; } batch;
+    /* words as written */
+    struct { int choice, start, stop; double tol, scale, capacity, load, z; int64_t sweeps; } routing;
     bm_balance balance;                     /* the same, settled */
     int64_t route_group;
     double lr, beta1, beta2, eps, decay, clip;
@@ -52,7 +54,8 @@ typedef struct bm_train_config {
     double average;                         /* 0: none */
 } bm_train_config;
 /* text: JSON of n bytes; set: "optimizer.lr=3e-4", each wins over the text. */
-bm_status bm_train_config_parse(bm_train_config **out, const char *text, size_t n, const char *path, const char *const *set, int n_set);
+bm_status bm_train_config_parse(bm_train_config **out, const char *text, size_t n, const char *path,
+                                const char *const *set, int n_set);
 void      bm_train_config_free(bm_train_config *c);
 
 /* ---- schedule.c: step 0 is the first --------------------------------------------------------------------- */
@@ -129,8 +132,8 @@ bm_status bm_batch_valid(bm_batch *b, int source, uint64_t *w, uint64_t step, ui
 
 /* ---- tally.c: sums of a step ------------------------------------------------------------------------------- */
 
-enum { BM_TALLY_LOSS, BM_TALLY_TARGETS, BM_TALLY_GROUPS, BM_TALLY_LOAD, BM_TALLY_Z, BM_TALLY_SMALL, BM_TALLY_SMALL_TARGETS,
-       BM_TALLY_SMALL_COUNT, BM_TALLY_FIXED };
+enum { BM_TALLY_LOSS, BM_TALLY_TARGETS, BM_TALLY_GROUPS, BM_TALLY_LOAD, BM_TALLY_Z, BM_TALLY_SMALL,
+       BM_TALLY_SMALL_TARGETS, BM_TALLY_SMALL_COUNT, BM_TALLY_FIXED };
 typedef struct bm_tally {
     bm_learner *l;
     int n_layers;               /* with experts */
@@ -176,7 +179,7 @@ struct bm_trainer {
     double peak;                /* operations a second of this rank */
     uint64_t first_step;        /* this start's */
     double clock, began;        /* when at.seconds was last moved on; when this start began its steps */
-    float *aside;               /* (arena.n) on the device: masters while their average is looked at; NULL: no average */
+    float *aside;               /* (arena.n) on the device: masters while their average is looked at, or NULL */
     bm_status failed;           /* what the ranks are told at the end */
 };
 

@@ -83,10 +83,11 @@ static const row table[] = {
 static const char *const source_keys[] = { "path", "weight", NULL };
 static const char *const group_keys[] = { "match", "lr", "decay", "beta1", "beta2", "eps", NULL };
 static const char *const model_keys[] = {
-    "model_type", "num_layers", "hidden_size", "state_size", "conv_dimension", "vocab_size", "expansion_factor", "mamba_moe_layers",
-    "ffn_hidden_size", "add_bias_linear", "swiglu", "max_sequence_length", "activation", "routing", "layernorm_epsilon", "dt_rank",
-    "num_attention_heads", "num_key_value_heads", "rope_base", "top_k", "architectures", "num_hidden_layers", "intermediate_size", "conv_kernel",
-    "time_step_rank", "layer_norm_epsilon", "use_bias", "use_conv_bias", "tie_word_embeddings", "hidden_act", NULL,
+    "model_type", "num_layers", "hidden_size", "state_size", "conv_dimension", "vocab_size", "expansion_factor",
+    "mamba_moe_layers", "ffn_hidden_size", "add_bias_linear", "swiglu", "max_sequence_length", "activation", "routing",
+    "layernorm_epsilon", "dt_rank", "num_attention_heads", "num_key_value_heads", "rope_base", "top_k", "architectures",
+    "num_hidden_layers", "intermediate_size", "conv_kernel", "time_step_rank", "layer_norm_epsilon", "use_bias",
+    "use_conv_bias", "tie_word_embeddings", "hidden_act", NULL,
 };
 
 /* ---- sentences ---------------------------------------------------------------------------------------------- */
@@ -196,7 +197,8 @@ static bm_status all_known(const char *path, json_t *root) {
             BM_TRY(known(path, section));
             continue;
         }
-        if (!json_is_object(v)) return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected an object", path, section, show(v).s);
+        if (!json_is_object(v))
+            return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected an object", path, section, show(v).s);
         json_object_foreach(v, key, w) {
             snprintf(name, sizeof name, "%s.%.90s", section, key);
             BM_TRY(known(path, name));
@@ -236,8 +238,10 @@ static bm_status override(json_t *root, const char *set) {
     snprintf(key, sizeof key, "%.*s", (int)(equals - set), set);
     BM_TRY(known("--set", key));
     const char *dot = strchr(key, '.');
-    if (dot && json_object_get(root, "model") && !strncmp(key, "model.", 6) && !json_is_object(json_object_get(root, "model")))
-        return bm_fail(BM_EARG, "--set: %s: the configuration names a model by its path, whose sizes are what they are", key);
+    const json_t *model = json_object_get(root, "model");
+    if (dot && model && !strncmp(key, "model.", 6) && !json_is_object(model))
+        return bm_fail(BM_EARG, "--set: %s: the configuration names a model by its path, whose sizes are what they are",
+                       key);
     if (dot && strncmp(key, "model.", 6)) {
         char section[64];
         snprintf(section, sizeof section, "%.*s", (int)(dot - key < 60 ? dot - key : 60), key);
@@ -270,7 +274,8 @@ static json_t *standard_value(const row *r) {
 static bm_status read_texts(const char *path, const char *key, const json_t *v, bm_texts *out) {
     size_t i;
     json_t *t;
-    if (!json_is_array(v)) return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected a list of texts", path, key, show(v).s);
+    if (!json_is_array(v))
+        return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected a list of texts", path, key, show(v).s);
     BM_TRY(bm_alloc(&out->item, (json_array_size(v) + 1) * sizeof *out->item, "a configuration"));
     json_array_foreach((json_t *)v, i, t) {
         if (!json_is_string(t) || !json_string_length(t))
@@ -295,11 +300,13 @@ static bm_status read_word(const char *path, const row *r, const json_t *v, int 
     return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected one of %s", path, r->key, show(v).s, r->words);
 }
 
-static bm_status read_number(const char *path, const char *key, const json_t *v, double min, double max, bool whole, double *out) {
+static bm_status read_number(const char *path, const char *key, const json_t *v, double min, double max, bool whole,
+                             double *out) {
     const double x = json_number_value(v);
     const char *what = whole ? "a whole number" : "a number";
     if ((whole ? !json_is_integer(v) : !json_is_number(v)) || !(x >= min && x <= max))
-        return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected %s from %.10g to %.10g", path, key, show(v).s, what, min, max);
+        return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected %s from %.10g to %.10g", path, key, show(v).s, what, min,
+                       max);
     *out = x;
     return BM_OK;
 }
@@ -317,7 +324,8 @@ static bm_status read_value(config *c, const char *path, const row *r, const jso
         *(double *)at = x;
         return BM_OK;
     case BOOL:
-        if (!json_is_boolean(v)) return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected true or false", path, r->key, show(v).s);
+        if (!json_is_boolean(v))
+            return bm_fail(BM_EFORMAT, "%s: %s: found %s, expected true or false", path, r->key, show(v).s);
         *(bool *)at = json_is_true(v);
         return BM_OK;
     case CHOICE: return read_word(path, r, v, (int *)at);
@@ -332,8 +340,9 @@ static bm_status read_sources(config *c, const char *path) {
     const json_t *list = member(c->json, "data.sources");
     const size_t n = json_array_size(list);
     char at[48];
-    if (json_is_string(list)) return bm_fail(BM_EFORMAT, "%s: data.sources: found %s, expected a list such as [{\"path\": %s}]", path,
-                                             show(list).s, show(list).s);
+    if (json_is_string(list))
+        return bm_fail(BM_EFORMAT, "%s: data.sources: found %s, expected a list such as [{\"path\": %s}]", path,
+                       show(list).s, show(list).s);
     if (!n || n > BM_MAX_SOURCES)
         return bm_fail(BM_EFORMAT, "%s: data.sources: found %s, expected a list of 1 to %d {\"path\": FOLDER, "
                        "\"weight\": W}", path, show(list).s, BM_MAX_SOURCES);
@@ -343,13 +352,15 @@ static bm_status read_sources(config *c, const char *path) {
         snprintf(at, sizeof at, "data.sources[%zu].", i);
         BM_TRY(all_among(path, at, o, source_keys));
         if (!json_is_string(name) || !json_string_length(name))
-            return bm_fail(BM_EFORMAT, "%s: %spath: found %s, expected a folder of packed data", path, at, show(name).s);
+            return bm_fail(BM_EFORMAT, "%s: %spath: found %s, expected a folder of packed data", path, at,
+                           show(name).s);
         strcat(at, "weight");
         if (weight) BM_TRY(read_number(path, at, weight, 1e-9, 1e9, false, &c->data[i].weight));
         if (!(c->data[i].path = bm_strndup(json_string_value(name), json_string_length(name)))) return BM_EMEMORY;
         c->n_data = i + 1;
         if (!c->data[i].weight != !c->data[0].weight)
-            return bm_fail(BM_EFORMAT, "%s: data.sources: found weights of some, expected weights of all, or of none: by tokens", path);
+            return bm_fail(BM_EFORMAT, "%s: data.sources: found weights of some, expected weights of all, or of none: "
+                           "by tokens", path);
     }
     return BM_OK;
 }
@@ -362,7 +373,8 @@ static bm_status read_group(config *c, const char *path, size_t i, json_t *o) {
     };
     char at[64];
     snprintf(at, sizeof at, "optimizer.groups[%zu].", i);
-    if (!json_is_object(o)) return bm_fail(BM_EFORMAT, "%s: optimizer.groups[%zu]: found %s, expected an object", path, i, show(o).s);
+    if (!json_is_object(o))
+        return bm_fail(BM_EFORMAT, "%s: optimizer.groups[%zu]: found %s, expected an object", path, i, show(o).s);
     BM_TRY(all_among(path, at, o, group_keys));
     for (size_t k = 0; k < sizeof number / sizeof *number; k++) {
         json_t *v = json_object_get(o, number[k].key);
@@ -372,7 +384,8 @@ static bm_status read_group(config *c, const char *path, size_t i, json_t *o) {
     }
     snprintf(at, sizeof at, "optimizer.groups[%zu].match", i);
     BM_TRY(read_texts(path, at, json_object_get(o, "match"), &g->match));
-    if (!g->match.n) return bm_fail(BM_EFORMAT, "%s: %s: found an empty list, expected patterns of tensor names", path, at);
+    if (!g->match.n)
+        return bm_fail(BM_EFORMAT, "%s: %s: found an empty list, expected patterns of tensor names", path, at);
     return BM_OK;
 }
 
@@ -380,7 +393,8 @@ static bm_status read_groups(config *c, const char *path) {
     const json_t *list = member(c->json, "optimizer.groups");
     const size_t n = json_array_size(list);
     if (!json_is_array(list) || n > 1000)
-        return bm_fail(BM_EFORMAT, "%s: optimizer.groups: found %s, expected a list of at most 1000 objects", path, show(list).s);
+        return bm_fail(BM_EFORMAT, "%s: optimizer.groups: found %s, expected a list of at most 1000 objects", path,
+                       show(list).s);
     BM_TRY(bm_alloc(&c->rule, (n + 1) * sizeof *c->rule, "a configuration"));
     for (size_t i = 0; i < n; i++) {
         c->n_rules = i + 1;
@@ -396,8 +410,8 @@ static bm_status model_by_name(config *c, const char *path, const char *name) {
         if (!strcmp(name, bm_config_preset_name(i))) return bm_config_preset(&c->model, name);
     if (bm_ends_with(name, ".json")) return bm_config_read(&c->model, name);
     if (!bm_path_exists(name))
-        return bm_fail(BM_EFORMAT, "%s: model: found '%.200s', which is not there; expected a model to go on from, a config.json, a "
-                       "preset's name, or an object of sizes", path, name);
+        return bm_fail(BM_EFORMAT, "%s: model: found '%.200s', which is not there; expected a model to go on from, a "
+                       "config.json, a preset's name, or an object of sizes", path, name);
     BM_TRY(bm_source_open(&s, name));
     const bm_status st = bm_config_of(&c->model, s);
     bm_source_close(s);
@@ -410,7 +424,8 @@ static bm_status read_model(config *c, const char *path) {
     json_t *m = json_object_get(c->json, "model");
     if (json_is_string(m)) return model_by_name(c, path, json_string_value(m));
     if (!json_is_object(m))
-        return bm_fail(BM_EFORMAT, "%s: model: found %s, expected an object of sizes, or the path of a model to go on from", path, show(m).s);
+        return bm_fail(BM_EFORMAT, "%s: model: found %s, expected an object of sizes, or the path of a model to go on "
+                       "from", path, show(m).s);
     BM_TRY(all_among(path, "model.", m, model_keys));
     char *name = bm_strf("%s: model", path);
     if (!name) return BM_EMEMORY;
@@ -419,31 +434,33 @@ static bm_status read_model(config *c, const char *path) {
     return s;
 }
 
-/* ---- what goes together --------------------------------------------------------------------------------------------- */
+/* ---- what goes together -------------------------------------------------------------------------------------- */
 
 static void settle_routing(config *c) {
     const bool sinkhorn = c->routing.choice ? c->routing.choice == 2 : c->model.routing == BM_ROUTE_SIGMOID;
-    c->balance = (bm_balance){ .choice = sinkhorn ? BM_CHOOSE_SINKHORN : BM_CHOOSE_BEST, .paper_start = c->routing.start == 1,
-                               .stop = (bm_sinkhorn_stop)c->routing.stop, .tol = c->routing.tol, .sweeps = (int)c->routing.sweeps,
-                               .scale = c->routing.scale, .capacity = (float)c->routing.capacity, .load = (float)c->routing.load,
+    c->balance = (bm_balance){ .choice = sinkhorn ? BM_CHOOSE_SINKHORN : BM_CHOOSE_BEST,
+                               .paper_start = c->routing.start == 1, .stop = (bm_sinkhorn_stop)c->routing.stop,
+                               .tol = c->routing.tol, .sweeps = (int)c->routing.sweeps, .scale = c->routing.scale,
+                               .capacity = (float)c->routing.capacity, .load = (float)c->routing.load,
                                .z = (float)c->routing.z };
 }
 
 static bm_status whole_groups(const config *c, const char *path, const char *key, int64_t n) {
     if (n % c->route_group == 0) return BM_OK;
-    return bm_fail(BM_EFORMAT, "%s: %s: found %lld, expected a multiple of routing.route_group, %lld", path, key, (long long)n,
-                   (long long)c->route_group);
+    return bm_fail(BM_EFORMAT, "%s: %s: found %lld, expected a multiple of routing.route_group, %lld", path, key,
+                   (long long)n, (long long)c->route_group);
 }
 
 static bm_status settle(config *c, const char *path) {
     settle_routing(c);
     if (!c->steps == !c->tokens)
-        return bm_fail(BM_EFORMAT, "%s: found %s of steps and tokens, expected one: how long to train", path, c->steps ? "both" : "none");
+        return bm_fail(BM_EFORMAT, "%s: found %s of steps and tokens, expected one: how long to train", path,
+                       c->steps ? "both" : "none");
     if (!c->batch.from) c->batch.from = c->batch.sequences < c->route_group ? c->batch.sequences : c->route_group;
     if (!c->batch.len_from) c->batch.len_from = c->seq_len < 64 ? c->seq_len : 64;
     if (c->batch.from > c->batch.sequences)
-        return bm_fail(BM_EFORMAT, "%s: batch.from: found %lld, expected at most batch.sequences, %lld", path, (long long)c->batch.from,
-                       (long long)c->batch.sequences);
+        return bm_fail(BM_EFORMAT, "%s: batch.from: found %lld, expected at most batch.sequences, %lld", path,
+                       (long long)c->batch.from, (long long)c->batch.sequences);
     if (c->batch.len_from > c->seq_len)
         return bm_fail(BM_EFORMAT, "%s: batch.seq_len_from: found %lld, expected at most data.seq_len, %lld", path,
                        (long long)c->batch.len_from, (long long)c->seq_len);
@@ -456,15 +473,15 @@ static bm_status settle(config *c, const char *path) {
     }
     if (c->batch.micro > c->batch.sequences) c->batch.micro = c->batch.sequences;
     if (c->batch.micro * c->seq_len > 1 << 24)
-        return bm_fail(BM_EFORMAT, "%s: batch.micro: found %lld sequences of %lld, expected at most %d tokens in a micro-batch", path,
-                       (long long)c->batch.micro, (long long)c->seq_len, 1 << 24);
+        return bm_fail(BM_EFORMAT, "%s: batch.micro: found %lld sequences of %lld, expected at most %d tokens in a "
+                       "micro-batch", path, (long long)c->batch.micro, (long long)c->seq_len, 1 << 24);
     if (c->carry && (c->batch.warmup || c->batch.len_warmup))
-        return bm_fail(BM_EFORMAT, "%s: carry: found a warmup of the batch or of seq_len beside it, expected sequences that go on where they "
-                       "stopped; leave out one of the two", path);
+        return bm_fail(BM_EFORMAT, "%s: carry: found a warmup of the batch or of seq_len beside it, expected "
+                       "sequences that go on where they stopped; leave out one of the two", path);
     return BM_OK;
 }
 
-/* ---- all of it -------------------------------------------------------------------------------------------------------- */
+/* ---- all of it ----------------------------------------------------------------------------------------------- */
 
 static bool was_set(const char *key, const char *const *set, int n_set) {
     const size_t n = strlen(key);
@@ -488,13 +505,15 @@ static bm_status read_all(config *c, const char *path, const char *const *set, i
     return settle(c, path);
 }
 
-bm_status bm_train_config_parse(bm_train_config **out, const char *text, size_t n, const char *path, const char *const *set, int n_set) {
+bm_status bm_train_config_parse(bm_train_config **out, const char *text, size_t n, const char *path,
+                                const char *const *set, int n_set) {
     config *c;
     *out = NULL;
     BM_TRY(bm_alloc(&c, sizeof *c, "a configuration"));
     bm_status s = bm_json_parse(&c->json, text, n, path);
     if (!s && !(c->path = bm_strndup(path, strlen(path)))) s = BM_EMEMORY;
-    if (!s && !json_is_object(c->json)) s = bm_fail(BM_EFORMAT, "%s: found %s, expected an object", path, show(c->json).s);
+    if (!s && !json_is_object(c->json))
+        s = bm_fail(BM_EFORMAT, "%s: found %s, expected an object", path, show(c->json).s);
     if (!s) s = read_all(c, path, set, n_set);
     if (s) bm_train_config_free(c);
     else *out = c;

@@ -54,7 +54,8 @@ static uint64_t checkpoint_bytes(const bm_arena *a) {
 }
 
 /* What does not depend on sizes: the data, their tokenizer, the measured peak. */
-static bm_status look(bm_train_plan *p, bm_learner_options *o, bm_backend *be, const bm_train_config *c, const bm_comm *comm) {
+static bm_status look(bm_train_plan *p, bm_learner_options *o, bm_backend *be, const bm_train_config *c,
+                      const bm_comm *comm) {
     bm_batch *b;
     bm_tokenizer *t = NULL;
     BM_TRY(bm_batch_open(&b, c, comm));
@@ -94,7 +95,8 @@ static bm_status plan(bm_train_plan *out, bm_backend *be, const bm_train_config 
 
 static bm_status parse(bm_train_config **out, const bm_trainer_options *o) {
     if (!o->config) return bm_fail(BM_EARG, "training: found no configuration, expected JSON");
-    return bm_train_config_parse(out, o->config, o->n_config, o->config_name ? o->config_name : "configuration", o->set, o->n_set);
+    return bm_train_config_parse(out, o->config, o->n_config, o->config_name ? o->config_name : "configuration", o->set,
+                                 o->n_set);
 }
 
 bm_status bm_train_plan_make(bm_train_plan *out, bm_device *d, const bm_trainer_options *o) {
@@ -113,7 +115,7 @@ bm_status bm_train_plan_make(bm_train_plan *out, bm_device *d, const bm_trainer_
     return s;
 }
 
-/* ---- opening -------------------------------------------------------------------------------------------------------- */
+/* ---- opening ------------------------------------------------------------------------------------------------- */
 
 /* Masters from the model to go on from, or from the seed. */
 static bm_status weights_open(bm_trainer *t) {
@@ -161,7 +163,8 @@ static bm_status folder_free(const bm_trainer *t) {
     if (!path) return BM_EMEMORY;
     const bool taken = bm_path_exists(path);
     free(path);
-    return taken ? bm_fail(BM_EARG, "%s: found a run in it; go on with it (resume), or name another folder", t->run) : BM_OK;
+    if (!taken) return BM_OK;
+    return bm_fail(BM_EARG, "%s: found a run in it; go on with it (resume), or name another folder", t->run);
 }
 
 static bm_status run_open(bm_trainer *t, bool resume) {
@@ -200,7 +203,8 @@ static bm_status open_all(bm_trainer *t, const bm_trainer_options *o) {
     BM_TRY(weights_open(t));
     BM_TRY(bm_optim_open(&t->optim, t->config, t->learner, t->comm));
     BM_TRY(bm_tally_open(&t->tally, t->learner));
-    if (t->config->expert_ranks && t->comm->size > 1) BM_TRY(bm_expert_ranks_open(&t->experts, &t->config->model, t->comm, be));
+    if (t->config->expert_ranks && t->comm->size > 1)
+        BM_TRY(bm_expert_ranks_open(&t->experts, &t->config->model, t->comm, be));
     if (t->config->average > 0)
         BM_TRY(be->alloc(be, &t->aside, t->learner->arena.n * sizeof(float), "an average of the weights"));
     bm_config_info(&t->config->model, BM_F32, &t->info);
@@ -244,7 +248,7 @@ void bm_trainer_close(bm_trainer *t) {
 
 int bm_trainer_rank(const bm_trainer *t) { return t->comm->rank; }
 
-/* ---- a step ------------------------------------------------------------------------------------------------------------ */
+/* ---- a step -------------------------------------------------------------------------------------------------- */
 
 /* The first micro-batch's gradient, for the noise scale. */
 static bm_status note_small(bm_trainer *t, double targets, int M) {
@@ -303,7 +307,8 @@ static bm_status gradients(bm_trainer *t, double targets, int groups) {
 static double noise_scale(bm_trainer *t, double norm, double targets) {
     const double *sum = t->tally->sum, count = sum[BM_TALLY_SMALL_COUNT];
     if (count == 0 || !isfinite(norm)) return NAN;
-    const double small = sum[BM_TALLY_SMALL] / count, b = sum[BM_TALLY_SMALL_TARGETS] / count, keep = 0.95, whole = norm * norm;
+    const double small = sum[BM_TALLY_SMALL] / count, whole = norm * norm;
+    const double b = sum[BM_TALLY_SMALL_TARGETS] / count, keep = 0.95;
     t->at.signal = keep * t->at.signal + (1 - keep) * (targets * whole - b * small) / (targets - b);
     t->at.noise = keep * t->at.noise + (1 - keep) * (small - whole) / (1 / b - 1 / targets);
     return t->at.signal > 0 ? t->at.noise / t->at.signal : NAN;
@@ -353,14 +358,15 @@ static bm_status one_step(bm_trainer *t, bm_train_news *news, bm_optim_result *r
     r.skipped = result->skipped;
     if (result->skipped) r.not_finite = result->not_finite;
     if (c->noise_scale) r.noise_scale = noise_scale(t, result->norm, targets);
-    *news = (bm_train_news){ .event = BM_TRAIN_STEP, .loss = r.loss, .lr = lr, .grad_norm = r.grad_norm, .tokens_s = r.tokens_s,
-                             .peak_share = r.peak_share, .skipped = result->skipped, .valid_loss = NAN, .bits_per_byte = NAN,
+    *news = (bm_train_news){ .event = BM_TRAIN_STEP, .loss = r.loss, .lr = lr, .grad_norm = r.grad_norm,
+                             .tokens_s = r.tokens_s, .peak_share = r.peak_share, .skipped = result->skipped,
+                             .valid_loss = NAN, .bits_per_byte = NAN,
                              .not_finite = result->skipped ? result->not_finite : NULL };
     if (t->comm->rank == 0) bm_tally_warn(t->tally, t->at.step);
     return t->metrics ? bm_metrics_put(t->metrics, &r) : BM_OK;
 }
 
-/* ---- between steps -------------------------------------------------------------------------------------------------------- */
+/* ---- between steps ------------------------------------------------------------------------------------------- */
 
 typedef struct teller { bm_train_fn fn; void *user; bool stop; } teller;
 
@@ -425,13 +431,14 @@ static bm_status step_and_after(bm_trainer *t, teller *to) {
     pthread_mutex_unlock(&t->device->lock);
     if (s) return s;
     if (result.skipped && t->comm->rank == 0)
-        bm_log(0, "step %llu: %s is not finite, no update (loss %g)", (unsigned long long)t->at.step, result.not_finite, news.loss);
+        bm_log(0, "step %llu: %s is not finite, no update (loss %g)", (unsigned long long)t->at.step, result.not_finite,
+               news.loss);
     tell(t, to, &news, BM_TRAIN_STEP);
     BM_TRY(agree(t, to));
     if (result.skipped && t->config->stop_on_nonfinite) {
         BM_TRY(save(t, to, &news));
-        return bm_fail(BM_ECANCELLED, "step %llu: %s is not finite, and stop_on_nonfinite is set", (unsigned long long)t->at.step,
-                       result.not_finite);
+        return bm_fail(BM_ECANCELLED, "step %llu: %s is not finite, and stop_on_nonfinite is set",
+                       (unsigned long long)t->at.step, result.not_finite);
     }
     if (!to->stop) {
         BM_TRY(after_step(t, to, &news));
