@@ -30,7 +30,7 @@ fails() {
     else good; fi
 }
 
-commands="run tokenize logits perplexity bench convert inspect init report"
+commands="run tokenize logits perplexity bench convert inspect init report data"
 tiny=$work/tiny.gguf
 
 test_usage() {
@@ -309,8 +309,39 @@ test_report() {
     fails 2 "1 of 1 words missing" report
 }
 
+test_data() {
+    local d=$work/data
+    mkdir "$d"
+    printf 'It was\n<|endoftext|>\na dark\n<|endoftext|>\nand stormy night' >"$d/a.txt"
+    check "pack" bm data pack "$d/a.txt" -o "$d/a" --split '<|endoftext|>' --valid-every 3
+    bm data stats "$d/a" --verify --show 3 >"$d/stats"
+    same "counts" "$(awk '$1 == "train" {print $3, $4}' "$d/stats")" "2 14"
+    check "checksums" grep -q 'every checksum right$' "$d/stats"
+    check "a beginning" grep -q '^validation document 0, [0-9]* tokens: and stormy night$' "$d/stats"
+    same "JSON" "$(bm data stats "$d/a" --json | grep -oE '"(documents|shortest)": [0-9]+' | tr '\n' ' ')" \
+        '"documents": 2 "documents": 1 "shortest": 4 "documents": 3 '
+    same "standard input" "$(printf '{"text": "a"}\n{"t": "the"}\n' | "$program" data pack - -o "$d/b" --field t 2>&1)" \
+        "blackmamba: -: line 1: found nothing for 't', expected a text; name its field with --field"
+    printf '{"t": "a"}\n{"t": "the"}\n' | "$program" data pack - -o "$d/b" --field t >/dev/null
+    same "rows" "$(bm data stats "$d/b" | awk '$1 == "train" {print $2, $3}')" "4 2"
+    check "separators inside" grep -q 'warning: .*a.txt: found 2 separators (id 0) inside documents' <(bm data pack "$d/a.txt" -o "$d/c" 2>&1)
+    : >"$d/empty.txt"
+    fails 1 "a folder of that name exists" data pack "$d/a.txt" -o "$d/a"
+    fails 1 "missing.txt: cannot open" data pack "$d/missing.txt" -o "$d/x"
+    fails 1 "no such folder" data stats "$d/x"
+    check "nothing is left" test ! -e "$d/x"
+    truncate -s -1 "$d/b/train-00000.bin"
+    fails 1 "train-00000.bin: found 7 bytes, expected 8 as index.json says; the file is cut short" data stats "$d/b"
+    fails 2 "expected pack or stats" data x
+    fails 2 "-o DIR is missing" data pack x
+    fails 2 "two ways to part texts" data pack x -o y --lines --split z
+    fails 2 "the other options are of pack" data stats x --lines
+    fails 2 "options of stats" data pack x -o y --verify
+}
+
 test_usage
 test_report
+test_data
 test_output
 make_tiny
 test_files
