@@ -1,6 +1,7 @@
 # make            build/blackmamba and build/libblackmamba.{a,so}
 # make demo       install what is missing, build, write some text with the bundled model
 # make check      install what is missing, build, run every test
+# make check-qemu kernels and texts on emulated processors: aarch64, old x86-64
 # make bench      measure this machine        make fuzz [SECONDS=60]   each fuzzer for a while
 # make install [PREFIX=/usr/local DESTDIR=]   make clean
 # SAN=address,undefined | thread: a sanitizer build in its own folder      DEBUG=1: no optimisation
@@ -90,6 +91,20 @@ check-san: deps
 	@BM_QUICK=1 tools/check build-address-undefined $(SAN_TESTS)
 	@$(MAKE) $(JOBS) SAN=thread tests
 	@BM_QUICK=1 tools/check build-thread test_base test_laws test_stream test_golden
+
+# ---- other processors under qemu: aarch64 with NEON, x86-64 without AVX and without AVX-512 --------
+ARM := build-arm64
+QEMU_TESTS := $(patsubst tests/%.c,%,$(shell grep -l lib_kernels.h tests/test_*.c)) test_golden
+.PHONY: check-qemu qemu-programs
+check-qemu:
+	@tools/deps.sh qemu
+	@PKG_CONFIG_LIBDIR=$(ARM)/root/usr/lib/aarch64-linux-gnu/pkgconfig $(MAKE) $(JOBS) B=$(ARM) AR=aarch64-linux-gnu-ar \
+	  CC='aarch64-linux-gnu-gcc --sysroot=$(ARM)/root' qemu-programs
+	@$(MAKE) $(JOBS) qemu-programs
+	@LEVEL=neon BM_EMULATOR='qemu-aarch64 -L $(ARM)/root' AT_ONCE=2 tools/check $(ARM) $(QEMU_TESTS) test_emulated.sh
+	@LEVEL=scalar BM_EMULATOR='qemu-x86_64 -cpu core2duo' AT_ONCE=2 tools/check $B test_kernels test_operations test_emulated.sh
+	@LEVEL=avx2 BM_EMULATOR='qemu-x86_64 -cpu Haswell' tools/check $B test_emulated.sh
+qemu-programs: $B/blackmamba $(QEMU_TESTS:%=$B/tests/%)
 
 # ---- fuzzers: clang's libFuzzer with ASan and UBSan, each for SECONDS ----------------------------
 SECONDS ?= 60

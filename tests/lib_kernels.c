@@ -7,6 +7,11 @@
 const char *const levels[LEVELS] = { "scalar", "avx2", "avx512", "neon" };
 static uint64_t counter;
 
+bool has_level(int level, bm_kernels *k) {
+    bm_kernels own;
+    if (!k) k = &own;
+    return bm_kernels_choose(k, levels[level]) == BM_OK && !strcmp(k->level, levels[level]);
+}
 bm_backend *open_level(int level, int threads) {
     bm_backend *b = NULL;
     const bm_status s = bm_backend_open_cpu_level(&b, threads, levels[level]);
@@ -18,6 +23,8 @@ void done(bm_backend *b) {
     assert_int_equal(b->sync(b), BM_OK);
     b->close(b);
 }
+
+int least_threads(void) { return getenv("BM_EMULATOR") ? 3 : 1; }
 
 enum { GUARD = 16 };
 

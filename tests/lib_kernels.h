@@ -10,9 +10,13 @@
 
 enum { LEVELS = 4, MAX_M = 67 };
 extern const char *const levels[LEVELS];    /* scalar first */
+/* Whether this machine has the level, and its kernels, unless k is NULL. */
+bool has_level(int level, bm_kernels *k);
 /* NULL when this machine lacks the level. */
 bm_backend *open_level(int level, int threads);
 void done(bm_backend *b);
+/* Where 1 to 3 threads are tried: 1, or 3 under an emulator (BM_EMULATOR), where time is dear. */
+int least_threads(void);
 
 /* Floats with guard words on both sides, which no kernel may touch. */
 float *floats(size_t n);

@@ -100,7 +100,7 @@ static void law_case(int level, int threads, bm_dtype type, bm_arith arith, int 
 static void test_linear_law(void **state) {
     (void)state;
     for (int level = 0; level < LEVELS; level++)
-        for (int threads = 1; threads <= 3; threads++)
+        for (int threads = least_threads(); threads <= 3; threads++)
             for (int arith = 0; arith < 2; arith++)
                 for (int type = 0; type < BM_DTYPE_COUNT; type++) {
                     const size_t block = bm_dtype_block(type);
@@ -250,7 +250,7 @@ static void test_experts(void **state) {
     (void)state;
     static const int mixed[3] = { BM_BF16, BM_Q8_0, BM_Q4_0 };
     for (int level = 0; level < LEVELS; level++)
-        for (int threads = 1; threads <= 3; threads++) {
+        for (int threads = least_threads(); threads <= 3; threads++) {
             bm_backend *b = open_level(level, threads);
             for (int variant = 0; b && variant < 16; variant++)
                 for (int arith = 0; arith < 2; arith++) {
