@@ -10,6 +10,7 @@
 #include <stdio.h>
 
 enum { APP_OK = 0, APP_FAILED = 1, APP_USAGE = 2, APP_CANCELLED = 130 };
+enum { APP_ANY = 1 << 30 };                      /* operands of a command: any number */
 enum { APP_BRANCHES = 8 };                      /* texts an interactive session keeps side by side */
 
 /* ---- args.c: command lines ------------------------------------------------------------- */
@@ -42,12 +43,12 @@ typedef struct app_command {
     const char *summary;        /* one sentence */
     const char *notes;          /* paragraphs below the options, NULL: none */
     const app_option *options;
-    int operands;               /* how many words that are not options it takes, exactly; -n: n or more */
+    int operands;               /* how many words that are not options it takes, exactly; -n: n or more; APP_ANY */
     int (*run)(char **operand); /* they end with NULL */
 } app_command;
 
 extern const app_command app_run, app_tokenize, app_logits, app_perplexity, app_bench, app_convert, app_inspect,
-    app_init, app_tokenizer, app_grads, app_report, app_train, app_data;
+    app_init, app_tokenizer, app_flops, app_grads, app_report, app_train, app_data;
 
 #define APP_MODEL(to) {'m', "model", NULL, "MODEL", APP_TEXT, to, 0, 0, NULL, \
     "a model folder or .gguf file"}

@@ -199,7 +199,7 @@ int app_parse(const app_command *c, int argc, char **argv, char **operand, bool 
             operand[n++] = argv[i];
         }
     }
-    const int least = abs(c->operands);
+    const int least = c->operands == APP_ANY ? 0 : abs(c->operands);
     if (n < least) return app_usage(c, "%d of %d words missing in: blackmamba %s %s", least - n, least, c->name,
                                     c->synopsis);
     return APP_OK;

@@ -9,7 +9,7 @@
 
 static const app_command *const commands[] = {
     &app_run, &app_tokenize, &app_logits, &app_perplexity, &app_bench, &app_convert, &app_inspect, &app_init,
-    &app_grads, &app_report, &app_train, &app_data, &app_tokenizer, NULL,
+    &app_grads, &app_report, &app_train, &app_data, &app_tokenizer, &app_flops, NULL,
 };
 
 static const app_command *command_find(const char *name) {

@@ -102,22 +102,34 @@ typedef struct bm_config {
 
 /* name: blackmamba-1.5b, blackmamba-2.8b, mamba-130m, -370m, -790m, -1.4b, -2.8b. */
 BM_API bm_status bm_config_preset(bm_config *out, const char *name);
-BM_API bm_status bm_config_read(bm_config *out, const char *path);   /* a config.json, either family */
+/* path: a config.json of either family, a folder that holds one, a .gguf, or a configuration of training (its
+ * "model": the same keys, a preset's name, or a path of these). */
+BM_API bm_status bm_config_read(bm_config *out, const char *path);
 /* The i-th preset's name, NULL past the end. */
 BM_API const char *bm_config_preset_name(int i);
 
 typedef struct bm_info {
     uint64_t parameters;            /* tied embedding counted once */
-    uint64_t parameters_per_token;  /* one expert of each MoE layer, embedding included */
+    uint64_t parameters_per_token;  /* top_k experts of each MoE layer, embedding included */
     uint64_t weight_bytes;          /* all tensors, as stored */
     uint64_t weight_bytes_per_token;/* read to decode one token */
     uint64_t state_bytes;           /* of one slot */
-    uint64_t flops_per_token;       /* forward, head included; docs/MODEL.md has the formulas */
+    uint64_t flops_per_token;       /* forward, head included, attention's scores not; docs/MODEL.md */
     uint64_t tensors;
 } bm_info;
 /* As if all matrices were `type`, or what their rows allow: q4_K, q5_K, q6_K fall back to q5_0, q5_1, q8_0
  * where 256 does not divide a row, and every quantized type to bf16 where 32 does not. */
 BM_API void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out);
+
+typedef struct bm_config_part {
+    const char *block, *name;       /* "mamba" "scan", "moe" "experts", "model" "head" */
+    uint64_t parameters, active;    /* active: of one token */
+    uint64_t flops, flops_square;   /* forward, of one token; attention causal, and the whole square */
+} bm_config_part;
+enum { BM_MOST_PARTS = 16 };
+/* Parts of one layer, or with layer -1 of what stands before and behind the layers; seq: tokens of a sequence, for
+ * attention.  Returns how many; 0 where there is no such layer. */
+BM_API int bm_config_parts(const bm_config *c, int layer, int64_t seq, bm_config_part out[BM_MOST_PARTS]);
 
 /* ---- device and model ---------------------------------------------------------------- */
 

@@ -98,33 +98,21 @@ bm_status bm_config_check(const bm_config *c, const char *path) {
     return BM_OK;
 }
 
-/* ---- counts: docs/MODEL.md, "Counting" --------------------------------------------------------------------- */
-
-static uint64_t forward_flops(const bm_config *c) {
-    const uint64_t D = (uint64_t)c->d_model, I = (uint64_t)c->d_inner, N = (uint64_t)c->d_state, R = (uint64_t)c->dt_rank;
-    uint64_t f = 2 * D * (uint64_t)c->n_vocab;
-    for (int l = 0; l < c->n_layers; l++) {
-        const bm_layer_config *k = &c->layer[l];
-        if (k->mixer == BM_MIXER_ATTENTION) f += 2 * D * (2 * D + 2 * (uint64_t)c->n_kv_heads * (D / (uint64_t)c->n_heads));
-        if (k->mixer == BM_MIXER_MAMBA) f += I * (11 * N + 4 * R + 1) + 6 * I * D + 2 * I * (uint64_t)c->d_conv;
-        if (k->ffn) f += (c->gated ? 6u : 4u) * D * (uint64_t)k->d_ff;
-        if (k->ffn == BM_FFN_MOE) f += 2 * (uint64_t)k->n_experts * D;
-    }
-    return f;
-}
+/* ---- counts ------------------------------------------------------------------------------------------------ */
 
 void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out) {
-    bm_info i = { .flops_per_token = forward_flops(c) };
+    bm_info i = { .flops_per_token = bm_config_flops(c) };
     bm_file_tensor t;
     for (bm_walk w = bm_params_walk(c, BM_LAYOUT_GGUF); bm_walk_next(&w, &t); ) {
         const uint64_t one = (uint64_t)t.first.rows * (uint64_t)t.first.cols, all = one * (uint64_t)t.n_parts;
+        const uint64_t used = t.n_parts > 1 ? one * (uint64_t)c->top_k : one;
         const bool matrix = t.first.param->flags & BM_P_MATRIX;
         const bm_dtype stored = matrix ? bm_dtype_fitting(type, (size_t)t.first.cols) : BM_F32;
         const bool looked_up = t.first.param->init == BM_INIT_EMBED && !c->tied_head;
         i.parameters += all;
-        i.parameters_per_token += one;
+        i.parameters_per_token += used;
         i.weight_bytes += bm_dtype_bytes(stored, all);
-        i.weight_bytes_per_token += bm_dtype_bytes(stored, looked_up ? (uint64_t)c->d_model : one);
+        i.weight_bytes_per_token += bm_dtype_bytes(stored, looked_up ? (uint64_t)c->d_model : used);
     }
     for (bm_walk w = bm_params_walk(c, bm_layout_of(c, BM_FORMAT_SAFETENSORS)); bm_walk_next(&w, &t); ) i.tensors++;
     i.state_bytes = 4 * bm_state_floats(c, NULL);

@@ -173,17 +173,56 @@ bm_status bm_config_from_json(bm_config *c, const json_t *o, const char *path) {
     return BM_OK;
 }
 
-bm_status bm_config_read(bm_config *out, const char *path) {
+/* ---- any of them -------------------------------------------------------------------------------------------- */
+
+static bm_status config_read(bm_config *out, const char *path, bool nested);
+
+/* A configuration of training holds the model's under "model": an object, or a name to look under, once. */
+static bm_status from_any_json(bm_config *out, const json_t *o, const char *path, bool nested) {
+    const json_t *m = json_object_get(o, "model");
+    if (!m) return bm_config_from_json(out, o, path);
+    const char *name = json_string_value(m);
+    if (name && nested)
+        return bm_fail(BM_EFORMAT, "%s: model: found '%.200s' in a configuration that another one names, expected sizes", path, name);
+    for (int i = 0; name && bm_config_preset_name(i); i++)
+        if (!strcmp(name, bm_config_preset_name(i))) return bm_config_preset(out, name);
+    if (name) return config_read(out, name, true);
+    char *place = bm_strf("%s: model", path);
+    if (!place) return BM_EMEMORY;
+    const bm_status s = bm_config_from_json(out, m, place);
+    free(place);
+    return s;
+}
+
+static bm_status config_read_json(bm_config *out, const char *path, bool nested) {
     char *text;
     size_t n;
     json_t *o = NULL;
     BM_TRY(bm_file_read(path, 1 << 20, &text, &n));
     bm_status s = bm_json_parse(&o, text, n, path);
-    if (!s) s = bm_config_from_json(out, o, path);
+    if (!s) s = from_any_json(out, o, path, nested);
     json_decref(o);
     free(text);
     return s;
 }
+
+static bm_status config_read(bm_config *out, const char *path, bool nested) {
+    if (bm_ends_with(path, ".gguf")) {
+        bm_source *source;
+        BM_TRY(bm_source_open(&source, path));
+        const bm_status s = bm_config_of(out, source);
+        bm_source_close(source);
+        return s;
+    }
+    if (!bm_path_is_folder(path)) return config_read_json(out, path, nested);
+    char *file = bm_strf("%s/config.json", path);
+    if (!file) return BM_EMEMORY;
+    const bm_status s = config_read_json(out, file, nested);
+    free(file);
+    return s;
+}
+
+bm_status bm_config_read(bm_config *out, const char *path) { return config_read(out, path, false); }
 
 /* ---- keys of a GGUF ---------------------------------------------------------------------------------------- */
 
