@@ -134,7 +134,7 @@ static bm_status count_batch(bm_counts *c) {
         c->bad += c->piece[i].bad;
     }
     c->n_pieces = 0;
-    memmove(c->text.s, c->text.s + c->cut, c->text.n - c->cut);
+    if (c->cut) memmove(c->text.s, c->text.s + c->cut, c->text.n - c->cut);
     c->text.n -= c->cut;
     c->cut = 0;
     return BM_OK;
