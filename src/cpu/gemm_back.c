@@ -16,7 +16,7 @@ enum {
 
 static size_t packed_a(const bm_kernels *k) { return (size_t)PANELS * ((size_t)k->outer_a * STEPS + 16); }
 
-static int panels_of(int n, int width) { return (n + width - 1) / width; }
+static int panels_of(int n, int width) { return (int)(((int64_t)n + width - 1) / width); }
 
 bm_status bm_cpu_reserve_back(bm_backend *b, int M, int rows, int cols) {
     bm_cpu *c = (bm_cpu *)b;
