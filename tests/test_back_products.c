@@ -297,6 +297,27 @@ static void check_kept(bm_backend *b, moe *m) {
     check_equal(m->y, y, M * D, "y without kept act");
     drop(y); drop(work);
 }
+/* The work space of every expert, which it has in common with the others, by the backward of each one alone; nothing
+ * else is wanted of that. */
+static void gather_work(bm_backend *b, moe *m) {
+    for (int e = 0; e < X && !(m->variant & DENSE); e++) {
+        int32_t first[X + 1] = { 0 };
+        int begin, end = rows_of(m, e, &begin);
+        for (int i = e + 1; i <= X; i++) first[i] = end - begin;
+        bm_op_route route = m->route;
+        route.order = m->order + begin;
+        route.first = first;
+        bm_op_experts op = m->op;
+        op.route = &route;
+        op.hidden += begin * 2 * F;
+        op.act += begin * F;
+        op.dhidden += begin * 2 * F;
+        op.dact += begin * F;
+        op.dx = op.dgate = op.db_gate = op.db_up = op.db_down = NULL;
+        op.dw_gate = op.dw_up = op.dw_down = NULL;
+        b->experts_back(b, &op);
+    }
+}
 /* Sums over d of row r: what down brings back, its product with act and bias, and through the activation. */
 static void check_down(const moe *m, int e, int r) {
     const int row = row_of(m, r);
@@ -363,7 +384,7 @@ static void check_input(const moe *m, int e, int r) {
         check_sum(m->dx[row * D + d], s, size, 2 * F, "dx of experts");
     }
 }
-static void check_moe(bm_backend *b, moe *m) {
+static void check_moe(moe *m) {
     for (int e = 0; e < X; e++) {
         int begin, end = rows_of(m, e, &begin);
         for (int r = begin; r < end; r++) {
@@ -387,7 +408,6 @@ static void check_moe(bm_backend *b, moe *m) {
     check_guards(m->dact, M * F);
     check_guards(m->act, M * F);
     check_guards(m->hidden, M * 2 * F);
-    (void)b;
 }
 static void test_experts_back(void **state) {
     (void)state;
@@ -399,7 +419,8 @@ static void test_experts_back(void **state) {
                 b->experts(b, &m->op);
                 check_kept(b, m);
                 b->experts_back(b, &m->op);
-                check_moe(b, m);
+                gather_work(b, m);
+                check_moe(m);
                 drop_moe(m);
             }
         if (b) done(b);

@@ -97,13 +97,14 @@ static void wait_for_all(bm_pool *p) {
     atomic_store(&p->waiting, 0);
 }
 
-void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg) {
+/* In at most `most` chunks. */
+static void share_out(bm_pool *p, int64_t n, int64_t grain, int64_t most, bm_range_fn fn, void *arg) {
     if (n <= 0) return;
     if (p->threads == 1 || n <= grain) {
         fn(arg, 0, n, 0);
         return;
     }
-    const int64_t units = (n + grain - 1) / grain, most = (int64_t)p->threads * CHUNKS;
+    const int64_t units = (n + grain - 1) / grain;
     p->fn = fn;
     p->arg = arg;
     p->n = n;
@@ -117,6 +118,11 @@ void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg
     wait_for_all(p);
     if (p->timed) p->waited += bm_now() - start;
 }
+
+void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg) {
+    share_out(p, n, grain, (int64_t)p->threads * CHUNKS, fn, arg);
+}
+void bm_parallel_each(bm_pool *p, int64_t n, bm_range_fn fn, void *arg) { share_out(p, n, 1, INT_MAX, fn, arg); }
 
 int bm_pool_threads(const bm_pool *p) { return p->threads; }
 

@@ -101,8 +101,8 @@ typedef struct bm_kernels {
     void (*outer)(const float *a, const float *b, int steps, bm_form form, float *const *c, int m, int n, bool add);
     void (*sum_lines)(float *y, const bm_lines *l, int lines, int begin, int end);     /* y += sum of columns [begin, end) */
     /* Of h = act(gate) * up and dh, times g: gradients of gate and up; gate NULL: dup only.  Returns h . dh. */
-    float (*activate_back)(const float *gate, const float *up, const float *h, const float *dh, float g, float *dgate,
-                           float *dup, int n, bm_activation f);
+    float (*activate_back)(const float *gate, const float *up, const float *dh, float g, float *dgate, float *dup, int n,
+                           bm_activation f);
     float (*dot)(const float *x, const float *y, int n);
     void (*norm_back)(const bm_op_norm *a, float *stat, int begin, int end);            /* rows: dsum; stat (M,2) = mean, 1/deviation */
     void (*norm_params)(const bm_op_norm *a, const float *stat, int begin, int end);    /* columns: dweight, dbias */
@@ -145,13 +145,13 @@ void bm_cpu_gemm(bm_cpu *c, const bm_gemm *g, bm_gemm_fn fn);
 typedef struct bm_outer {
     int M, N, K;
     bm_form form;
-    bool turned, add;
+    bool turned, add, late;                     /* late: a or c are of products before this one */
     bm_lines a, b, c;
     void (*then)(void *arg, int begin, int end); void *arg;     /* runs on rows of c once they are whole; or NULL */
 } bm_outer;
-/* Computes p on all threads, or fails when reserve_back() did not see its size.  Sums go along K in steps that
- * only K decides. */
-void bm_cpu_outer(bm_cpu *c, const bm_outer *p);
+/* Computes n products on all threads, in order where they are late; or fails when reserve_back() did not see their
+ * size.  Sums go along K in blocks that only K decides. */
+void bm_cpu_outer(bm_cpu *c, const bm_outer *p, int n);
 void bm_cpu_sum_lines(bm_cpu *c, float *y, const bm_lines *l, int lines, int columns);
 /* False, and the backend has failed, when the backward cannot read such weights. */
 bool bm_cpu_back_type(bm_cpu *c, bm_dtype type);

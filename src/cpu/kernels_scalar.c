@@ -28,6 +28,7 @@ INLINE vf v_gt(vf a, vf b, vf yes, vf no) { return a > b ? yes : no; }
 INLINE vf v_exp(vf x) { return expf(x); }
 INLINE vf v_log1p(vf x) { return log1pf(x); }
 INLINE vf v_erfc(vf x) { return erfcf(x); }
+INLINE vf v_erfc_with(vf x, vf *gauss) { *gauss = expf(-x * x); return erfcf(x); }
 INLINE void v_sum4(vf a, vf b, vf c, vf d, float *out) { out[0] = a; out[1] = b; out[2] = c; out[3] = d; }
 INLINE float v_top(vf v) { return v; }
 INLINE vd d_zero(void) { return 0; }
