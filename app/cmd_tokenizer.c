@@ -59,7 +59,7 @@ static int run(char **operand) {
     bm_tokenizer_train_info info;
     phases p = {0};
     size_t n = 0;
-    while (operand[n]) n++;
+    for (; operand[n]; n++) if (!strcmp(operand[n], "-")) operand[n] = "/dev/stdin";
     if (strcmp(operand[0], "train"))
         return app_usage(&app_tokenizer, "found '%s', expected train; 'blackmamba tokenize' turns text into ids",
                          operand[0]);
@@ -85,7 +85,7 @@ const app_command app_tokenizer = {
     "tokenizer", "train IN... --vocab N -o FILE [--special TOKEN]... [--min-frequency N] [--lines | --split MARKER] "
     "[-t N] [--force] [--json]",
     "Makes a tokenizer from texts.",
-    "IN are text files in UTF-8, plain or compressed with gzip, xz or zstd. The tokenizer is byte-level BPE, the file "
-    "the same as Hugging Face's library writes. The same texts and options make the same tokenizer, whatever the "
-    "number of threads.", options, -2, run,
+    "IN are text files in UTF-8, plain or compressed with gzip, xz or zstd; - is standard input. The tokenizer is "
+    "byte-level BPE, the file as Hugging Face's library writes it. The same texts and options make the same "
+    "tokenizer, whatever the number of threads.", options, -2, run,
 };

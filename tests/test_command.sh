@@ -30,7 +30,7 @@ fails() {
     else good; fi
 }
 
-commands="run tokenize logits perplexity bench convert inspect init report data"
+commands="run tokenize logits perplexity bench convert inspect init report data tokenizer flops"
 tiny=$work/tiny.gguf
 
 test_usage() {
@@ -339,7 +339,59 @@ test_data() {
     fails 2 "options of stats" data pack x -o y --verify
 }
 
+# A tokenizer made of a text, from a pipe and from a file, and put to use.
+test_tokenizer() {
+    local t=$work/train
+    mkdir "$t"
+    printf 'low low low lower lower newest newest newest widest\n%.0s' 1 2 3 4 5 >"$t/in.txt"
+    check "train" bm tokenizer train "$t/in.txt" --vocab 270 -o "$t/a.json"
+    check "one thread" bm tokenizer train "$t/in.txt" --vocab 270 -o "$t/b.json" -t 1
+    check "any number of threads" cmp "$t/a.json" "$t/b.json"
+    check "gzip" sh -c "gzip -c '$t/in.txt' | '$program' tokenizer train - --vocab 270 -o '$t/c.json'"
+    check "a compressed pipe" cmp "$t/a.json" "$t/c.json"
+    same "there and back" "$(bm tokenize --tokenizer "$t/a.json" -p "a lower é" |
+        timeout 60 "$program" tokenize --tokenizer "$t/a.json" -d)" "a lower é"
+    same "special" "$(bm tokenizer train "$t/in.txt" --vocab 300 --special '<s>' --special '</s>' -o "$t/d.json" \
+        --json 2>/dev/null | jq -c '[.tokens < 300, .words, .distinct_words]')" '[true,50,6]'
+    same "ids of special" "$(bm tokenize --tokenizer "$t/d.json" -p "<s></s>")" "0 1"
+    bm tokenizer train "$t/in.txt" --vocab 9999 -o "$t/e.json" >/dev/null 2>"$work/err"
+    check "fewer than asked for" grep -q "9999 tokens were asked for" "$work/err"
+    fails 1 "the file exists" tokenizer train "$t/in.txt" --vocab 270 -o "$t/a.json"
+    fails 1 "not one word" tokenizer train /dev/null --vocab 270 -o "$t/x.json"
+    fails 1 "$t/none: cannot open" tokenizer train "$t/in.txt" "$t/none" --vocab 270 -o "$t/x.json"
+    fails 1 "expected 258" tokenizer train "$t/in.txt" --vocab 257 --special a1 --special b1 -o "$t/x.json"
+    fails 2 "--vocab: found '256'" tokenizer train x --vocab 256 -o y
+    fails 2 "--vocab N is missing" tokenizer train x -o y
+    fails 2 "-o FILE is missing" tokenizer train x --vocab 300
+    fails 2 "two ways to part texts" tokenizer train x --vocab 300 -o y --lines --split z
+    fails 2 "found 'trian', expected train" tokenizer trian x
+    fails 2 "1 of 2 words missing" tokenizer train
+    check "nothing left behind" test ! -e "$t/x.json"
+}
+
+test_flops() {
+    same "flops" "$(bm flops --preset blackmamba-1.5b --json |
+        jq -c '[.all.parameters, (.all.flops / 1e5 | round), (.training_flops / .all.flops)]')" '[1458462072,6899,3]'
+    same "side by side" "$(bm flops blackmamba-1.5b --preset blackmamba-2.8b --json |
+        jq -c '[.equal, .same_vocabulary, (.models | length)]')" '[false,true,2]'
+    check "one of each" bm flops configs/small.json configs/tiny.json mamba-130m
+    cat >"$work/attention.json" <<'JSON'
+{"steps": 1, "model": {"num_layers": 2, "hidden_size": 64, "state_size": 8, "conv_dimension": 4, "vocab_size": 96,
+ "expansion_factor": 2, "mamba_moe_layers": ["a", "4"], "ffn_hidden_size": 96, "add_bias_linear": false, "swiglu": true,
+ "num_attention_heads": 4, "num_key_value_heads": 2}}
+JSON
+    same "attention" "$(bm flops "$work/attention.json" --seq 100 --json |
+        jq -c '[.seq, .all.flops_whole_square - .all.flops]')" "[100,$((2 * 100 * 64))]"
+    bm flops "$work/attention.json" >"$work/out"
+    check "the whole square" grep -q "whole square of attention" "$work/out"
+    fails 2 "name a configuration" flops
+    fails 2 "--seq: found '0'" flops x --seq 0
+    fails 1 "preset: found 'mamba-7b'" flops --preset mamba-7b
+}
+
 test_usage
+test_tokenizer
+test_flops
 test_report
 test_data
 test_output

@@ -140,6 +140,13 @@ static bm_status tokenizer(void) {
     return st;
 }
 
+static bm_status train_tokenizer(void) {
+    const char *in = scratch_path("memory.txt");
+    const bm_tokenizer_train_options o = { .in = &in, .n_in = 1, .out = scratch_path("memory.json"), .n_vocab = 300,
+                                           .threads = 2 };
+    return bm_tokenizer_train(&o, NULL);
+}
+
 static bm_status to_gguf(void) {
     unlink(scratch_path("memory.gguf"));
     const bm_convert_options o = { .type = BM_BF16, .embedding_type = -1, .tokenizer = tokenizer_path };
@@ -252,6 +259,9 @@ static void test_formats(void **state) {
     OK(bm_device_open(&device, "cpu", 1));
     every_allocation("device", open_device);
     every_allocation("tokenizer", tokenizer);
+    static const char text[] = "the cat sat on the mat, e\xcc\x81 \xff the end<|endoftext|>the cat and the rat";
+    OK(bm_file_write(scratch_path("memory.txt"), text, sizeof text - 1));
+    every_allocation("tokenizer from texts", train_tokenizer);
     every_allocation("metrics of a run", write_metrics);
     write_texts();
     every_allocation("texts packed", pack_and_read);

@@ -20,6 +20,8 @@ _blackmamba() {
         return
     elif [[ $command == data && $COMP_CWORD == 2 ]]; then
         words="pack stats"
+    elif [[ $command == tokenizer && $COMP_CWORD == 2 ]]; then
+        words="train"
     elif [[ $prev == --device ]]; then
         words="cpu cpu:scalar cpu:avx2 cpu:avx512 cpu:neon"
     elif [[ $cur == -* ]]; then
