@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 libs="libjansson-dev libpcre2-dev libutf8proc-dev libzip-dev libxxhash-dev libarchive-dev libcmocka-dev"
-want="gcc make pkg-config libc6-dev $libs libopenmpi-dev openmpi-bin jq"
+want="gcc make pkg-config libc6-dev $libs libopenmpi-dev openmpi-bin jq procps"
 [ "${1:-}" = fuzz ] && want="$want clang libclang-rt-dev"
 [ "${1:-}" = qemu ] && want="$want gcc-aarch64-linux-gnu qemu-user"
 
