@@ -338,26 +338,31 @@ static void a_step_that_is_not_finite_is_skipped(void **state) {
     bm_trainer_close(t);
 }
 
-/* With lr 0, rows that carry their state read a text as one long sequence. */
+/* With lr 0, rows that carry their state read a text as one long sequence; some rows begin where a document does. */
 static void carried_states_read_one_text(void **state) {
     (void)state;
-    static const char *const set[] = { "optimizer.lr=0", "optimizer.warmup=0", "batch.sequences=1",
-                                       "routing.choice=best", "steps=9" };
-    bm_trainer *t = train_open(device, "\"carry\": true, ", NULL, set, 5);
+    enum { T = 8, ROWS = 60 };
+    char lines[1400];
+    snprintf(lines, sizeof lines, "data.sources=[{\"path\": \"%s\"}]", train_data_lines());
+    const char *const set[] = { "optimizer.lr=0", "optimizer.warmup=0", "batch.sequences=1", "routing.choice=best",
+                                "steps=60", "data.seq_len=8", lines };
+    bm_trainer *t = train_open(device, "\"carry\": true, ", NULL, set, 7);
     seen s = { .n = 0 };
-    bm_token tokens[33], all[9 * 32 + 1];
-    int32_t starts[32], begin[64];
-    float nll[9 * 32];
+    bm_token tokens[T + 1], all[ROWS * T + 1];
+    int32_t starts[T], begin[ROWS * T + 1];
+    float nll[ROWS * T];
     bm_row r;
-    int n_begin = 0;
-    for (uint64_t i = 0; i < 9; i++) {
-        OK(bm_order_carry(t->batch->order, 0, 1, i * 32, 32, tokens, starts, &r));
-        memcpy(all + i * 32, tokens, sizeof tokens);
+    int n_begin = 0, fresh = 0, inside = 0;
+    for (uint64_t i = 0; i < ROWS; i++) {
+        OK(bm_order_carry(t->batch->order, 0, 1, i * T, T, tokens, starts, &r));
+        memcpy(all + i * T, tokens, sizeof tokens);
         for (int k = 0; k < r.n_starts; k++)
-            if (k || r.fresh || !i) begin[n_begin++] = (int32_t)(i * 32) + starts[k];
+            if (k || r.fresh || !i) begin[n_begin++] = (int32_t)(i * T) + starts[k];
+        fresh += i && r.fresh;
+        inside += r.n_starts > 1;
     }
-    assert_true(n_begin > 1 && n_begin < 60);
-    begin[n_begin] = 9 * 32;
+    assert_true(fresh > 0 && inside > 0);
+    begin[n_begin] = ROWS * T;
     bm_session *session;
     const bm_model m = { .config = t->config->model, .device = device, .be = device->be, .w = t->learner->w };
     OK(bm_session_open(&session, &m, &(bm_session_options){ .arith = BM_ARITH_F32 }));
@@ -367,12 +372,59 @@ static void carried_states_read_one_text(void **state) {
     }
     bm_session_close(session);
     OK(bm_trainer_run(t, see, &s));
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < ROWS; i++) {
         double sum = 0;
-        for (int k = 0; k < 32; k++) sum += (double)nll[i * 32 + k];
-        near(s.loss[i], sum / 32, 1e-5);
+        for (int k = 0; k < T; k++) sum += (double)nll[i * T + k];
+        near(s.loss[i], sum / T, 1e-5);
     }
     bm_trainer_close(t);
+}
+
+/* Step s has the rows after those of the steps before it, each once, also while the batch grows. */
+static void steps_read_one_row_after_the_other(void **state) {
+    (void)state;
+    static const char *const set[] = { "batch.warmup=3", "batch.from=2", "batch.micro=2" };
+    bm_trainer *t = train_open(device, "", NULL, set, 3);
+    bm_token tokens[33];
+    int32_t starts[32];
+    bm_micro m;
+    bm_row r;
+    uint64_t row = 0;
+    for (uint64_t step = 0; step < 5; step++) {
+        bm_batch_begin(t->batch, t->comm, step);
+        while (t->batch->next < t->batch->end) {
+            OK(bm_batch_next(t->batch, t->learner, &m));
+            assert_int_equal(m.group[m.G], m.M);
+            for (int i = 0; i < m.M; i += 32) {
+                OK(bm_order_row(t->batch->order, row++, 32, tokens, starts, &r));
+                assert_memory_equal(m.token + i, tokens, 32 * sizeof *tokens);
+                assert_memory_equal(m.target + i, tokens + 1, 32 * sizeof *tokens);
+            }
+        }
+        assert_int_equal(row, bm_schedule_before(t->config, step + 1));
+    }
+    bm_trainer_close(t);
+}
+
+/* Every row of the step is in the load of one expert of each layer, however the batch was cut. */
+static void loads_count_every_row(void **state) {
+    (void)state;
+    static const char *const set[] = { "steps=1", "batch.micro=2", "routing.route_group=2" };
+    for (int again = 0; again < 2; again++) {
+        bm_trainer *t = train_open(device, again ? "\"recompute\": true, " : "", NULL, set, 3);
+        OK(bm_trainer_run(t, NULL, NULL));
+        assert_int_equal(t->tally->n_layers, 2);
+        for (int i = 0; i < 2; i++) {
+            const bm_metric_layer *l = &t->tally->record[i];
+            uint64_t rows = 0;
+            for (int e = 0; e < l->n_experts; e++) rows += l->load[e];
+            assert_int_equal(l->layer, 1 + 2 * i);
+            assert_int_equal(rows, 8 * 32);
+            assert_true(l->load[0] != l->load[1] || l->load[1] != l->load[2]);
+            assert_true(l->sweeps >= 1);
+        }
+        bm_trainer_close(t);
+    }
 }
 
 static void warmups_run(void **state) {
@@ -520,6 +572,8 @@ int main(void) {
         cmocka_unit_test(many_short_documents),
         cmocka_unit_test(a_step_that_is_not_finite_is_skipped),
         cmocka_unit_test(carried_states_read_one_text),
+        cmocka_unit_test(steps_read_one_row_after_the_other),
+        cmocka_unit_test(loads_count_every_row),
         cmocka_unit_test(warmups_run),
         cmocka_unit_test(average_of_the_weights),
         cmocka_unit_test(evaluation_is_the_running_rule),
