@@ -3,8 +3,8 @@
 # Does nothing when all of it is there.  Other systems: install the same libraries by hand.
 set -eu
 cd "$(dirname "$0")/.."
-libs="libjansson-dev libpcre2-dev libutf8proc-dev libzip-dev libxxhash-dev libarchive-dev libcmocka-dev"
-want="gcc make pkg-config libc6-dev $libs libopenmpi-dev openmpi-bin jq procps"
+libs="libc6-dev libjansson-dev libpcre2-dev libutf8proc-dev libzip-dev libxxhash-dev libarchive-dev libcmocka-dev"
+want="gcc make pkg-config $libs libopenmpi-dev openmpi-bin jq procps"
 [ "${1:-}" = fuzz ] && want="$want clang libclang-rt-dev"
 [ "${1:-}" = qemu ] && want="$want gcc-aarch64-linux-gnu qemu-user"
 
@@ -27,6 +27,8 @@ arm64_root() {
         exit 1
     }
     for deb in "$apt"/cache/archives/*.deb; do dpkg -x "$deb" $root; done
+    # links of the system's root, such as that of libm.so, become links inside this one
+    find $root -lname '/*' | while read -r link; do ln -sfr "$root$(readlink "$link")" "$link"; done
     echo "$libs" >$root/packages
 }
 if [ "${1:-}" = qemu ] && [ "$(dpkg --print-architecture 2>/dev/null)" != amd64 ]; then
