@@ -8,7 +8,7 @@ static const char *pack(const char *name, const char *split) {
     bm_tokenizer *t;
     if (*out) return out;
     snprintf(out, 1280, "%s", scratch_path(name));
-    snprintf(tokenizer, sizeof tokenizer, "%s", scratch_path("tokenizer.json"));
+    snprintf(tokenizer, sizeof tokenizer, "%s", scratch_path("train-tokenizer.json"));
     OK(bm_tokenizer_train(&(bm_tokenizer_train_options){ .in = in, .n_in = 1, .out = tokenizer,
                                                          .n_vocab = TRAIN_VOCAB }, NULL));
     OK(bm_tokenizer_open(&t, tokenizer));
@@ -18,8 +18,8 @@ static const char *pack(const char *name, const char *split) {
     bm_tokenizer_close(t);
     return out;
 }
-const char *train_data(void) { return pack("data", "\n\n"); }
-const char *train_data_lines(void) { return pack("lines", NULL); }
+const char *train_data(void) { return pack("train-data", "\n\n"); }
+const char *train_data_lines(void) { return pack("train-lines", NULL); }
 
 const char *train_config(const char *extra) {
     static char ring[4][4096];

@@ -3,6 +3,7 @@
  * This program brings its own malloc, calloc, realloc and their kin, so that the allocations of every
  * library are counted too (glibc keeps its own under __libc_*). */
 #include "lib_tiny.h"
+#include "lib_train.h"
 #include "text/text.h"
 #include "train/data.h"
 #include "train/metrics.h"
@@ -242,6 +243,19 @@ static void write_tokenizer(void) {
     json_decref(o);
 }
 
+/* Overrides, samples, an evaluation and a step. */
+static bm_status train_a_step(void) {
+    static const char *const set[] = { "steps=1", "average=0.5", "samples.prompts=[\"a\"]", "samples.tokens=2",
+                                       "batch.sequences=2", "evaluate.windows=1", "noise_scale=true" };
+    const char *text = train_config("\"carry\": true, ");
+    const bm_trainer_options o = { .config = text, .n_config = strlen(text), .set = set, .n_set = 7 };
+    bm_trainer *t;
+    BM_TRY(bm_trainer_open(&t, device, &o));
+    const bm_status s = bm_trainer_run(t, NULL, NULL);
+    bm_trainer_close(t);
+    return s;
+}
+
 static void of_format(const char *name, const char *path) {
     char what[64];
     snprintf(model_path, sizeof model_path, "%s", path);
@@ -272,6 +286,8 @@ static void test_formats(void **state) {
     of_format("safetensors", folder);
     of_format("PyTorch", "tests/golden/parallel");
     every_allocation("stream", use_stream);
+    train_data();
+    every_allocation("training", train_a_step);
     bm_device_close(device);
 }
 

@@ -228,11 +228,25 @@ static bm_status put_member(json_t *root, const char *key, json_t *value) {
     return json_object_set_new(o, dot + 1, value) ? bm_fail_memory(64, "a configuration") : BM_OK;
 }
 
-/* "key=value" into root; a value that is not JSON is a text. */
+/* JSON, or a text when it is none. */
+static bm_status read_override(const char *key, const char *value, json_t **out) {
+    json_t *o = NULL;
+    char *text = bm_strf("{\"v\": %s}", value);
+    *out = NULL;
+    if (!text) return BM_EMEMORY;
+    const bm_status s = bm_json_parse(&o, text, strlen(text), "--set");
+    free(text);
+    if (s == BM_EMEMORY) return s;
+    if (!s && json_object_size(o) == 1) *out = json_incref(json_object_get(o, "v"));
+    else *out = json_string(value);
+    json_decref(o);
+    return *out ? BM_OK : bm_fail(BM_EARG, "--set: %s: found a value that is not UTF-8, expected JSON or a text", key);
+}
+
+/* "key=value" into root. */
 static bm_status override(json_t *root, const char *set) {
     const char *equals = strchr(set, '=');
     char key[128];
-    json_error_t error;
     if (!equals || equals == set || equals - set > 100)
         return bm_fail(BM_EARG, "--set: found '%.60s', expected key=value, such as optimizer.lr=3e-4", set);
     snprintf(key, sizeof key, "%.*s", (int)(equals - set), set);
@@ -248,9 +262,8 @@ static bm_status override(json_t *root, const char *set) {
         json_t *o = json_object_get(root, section);
         if (o && !json_is_object(o)) return BM_OK;              /* all_known() says so */
     }
-    json_t *value = json_loads(equals + 1, JSON_DECODE_ANY | JSON_REJECT_DUPLICATES, &error);
-    if (!value) value = json_string(equals + 1);
-    if (!value) return bm_fail(BM_EARG, "--set: %s: the value is not UTF-8, expected JSON or a text", key);
+    json_t *value;
+    BM_TRY(read_override(key, equals + 1, &value));
     return put_member(root, key, value);
 }
 
