@@ -425,6 +425,7 @@ static void scan_run(bm_backend *b, void *op) {
     bm_op_scan a = *(bm_op_scan *)op;
     const size_t n = b->scan_back_floats(b, M, a.I, a.N);
     a.work = floats(n);
+    for (size_t i = 0; i < n; i++) a.work[i] = NAN;         /* nothing in it may be relied on */
     b->scan_back(b, &a);
     check_guards(a.work, n);
     drop(a.work);
