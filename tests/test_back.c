@@ -51,8 +51,8 @@ static void check_grads(const grads *s, float start, double tol, const char *lev
             }
             const double want = g->want[k] + (g->added ? (double)start : 0);
             if (!(fabs((double)g->is[k] - want) <= tol * most + 1e-6 * fabs((double)start)))
-                fail_msg("%s: %s: element %zu of %zu is %.9g, expected %.9g, largest %.3g", level, g->name, k, size_of(g),
-                         (double)g->is[k], want, most);
+                fail_msg("%s: %s: element %zu of %zu is %.9g, expected %.9g, largest %.3g", level, g->name, k,
+                         size_of(g), (double)g->is[k], want, most);
         }
         check_guards(g->is, size_of(g) + 1);
     }
@@ -105,7 +105,8 @@ static void norm_reference(const bm_op_norm *a, double *ds, double *dw, double *
             if (db) db[k] += dy[k];
         }
         for (int k = 0; k < a->D; k++)
-            ds[(size_t)i * (size_t)a->D + (size_t)k] = r * ((double)dy[k] * a->weight[k] - (a->centered ? g : 0) - (s[k] - mean) * r * gv);
+            ds[(size_t)i * (size_t)a->D + (size_t)k] = r * ((double)dy[k] * a->weight[k] - (a->centered ? g : 0)
+                                                            - (s[k] - mean) * r * gv);
     }
 }
 static void norm_run(bm_backend *b, void *op) { b->norm_back(b, op); }
@@ -114,7 +115,8 @@ static void norm_case(int level, int M, int D, bool centered) {
     grads s = { 0 };
     float *sum = normals(n, 2), *w = normals((size_t)D, 1), *dy = normals(n, 1);
     for (size_t i = 0; i < n; i++) sum[i] += 0.5f;
-    bm_op_norm op = { .M = M, .D = D, .eps = D == 1 ? 0.1f : 1e-5f, .centered = centered, .weight = w, .sum = sum, .dy = dy };
+    bm_op_norm op = { .M = M, .D = D, .eps = D == 1 ? 0.1f : 1e-5f, .centered = centered, .weight = w, .sum = sum,
+                      .dy = dy };
     op.dsum = add_grad(&s, "dsum", true, M, D, D);
     op.dweight = add_grad(&s, "dweight", true, 1, D, D);
     if (centered) op.dbias = add_grad(&s, "dbias", true, 1, D, D);
@@ -136,7 +138,8 @@ static void norm_differences(bool centered) {
     float *f = normals(3 * D, 1);
     double s[D], w[D], p[D], ds[D] = { 0 }, dw[D] = { 0 };
     for (int k = 0; k < D; k++) s[k] = f[k], w[k] = f[D + k], p[k] = f[2 * D + k];
-    norm_reference(&(bm_op_norm){ .M = 1, .D = D, .eps = 1e-5f, .centered = centered, .sum = f, .weight = f + D, .dy = f + 2 * D },
+    norm_reference(&(bm_op_norm){ .M = 1, .D = D, .eps = 1e-5f, .centered = centered, .sum = f, .weight = f + D,
+                                  .dy = f + 2 * D },
                    ds, dw, NULL);
     for (int k = 0; k < D; k++) {
         double *of[2] = { s, w }, *is[2] = { ds, dw };
@@ -193,11 +196,13 @@ static void loss_case(bm_backend *b, int V, bool in_place) {
     enum { M = 7 };
     const size_t n = (size_t)M * (size_t)V;
     const float scale = 0.37f;
-    float *l = normals(n, 6), *keep = copy_of(l, n), *d = in_place ? l : floats(n), *loss = floats(M), *bare = floats(M);
+    float *l = normals(n, 6), *keep = copy_of(l, n), *d = in_place ? l : floats(n);
+    float *loss = floats(M), *bare = floats(M);
     bm_token target[M] = { 0, V / 2, V - 1, -1, V / 3, -1, 0 };
     l[6 * V] = keep[6 * V] = 200;           /* a row that is sure */
     b->loss(b, &(bm_op_loss){ .M = M, .V = V, .logits = keep, .target = target, .loss = bare });
-    b->loss(b, &(bm_op_loss){ .M = M, .V = V, .logits = l, .target = target, .loss = loss, .dlogits = d, .scale = scale });
+    b->loss(b, &(bm_op_loss){ .M = M, .V = V, .logits = l, .target = target, .loss = loss, .dlogits = d,
+                              .scale = scale });
     check_equal(loss, bare, M, "loss with and without gradient");
     for (int i = 0; i < M; i++) {
         double top = -1e30, sum = 0;
@@ -207,7 +212,8 @@ static void loss_case(bm_backend *b, int V, bool in_place) {
         check_near((double)loss[i], want, target[i] < 0 ? 0 : 1e-6 * (1 + want), b->name);
         for (int k = 0; k < V; k++) {
             const double p = exp((double)keep[i * V + k] - top) / sum;
-            check_near((double)d[i * V + k], target[i] < 0 ? 0 : (double)scale * (p - (k == target[i])), 2e-7 * (double)scale, b->name);
+            check_near((double)d[i * V + k], target[i] < 0 ? 0 : (double)scale * (p - (k == target[i])),
+                       2e-7 * (double)scale, b->name);
             if (target[i] < 0) assert_true(d[i * V + k] == 0);
         }
     }
@@ -248,12 +254,14 @@ static void conv_reference(const bm_op_conv *a, double *dx, double *dw, double *
     for (int q = 0; q < a->Q; q++)
         for (int t = 0; t < a->start[q + 1] - a->start[q]; t++)
             for (int c = 0; c < a->I; c++) {
-                const double d = (double)a->dy[(size_t)(a->start[q] + t) * (size_t)a->I + (size_t)c] * silu_back(conv_sum(a, q, t, c));
+                const size_t row = (size_t)(a->start[q] + t);
+                const double d = (double)a->dy[row * (size_t)a->I + (size_t)c] * silu_back(conv_sum(a, q, t, c));
                 if (db) db[c] += d;
                 for (int k = 0; k < a->K; k++) {
                     const int from = t - a->K + 1 + k;
                     dw[k * a->I + c] += d * conv_at(a, q, from, c);
-                    if (from >= 0) dx[(size_t)(a->start[q] + from) * (size_t)a->ldx + (size_t)c] += d * (double)a->weight[k * a->I + c];
+                    const size_t to = (size_t)(a->start[q] + from) * (size_t)a->ldx + (size_t)c;
+                    if (from >= 0) dx[to] += d * (double)a->weight[k * a->I + c];
                 }
             }
 }
@@ -264,7 +272,8 @@ static void conv_case(int level, int I, int K, bool bias) {
     grads s = { 0 };
     float *x = normals((size_t)M * (size_t)ld, 1), *w = normals((size_t)(K * I), 1), *b = normals((size_t)I, 1),
           *dy = normals((size_t)(M * I), 1), *state = normals(states, 1), *y = floats((size_t)(M * I));
-    bm_op_conv op = { .Q = Q, .start = start, .slot = slot, .I = I, .K = K, .ldx = ld, .x = x, .weight = w, .bias = bias ? b : NULL,
+    bm_op_conv op = { .Q = Q, .start = start, .slot = slot, .I = I, .K = K, .ldx = ld, .x = x, .weight = w,
+                      .bias = bias ? b : NULL,
                       .y = y, .state = copy_of(state, states), .stride = (size_t)(K * I), .dy = dy };
     bm_backend *be = open_level(level, 2);
     be->conv(be, &op);                      /* slot -1 starts from zeros */
@@ -315,7 +324,8 @@ static void scan_forward(scan_in *s, double *pre) {
         pre[t] = (double)a->D[s->c] * u;
         for (int n = 0; n < a->N; n++) {
             const double before = t ? s->h[(t - 1) * a->N + n] : scan_start(a, s->q, n, s->c);
-            s->h[t * a->N + n] = exp(d * (double)a->A[n * a->I + s->c]) * before + d * u * (double)a->B[m * (size_t)a->ldbc + (size_t)n];
+            s->h[t * a->N + n] = exp(d * (double)a->A[n * a->I + s->c]) * before
+                + d * u * (double)a->B[m * (size_t)a->ldbc + (size_t)n];
             pre[t] += s->h[t * a->N + n] * (double)a->C[m * (size_t)a->ldbc + (size_t)n];
         }
     }
@@ -328,7 +338,8 @@ static void scan_reference_channel(scan_in *s, const scan_want *w) {
     scan_forward(s, pre);
     for (int t = a->start[s->q + 1] - a->start[s->q] - 1; t >= 0; t--) {
         const size_t m = (size_t)(a->start[s->q] + t), bc = m * (size_t)a->ldbc;
-        const double raw = scan_raw(a, m, s->c), d = softplus(raw), u = (double)a->u[m * I + c], z = (double)a->z[m * (size_t)a->ldz + c];
+        const double raw = scan_raw(a, m, s->c), d = softplus(raw), u = (double)a->u[m * I + c];
+        const double z = (double)a->z[m * (size_t)a->ldz + c];
         const double dy = (double)a->dy[m * I + c], dp = dy * silu(z);
         double du = dp * (double)a->D[c], dd = 0;
         w->dz[m * (size_t)a->ldz + c] = dy * pre[t] * silu_back(z);
@@ -355,13 +366,15 @@ static scan_case make_scan(int I, int N) {
     const int ldz = I + 3, ldbc = 2 * N + 5;
     const size_t MI = (size_t)(M * I), IN = (size_t)(I * N);
     scan_case s = { .states = SLOTS * IN };
-    float *x[] = { normals(MI, 1), normals(MI, 2), normals((size_t)I, 1), normals(IN, 1), normals((size_t)(M * ldbc), 1),
-                   normals((size_t)I, 1), normals((size_t)(M * ldz), 1), normals(MI, 1), normals(s.states, 1), floats(MI) };
+    float *x[] = { normals(MI, 1), normals(MI, 2), normals((size_t)I, 1), normals(IN, 1),
+                   normals((size_t)(M * ldbc), 1), normals((size_t)I, 1), normals((size_t)(M * ldz), 1),
+                   normals(MI, 1), normals(s.states, 1), floats(MI) };
     memcpy(s.x, x, sizeof x);
     for (int i = 0; i < I * N; i++) x[3][i] = -fabsf(x[3][i]) * (float)(1 + i / I);
     for (int i = 0; i < M * I; i += 97) x[1][i] = 25 + (float)(i % 10);         /* past the bend of softplus */
-    s.op = (bm_op_scan){ .Q = Q, .start = start, .slot = slot, .I = I, .N = N, .ldz = ldz, .ldbc = ldbc, .u = x[0], .dt = x[1],
-                         .dt_bias = x[2], .A = x[3], .B = x[4], .C = x[4] + N, .D = x[5], .z = x[6], .dy = x[7], .state = x[8],
+    s.op = (bm_op_scan){ .Q = Q, .start = start, .slot = slot, .I = I, .N = N, .ldz = ldz, .ldbc = ldbc, .u = x[0],
+                         .dt = x[1], .dt_bias = x[2], .A = x[3], .B = x[4], .C = x[4] + N, .D = x[5], .z = x[6],
+                         .dy = x[7], .state = x[8],
                          .stride = IN, .y = x[9] };
     return s;
 }
@@ -378,8 +391,8 @@ static void scan_grads(grads *s, bm_op_scan *a, scan_want *w) {
     a->ddt_bias = add_grad(s, "ddt_bias", true, 1, a->I, a->I);
     a->dA_log = add_grad(s, "dA_log", true, a->N, a->I, a->I);
     a->dD = add_grad(s, "dD", true, 1, a->I, a->I);
-    *w = (scan_want){ wanted(s, "du"), wanted(s, "ddt"), wanted(s, "dz"), wanted(s, "dB"), wanted(s, "dC"), wanted(s, "ddt_bias"),
-                      wanted(s, "dA_log"), wanted(s, "dD") };
+    *w = (scan_want){ wanted(s, "du"), wanted(s, "ddt"), wanted(s, "dz"), wanted(s, "dB"), wanted(s, "dC"),
+                      wanted(s, "ddt_bias"), wanted(s, "dA_log"), wanted(s, "dD") };
 }
 static void scan_reference(scan_in *in, const bm_op_scan *a, const scan_want *w) {
     in->a = a;
@@ -415,7 +428,8 @@ static void scan_kept(bm_backend *b, const bm_op_scan *op, scan_in *in, size_t s
                 for (int k = 0; k < op->N; k++) {
                     const double h = t ? in->h[(t - 1) * op->N + k] : scan_start(op, in->q, k, in->c);
                     const size_t at = (size_t)(start[in->q] / BM_SCAN_CHUNK + in->q + t / BM_SCAN_CHUNK) * IN;
-                    check_near((double)op->kept[at + (size_t)(k * op->I + in->c)], h, 1e-5 * (1 + fabs(h)), "kept state");
+                    check_near((double)op->kept[at + (size_t)(k * op->I + in->c)], h, 1e-5 * (1 + fabs(h)),
+                               "kept state");
                 }
         }
     check_guards(op->kept, kept_floats);
@@ -460,7 +474,8 @@ static double scan_value(scan_in *in, const bm_op_scan *a) {
             scan_forward(in, pre);
             for (int t = 0; t < start[in->q + 1] - start[in->q]; t++) {
                 const size_t m = (size_t)(start[in->q] + t);
-                sum += (double)a->dy[m * (size_t)a->I + (size_t)in->c] * pre[t] * silu((double)a->z[m * (size_t)a->ldz + (size_t)in->c]);
+                const double z = (double)a->z[m * (size_t)a->ldz + (size_t)in->c];
+                sum += (double)a->dy[m * (size_t)a->I + (size_t)in->c] * pre[t] * silu(z);
             }
         }
     return sum;
@@ -474,7 +489,8 @@ static void scan_differences(void) {
     scan_grads(&g, &s.op, &w);
     scan_reference(in, &s.op, &w);
     struct { float *x; const double *d; int n; bool log; } of[] = {
-        { s.x[0], w.du, M * 2, false }, { s.x[1], w.ddt, M * 2, false }, { s.x[2], w.bias, 2, false }, { s.x[3], w.A, 6, true },
+        { s.x[0], w.du, M * 2, false }, { s.x[1], w.ddt, M * 2, false }, { s.x[2], w.bias, 2, false },
+        { s.x[3], w.A, 6, true },
         { s.x[4], w.dB, 40, false }, { s.x[5], w.D, 2, false }, { s.x[6], w.dz, 40, false } };
     for (size_t k = 0; k < sizeof of / sizeof *of; k++)
         for (int i = 0; i < of[k].n; i += 1 + (of[k].n > 100 ? 23 : 0)) {
@@ -486,7 +502,8 @@ static void scan_differences(void) {
             of[k].x[i] = keep - step;
             const double slope = (up - scan_value(in, &s.op)) / (high - (double)of[k].x[i]);
             of[k].x[i] = keep;
-            check_near(of[k].d[i], slope * (of[k].log ? (double)keep : 1), 2e-3 * (1 + fabs(slope)), "scan's reference");
+            check_near(of[k].d[i], slope * (of[k].log ? (double)keep : 1), 2e-3 * (1 + fabs(slope)),
+                       "scan's reference");
         }
     drop_grads(&g);
     drop_scan(&s);
@@ -533,7 +550,8 @@ static void test_scan_many(void **state) {
             p.start = own;
             p.u += at * I, p.dt += at * I, p.y += at * I, p.dy += at * I, p.du += at * I, p.ddt += at * I;
             p.z += at * (size_t)p.ldz, p.dz += at * (size_t)p.ldz;
-            p.B += at * (size_t)p.ldbc, p.C += at * (size_t)p.ldbc, p.dB += at * (size_t)p.ldbc, p.dC += at * (size_t)p.ldbc;
+            p.B += at * (size_t)p.ldbc, p.C += at * (size_t)p.ldbc, p.dB += at * (size_t)p.ldbc,
+                p.dC += at * (size_t)p.ldbc;
             b->scan(b, &p);
             scan_run(b, &p);
         }
@@ -559,8 +577,8 @@ static void adamw_case(bm_backend *b, size_t n) {
     for (size_t i = 0; i < n; i++) v[i] = v[i] * v[i];
     for (int64_t step = 1; step < 2000; step = step * 7 + 2) {
         float *was[3] = { copy_of(w, n), copy_of(m, n), copy_of(v, n) };
-        const bm_op_adamw op = { .n = n, .w = w, .m = m, .v = v, .g = g, .lr = 0.01f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f,
-                                 .decay = 0.1f, .scale = 0.25f, .step = step };
+        const bm_op_adamw op = { .n = n, .w = w, .m = m, .v = v, .g = g, .lr = 0.01f, .beta1 = 0.9f, .beta2 = 0.95f,
+                                 .eps = 1e-8f, .decay = 0.1f, .scale = 0.25f, .step = step };
         b->adamw(b, &op);
         for (size_t i = 0; i < n; i++) {
             const double b1 = (double)op.beta1, b2 = (double)op.beta2, d = (double)g[i] * 0.25;
@@ -584,7 +602,8 @@ static void elements_case(bm_backend *b, size_t n) {
     b->blend(b, y, 0.75f, x, -0.5f, n);
     b->decay(b, A, x, n);
     for (size_t i = 0; i < n; i++) {
-        check_near((double)y[i], 0.75 * (double)was[i] - 0.5 * (double)x[i], 1e-6 * (1 + fabs((double)x[i]) + fabs((double)was[i])), "blend");
+        check_near((double)y[i], 0.75 * (double)was[i] - 0.5 * (double)x[i], 1e-6 * (1 + fabs((double)x[i])
+            + fabs((double)was[i])), "blend");
         check_near((double)A[i], -exp((double)x[i]), 2e-7 * exp((double)x[i]), "decay");
     }
     check_guards(y, n);
@@ -638,8 +657,9 @@ static void test_sumsq(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_norm), cmocka_unit_test(test_embed), cmocka_unit_test(test_loss), cmocka_unit_test(test_conv),
-        cmocka_unit_test(test_scan), cmocka_unit_test(test_scan_many), cmocka_unit_test(test_elements), cmocka_unit_test(test_sumsq),
+        cmocka_unit_test(test_norm), cmocka_unit_test(test_embed), cmocka_unit_test(test_loss),
+        cmocka_unit_test(test_conv), cmocka_unit_test(test_scan), cmocka_unit_test(test_scan_many),
+        cmocka_unit_test(test_elements), cmocka_unit_test(test_sumsq),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -21,8 +21,9 @@ static rig *make_rig(int M, int X, int k, bm_routing rule, const float *logits) 
     assert_non_null(r);
     assert_true(M <= ROWS && X <= WIDEST && k <= MOST_K);
     r->dlogits = floats((size_t)(M * X));
-    r->op = (bm_op_route){ .M = M, .X = X, .k = k, .rule = rule, .logits = logits, .expert = r->expert, .order = r->order,
-                           .first = r->first, .gate = r->gate, .sweeps = r->sweeps, .loss = r->loss, .dlogits = r->dlogits };
+    r->op = (bm_op_route){ .M = M, .X = X, .k = k, .rule = rule, .logits = logits, .expert = r->expert,
+                           .order = r->order, .first = r->first, .gate = r->gate, .sweeps = r->sweeps,
+                           .loss = r->loss, .dlogits = r->dlogits };
     return r;
 }
 static void drop_rig(rig *r) {
@@ -118,7 +119,8 @@ static void test_running(void **state) {
 
 /* ---- Sinkhorn ------------------------------------------------------------------------- */
 
-static const bm_balance plain = { .choice = BM_CHOOSE_SINKHORN, .stop = BM_STOP_ABSOLUTE, .tol = 1e-4, .sweeps = 1000, .scale = 2 };
+static const bm_balance plain = { .choice = BM_CHOOSE_SINKHORN, .stop = BM_STOP_ABSOLUTE, .tol = 1e-4,
+                                  .sweeps = 1000, .scale = 2 };
 
 /* The definition, row by row: norm (S,X); returns the sweeps. */
 static int sinkhorn_want(double *norm, const float *l, int S, int X, const bm_balance *b) {
@@ -147,7 +149,8 @@ static int sinkhorn_want(double *norm, const float *l, int S, int X, const bm_ba
             size += next / X;
         }
         sweeps++;
-        more = b->stop == BM_STOP_FIXED ? sweeps < b->sweeps : change > b->tol * (b->stop == BM_STOP_RELATIVE ? size : 1);
+        more = b->stop == BM_STOP_FIXED ? sweeps < b->sweeps
+                                        : change > b->tol * (b->stop == BM_STOP_RELATIVE ? size : 1);
         more = more && sweeps < b->sweeps;
     }
     for (int s = 0; s < S; s++)
@@ -300,7 +303,8 @@ static void check_capacity(const rig *r, const rig *all) {
                 const int e = all->expert[j * a->M + i];
                 const bool kept = count[e]++ < most;
                 assert_int_equal(r->expert[j * a->M + i], kept ? e : -1);
-                check_near((double)r->gate[j * a->M + i], kept ? (double)all->gate[j * a->M + i] : 0, 0, "gate of a row kept or dropped");
+                check_near((double)r->gate[j * a->M + i], kept ? (double)all->gate[j * a->M + i] : 0, 0,
+                           "gate of a row kept or dropped");
             }
     }
 }
@@ -327,7 +331,8 @@ static double objective(const bm_op_route *a, const double *l, const int32_t *ch
             double all = 0;
             if (e < 0) continue;
             for (int x = 0; x < a->X; x++) all += exp(l[i * a->X + x] - l[i * a->X + e]);
-            sum += (double)a->dgate[j * a->M + i] * (a->rule == BM_ROUTE_SIGMOID ? 1 / (1 + exp(-l[i * a->X + e])) : 1 / all);
+            sum += (double)a->dgate[j * a->M + i] * (a->rule == BM_ROUTE_SIGMOID ? 1 / (1 + exp(-l[i * a->X + e]))
+                                                     : 1 / all);
         }
     for (int g = 0; a->balance && g < a->G; g++) {
         double load, z;
@@ -352,7 +357,8 @@ static void check_back(const rig *r, const int32_t *chosen) {
     }
     free(l);
 }
-static rig *train(bm_backend *b, const float *l, const float *dgate, int M, int X, int k, bm_routing rule, const bm_balance *balance) {
+static rig *train(bm_backend *b, const float *l, const float *dgate, int M, int X, int k, bm_routing rule,
+                  const bm_balance *balance) {
     rig *r = make_rig(M, X, k, rule, l);
     r->op.balance = balance;
     r->op.G = balance ? 3 : 0;

@@ -2,7 +2,11 @@
 #include "cpu/kernels.h"
 
 enum { STEP = 4096, PARTS = 1024 };     /* elements, whole cache lines of any type; parts of a sum, at most */
-typedef struct job { bm_cpu *c; const bm_op_adamw *a; float *y; const float *x; float p, q; void *dst; bm_dtype type; } job;
+typedef struct job {
+    bm_cpu *c; const bm_op_adamw *a;
+    float *y; const float *x; float p, q;
+    void *dst; bm_dtype type;
+} job;
 
 static void adamw_part(void *arg, int64_t begin, int64_t end, int thread) {
     const job *j = arg;

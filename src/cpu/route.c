@@ -134,7 +134,8 @@ static int normalise(const bm_kernels *k, double *C, int S, int X, const bm_bala
     }
     return sweeps;
 }
-void bm_sinkhorn(const bm_kernels *k, double *norm, int32_t *sweeps, const float *logits, int S, int X, const bm_balance *b) {
+void bm_sinkhorn(const bm_kernels *k, double *norm, int32_t *sweeps, const float *logits, int S, int X,
+                 const bm_balance *b) {
     for (int s = 0; s < S; s++) exponents(norm, logits + (size_t)s * (size_t)X, s, S, X, b->scale);
     *sweeps = normalise(k, norm, S, X, b);
 }
@@ -147,7 +148,8 @@ static void exponents_part(void *arg, int64_t begin, int64_t end, int thread) {
     for (int i = (int)begin, g = group_of(a, i); i < (int)end; i++) {
         while (group_end(a, g) <= i) g++;
         const int first = a->group[g];
-        exponents(j->norm + (size_t)first * X, a->logits + (size_t)i * X, i - first, a->group[g + 1] - first, a->X, a->balance->scale);
+        exponents(j->norm + (size_t)first * X, a->logits + (size_t)i * X, i - first, a->group[g + 1] - first, a->X,
+                  a->balance->scale);
     }
 }
 static void normalise_part(void *arg, int64_t begin, int64_t end, int thread) {
