@@ -99,7 +99,7 @@ static const char *unit_of(const bm_kernel_time *t, double *scale) {
 }
 
 static bool has_weights(const bm_kernel_time *t) {
-    return !strcmp(t->kernel, "linear") || !strcmp(t->kernel, "experts");
+    return !strncmp(t->kernel, "linear", 6) || !strncmp(t->kernel, "experts", 7);
 }
 
 void bench_kernel_print(const bench_kernels *k, size_t i) {
@@ -108,10 +108,10 @@ void bench_kernel_print(const bench_kernels *k, size_t i) {
     const char *unit = unit_of(t, &scale);
     if (!i) {
         print_machine(&k->machine);
-        printf("%-8s %-7s %-6s %5s %6s %5s %12s %-12s %s\n", "kernel", "weights", "arith", "M", "N", "K", "rate", "",
+        printf("%-12s %-7s %-6s %5s %6s %5s %12s %-12s %s\n", "kernel", "weights", "arith", "M", "N", "K", "rate", "",
                "of roof");
     }
-    printf("%-8s %-7s %-6s %5d %6d %5d %12.2f %-12s", t->kernel, has_weights(t) ? bm_dtype_name(t->type) : "-",
+    printf("%-12s %-7s %-6s %5d %6d %5d %12.2f %-12s", t->kernel, has_weights(t) ? bm_dtype_name(t->type) : "-",
            has_weights(t) ? arith_name(t->arith) : "-", t->M, t->N, t->K, scale * t->rate, unit);
     if (t->roof > 0) printf(" %5.0f%%\n", 100 * t->rate / t->roof);
     else printf(" %6s\n", "-");

@@ -149,11 +149,13 @@ BM_API bm_status   bm_device_bandwidth(bm_device *d, size_t bytes, int repeats, 
 /* Arithmetic peak in operations a second (a multiplication and an addition are two), all threads, of
  * the instruction that products with weights of `type` use: dot products of bf16 or int8, or f32. */
 BM_API bm_status   bm_device_peak(bm_device *d, bm_arith arith, bm_dtype type, double *out);
-/* Each operation by itself, at sizes of blackmamba-1.5b. */
+/* Each operation by itself, at sizes of blackmamba-1.5b; the backward ones at those of the starter trained on 8 texts
+ * of 512 tokens, where the device can train. */
 typedef struct bm_kernel_time {
-    const char *kernel;             /* "linear", "experts", "conv", "scan", "norm", "route", "loss" */
-    bm_dtype type; bm_arith arith;  /* of weights, in linear and experts */
-    int M, N, K;                    /* rows, width of the output, length of the sums (scan: states; others: 1) */
+    const char *kernel;             /* "linear", "experts", "conv", "scan", "norm", "route", "loss"; "linear_back",
+                                     * "experts_back" */
+    bm_dtype type; bm_arith arith;  /* of weights, in linear and experts and their backward */
+    int M, N, K;                    /* rows, width of the forward's output, length of its sums (scan: states; others: 1) */
     const char *unit;               /* "B", "op", "updates" or "rows", a second */
     double rate, roof;              /* roof: bandwidth for B, peak for op; 0: not measured */
 } bm_kernel_time;

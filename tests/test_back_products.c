@@ -54,7 +54,8 @@ static void drop_linear(linear_data *d) {
 static void run_linear(bm_backend *b, const linear_case *k, const linear_data *d) {
     b->linear_back(b, &(bm_op_linear){
         .M = k->M, .ldx = d->ldx, .w = &d->w.t, .x = d->x, .arith = k->arith, .dy = d->dy, .add_dx = k->variant & 1,
-        .dx = k->variant & 2 ? NULL : d->dx, .dw = k->variant & 4 ? NULL : d->dw, .dbias = k->variant & 8 ? d->dbias : NULL });
+        .dx = k->variant & 2 ? NULL : d->dx, .dw = k->variant & 4 ? NULL : d->dw,
+        .dbias = k->variant & 8 ? d->dbias : NULL });
 }
 static void check_dx(bm_backend *b, const linear_case *k, const linear_data *d, int m) {
     for (int j = 0; j < d->ldx; j++) {
@@ -106,8 +107,8 @@ static void run_linear_case(bm_backend *b, const linear_case *k) {
     drop_linear(&d);
 }
 static const int shapes[][3] = {
-    { 1, 1, 1 }, { 1, 9, 40 }, { 3, 5, 7 }, { 14, 32, 32 }, { 15, 33, 31 }, { 29, 64, 40 }, { 43, 20, 100 }, { 7, 14, 64 },
-    { 410, 17, 35 }, { 13, 910, 33 }, { 160, 30, 66 },
+    { 1, 1, 1 }, { 1, 9, 40 }, { 3, 5, 7 }, { 14, 32, 32 }, { 15, 33, 31 }, { 29, 64, 40 }, { 43, 20, 100 },
+    { 7, 14, 64 }, { 410, 17, 35 }, { 13, 910, 33 }, { 160, 30, 66 },
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 static const bm_dtype types[3] = { BM_F32, BM_BF16, BM_F16 };
@@ -130,7 +131,8 @@ static void test_linear_back_large(void **state) {
     (void)state;
     for (int level = 0; level < LEVELS; level++) {
         bm_backend *b = open_back(level, 3);
-        for (int t = 0; b && t < 2; t++) run_linear_case(b, &(linear_case){ types[t], BM_ARITH_NATIVE, 3, 4001, 301, 9 });
+        for (int t = 0; b && t < 2; t++)
+            run_linear_case(b, &(linear_case){ types[t], BM_ARITH_NATIVE, 3, 4001, 301, 9 });
         if (b) done(b);
     }
 }
@@ -191,8 +193,8 @@ static void test_linear_back_twice(void **state) {
 /* ---- experts ------------------------------------------------------------------------------------------ */
 
 enum { X = 4, M = 61, D = 44, F = 52 };
-/* variant bits: 1 plain, 2 biases, 4 add_dx, 8 SiLU, 16 dense */
-enum { PLAIN = 1, BIASED = 2, ADD_DX = 4, SILU = 8, DENSE = 16, VARIANTS = 32 };
+/* Bits of a variant; FROZEN: no gradient of gate's matrices is wanted, so gate and up are products of their own. */
+enum { PLAIN = 1, BIASED = 2, ADD_DX = 4, SILU = 8, DENSE = 16, FROZEN = 32, VARIANTS = 64 };
 
 typedef struct moe {
     int variant; bm_dtype type; bm_arith arith;
@@ -209,13 +211,15 @@ static const int sizes[3][2] = { { F, D }, { F, D }, { D, F } };
 
 /* Expert 1 has no rows, every eleventh row is dropped. */
 static void route_by_hand(moe *m) {
-    for (int i = 0, n = 0; i < M; i++) m->expert[i] = m->variant & DENSE ? 0 : i % 11 == 7 ? -1 : (int[]){ 0, 2, 3, 3 }[n++ * 7 % 4];
+    static const int32_t turn[4] = { 0, 3, 3, 2 };
+    for (int i = 0, n = 0; i < M; i++) m->expert[i] = m->variant & DENSE ? 0 : i % 11 == 7 ? -1 : turn[n++ % 4];
     for (int e = 0, n = 0; e <= X; e++) {
         m->first[e] = n;
         for (int i = 0; i < M; i++)
             if (m->expert[i] == e) m->order[n++] = i;
     }
-    m->route = (bm_op_route){ .M = M, .X = X, .k = 1, .expert = m->expert, .order = m->order, .first = m->first, .gate = m->gate };
+    m->route = (bm_op_route){ .M = M, .X = X, .k = 1, .expert = m->expert, .order = m->order, .first = m->first,
+                              .gate = m->gate };
 }
 static moe *make_moe(int variant, bm_dtype type, bm_arith arith) {
     moe *m = calloc(1, sizeof *m);
@@ -234,7 +238,8 @@ static moe *make_moe(int variant, bm_dtype type, bm_arith arith) {
             m->dt[i][e] = (bm_tensor){ m->dw[i] + e * size, BM_F32, sizes[i][0], sizes[i][1] };
         }
     }
-    float **const rows[] = { &m->x, &m->dy, &m->dx, &m->y, &m->act, &m->dact, &m->hidden, &m->dhidden, &m->gate, &m->dgate };
+    float **const rows[] = { &m->x, &m->dy, &m->dx, &m->y, &m->act, &m->dact, &m->hidden, &m->dhidden, &m->gate,
+                             &m->dgate };
     const int width[] = { D, D, D, D, F, F, 2 * F, 2 * F, 1, 1 };
     for (int i = 0; i < 10; i++) *rows[i] = normals((size_t)(M * width[i]), 1);
     m->dx0 = copy_of(m->dx, M * D);
@@ -242,11 +247,13 @@ static moe *make_moe(int variant, bm_dtype type, bm_arith arith) {
     route_by_hand(m);
     const bool plain = variant & PLAIN, biased = variant & BIASED;
     m->op = (bm_op_experts){
-        .M = M, .D = D, .F = F, .X = variant & DENSE ? 1 : X, .activation = variant & SILU ? BM_SILU : BM_GELU, .arith = arith,
+        .M = M, .D = D, .F = F, .X = variant & DENSE ? 1 : X, .arith = arith,
+        .activation = variant & SILU ? BM_SILU : BM_GELU,
         .route = variant & DENSE ? NULL : &m->route, .gate = plain ? NULL : m->t[0], .up = m->t[1], .down = m->t[2],
         .gate_bias = biased && !plain ? m->bias[0] : NULL, .up_bias = biased ? m->bias[1] : NULL,
         .down_bias = biased ? m->bias[2] : NULL, .x = m->x, .hidden = m->hidden, .act = m->act, .y = m->y,
-        .dy = m->dy, .dx = m->dx, .add_dx = variant & ADD_DX, .dgate = m->dgate, .dw_gate = plain ? NULL : m->dt[0],
+        .dy = m->dy, .dx = m->dx, .add_dx = variant & ADD_DX, .dgate = m->dgate,
+        .dw_gate = plain || variant & FROZEN ? NULL : m->dt[0],
         .dw_up = m->dt[1], .dw_down = m->dt[2], .db_gate = biased && !plain ? m->db[0] : NULL,
         .db_up = biased ? m->db[1] : NULL, .db_down = biased ? m->db[2] : NULL, .dhidden = m->dhidden, .dact = m->dact,
     };
@@ -321,7 +328,8 @@ static void gather_work(bm_backend *b, moe *m) {
 /* Sums over d of row r: what down brings back, its product with act and bias, and through the activation. */
 static void check_down(const moe *m, int e, int r) {
     const int row = row_of(m, r);
-    const float *dy = m->dy + row * D, *dact = m->dact + r * F, *h = m->hidden + r * 2 * F, *dh = m->dhidden + r * 2 * F;
+    const float *dy = m->dy + row * D, *dact = m->dact + r * F;
+    const float *h = m->hidden + r * 2 * F, *dh = m->dhidden + r * 2 * F;
     double dgate = 0, size = 0;
     for (int f = 0; f < F; f++) {
         double s = 0, magnitude = 0;
@@ -340,7 +348,11 @@ static void check_down(const moe *m, int e, int r) {
             check_near(dh[f], g * up * slope(pre, m->variant), 2e-6 * (1 + fabs(g * up)), "gradient before gate");
     }
     if (m->variant & BIASED)
-        for (int d = 0; d < D; d++) dgate += (double)dy[d] * m->bias[2][e * D + d], size += fabs(dy[d] * m->bias[2][e * D + d]);
+        for (int d = 0; d < D; d++) {
+            const double p = (double)dy[d] * m->bias[2][e * D + d];
+            dgate += p;
+            size += fabs(p);
+        }
     if (!(m->variant & DENSE)) check_sum(m->dgate[row], dgate, size, F + D, "dgate");
 }
 /* d of matrix i of expert e: sum over its rows of left x right, and of left. */
@@ -354,7 +366,8 @@ static void check_matrix(const moe *m, int i, int e) {
             bias = bias_size = 0;
             for (int r = begin; r < end; r++) {
                 const int row = row_of(m, r);
-                const float left = i == 2 ? m->dy[row * D + o] * (float)gate_of(m, row) : m->dhidden[r * 2 * F + i * F + o];
+                const float left = i == 2 ? m->dy[row * D + o] * (float)gate_of(m, row)
+                                          : m->dhidden[r * 2 * F + i * F + o];
                 const float right = i == 2 ? m->act[r * F + j] : m->x[row * D + j];
                 const double p = operand(m->type, m->arith, left) * operand(m->type, m->arith, right);
                 s += p;
@@ -363,12 +376,15 @@ static void check_matrix(const moe *m, int i, int e) {
                 bias_size += fabs(left);
             }
             const size_t at = (size_t)((e * rows + o) * cols + j);
-            if (begin == end) check_equal(m->dw[i] + at, m->dw0[i] + at, 1, "gradient of an expert without rows");
+            if (begin == end || (i == 0 && m->variant & FROZEN))
+                check_equal(m->dw[i] + at, m->dw0[i] + at, 1, "gradient of an expert without rows, or not wanted");
             else check_sum(m->dw[i][at], s + m->dw0[i][at], size, end - begin, "gradient of an expert");
         }
         const size_t at = (size_t)(e * rows + o);
-        if (m->variant & BIASED && begin < end) check_sum(m->db[i][at], bias + m->db0[i][at], bias_size, end - begin, "bias of an expert");
-        else check_equal(m->db[i] + at, m->db0[i] + at, 1, "bias of an expert, untouched");
+        if (m->variant & BIASED && begin < end)
+            check_sum(m->db[i][at], bias + m->db0[i][at], bias_size, end - begin, "bias of an expert");
+        else
+            check_equal(m->db[i] + at, m->db0[i] + at, 1, "bias of an expert, untouched");
     }
 }
 static void check_input(const moe *m, int e, int r) {
@@ -377,7 +393,8 @@ static void check_input(const moe *m, int e, int r) {
         double s = m->variant & ADD_DX ? m->dx0[row * D + d] : 0, size = fabs(s);
         for (int i = m->variant & PLAIN ? 1 : 0; i < 2; i++)
             for (int f = 0; f < F; f++) {
-                const double p = operand(m->type, m->arith, m->dhidden[r * 2 * F + i * F + f]) * m->w[i][e].wide[f * D + d];
+                const double p = operand(m->type, m->arith, m->dhidden[r * 2 * F + i * F + f])
+                                 * m->w[i][e].wide[f * D + d];
                 s += p;
                 size += fabs(p);
             }
@@ -454,10 +471,44 @@ static void test_experts_back_threads(void **state) {
         }
 }
 
+/* Products that read what others write, in units long enough that threads meet. */
+static void test_experts_back_order(void **state) {
+    (void)state;
+    enum { ROWS = 600, WIDE = 160, HIDDEN = 192 };
+    const size_t size = WIDE * HIDDEN, n = ROWS * WIDE;
+    matrix w[3] = { make_matrix(BM_F32, HIDDEN, WIDE), make_matrix(BM_F32, HIDDEN, WIDE),
+                    make_matrix(BM_F32, WIDE, HIDDEN) };
+    const bm_tensor *const t[3] = { &w[0].t, &w[1].t, &w[2].t };
+    float *x = normals(n, 1), *dy = normals(n, 1);
+    float *hidden = normals(2 * ROWS * HIDDEN, 1), *act = normals(ROWS * HIDDEN, 1);
+    float *dhidden = floats(2 * ROWS * HIDDEN), *dact = floats(ROWS * HIDDEN), *dx[2], *dw[2];
+    for (int i = 0; i < 2; i++) dx[i] = floats(n), dw[i] = floats(3 * size);
+    for (int level = 0; level < LEVELS; level++)
+        for (int threads = 1; threads <= 9; threads++) {
+            bm_backend *b = open_back(level, threads < 4 ? threads : 2);
+            const int i = threads > 1;
+            if (!b) break;
+            memset(dw[i], 0, sizeof(float) * 3 * size);
+            memset(dhidden, 0, sizeof(float) * 2 * ROWS * HIDDEN);
+            const bm_tensor d[3] = { { dw[i], BM_F32, HIDDEN, WIDE }, { dw[i] + size, BM_F32, HIDDEN, WIDE },
+                                     { dw[i] + 2 * size, BM_F32, WIDE, HIDDEN } };
+            b->experts_back(b, &(bm_op_experts){
+                .M = ROWS, .D = WIDE, .F = HIDDEN, .X = 1, .gate = t[0], .up = t[1], .down = t[2], .x = x,
+                .hidden = hidden, .act = act, .dy = dy, .dx = dx[i], .dw_gate = &d[0], .dw_up = &d[1], .dw_down = &d[2],
+                .dhidden = dhidden, .dact = dact, .arith = BM_ARITH_F32 });
+            done(b);
+            check_equal(dx[i], dx[0], n, "dx, threads that wait for each other");
+            check_equal(dw[i], dw[0], 3 * size, "dw, threads that wait for each other");
+        }
+    drop(x); drop(dy); drop(hidden); drop(act); drop(dhidden); drop(dact);
+    for (int i = 0; i < 2; i++) drop(dx[i]), drop(dw[i]);
+    for (int i = 0; i < 3; i++) drop_matrix(&w[i]);
+}
+
 /* ---- experts against central differences --------------------------------------------------------------- */
 
 /* sum of dy . y of one row, in f64, with one number of it moved */
-typedef struct nudge { int kind, e, at; double by; } nudge;     /* kind: 0 to 2 a matrix, 3 to 5 its bias, 6 x, 7 gate */
+typedef struct nudge { int kind, e, at; double by; } nudge;     /* kind: 0 to 2 matrix, 3 to 5 its bias, 6 x, 7 gate */
 static double moved(const nudge *n, int kind, int e, int at, double v) {
     return n->kind == kind && n->e == e && n->at == at ? v + n->by : v;
 }
@@ -467,9 +518,13 @@ static double row_loss(const moe *m, int row, int e, const nudge *n) {
         for (int f = 0; f < F; f++) {
             pre[i][f] = m->variant & BIASED ? moved(n, 3 + i, e, f, m->bias[i][e * F + f]) : 0;
             for (int d = 0; d < D; d++)
-                pre[i][f] += moved(n, i, e, f * D + d, m->w[i][e].wide[f * D + d]) * moved(n, 6, 0, row * D + d, m->x[row * D + d]);
+                pre[i][f] += moved(n, i, e, f * D + d, m->w[i][e].wide[f * D + d])
+                             * moved(n, 6, 0, row * D + d, m->x[row * D + d]);
         }
-    for (int f = 0; f < F; f++) act[f] = m->variant & PLAIN ? value(pre[1][f], m->variant) : value(pre[0][f], m->variant) * pre[1][f];
+    for (int f = 0; f < F; f++) {
+        const bool plain = m->variant & PLAIN;
+        act[f] = value(pre[plain ? 1 : 0][f], m->variant) * (plain ? 1 : pre[1][f]);
+    }
     for (int d = 0; d < D; d++) {
         double y = m->variant & BIASED ? moved(n, 5, e, d, m->bias[2][e * D + d]) : 0;
         for (int f = 0; f < F; f++) y += moved(n, 2, e, d * F + f, m->w[2][e].wide[d * F + f]) * act[f];
@@ -490,7 +545,7 @@ static void test_experts_differences(void **state) {
     (void)state;
     bm_backend *b = open_back(0, 1);
     for (int variant = 0; variant < VARIANTS; variant++) {
-        if (variant & ADD_DX) continue;
+        if (variant & (ADD_DX | FROZEN)) continue;
         moe *m = make_moe(variant, BM_F32, BM_ARITH_F32);
         b->experts(b, &m->op);
         b->experts_back(b, &m->op);
@@ -498,11 +553,11 @@ static void test_experts_differences(void **state) {
             const int e = variant & DENSE ? 0 : (int[]){ 0, 2, 3 }[probe % 3], at = 311 * probe % (D * F);
             for (int i = variant & PLAIN ? 1 : 0; i < 3; i++) {
                 const size_t rows = (size_t)sizes[i][0], o = (size_t)(at / sizes[i][1]);
-                check_near(m->dw[i][e * D * F + at] - m->dw0[i][e * D * F + at], difference(m, (nudge){ .kind = i, .e = e, .at = at }),
-                           2e-4, "gradient of an expert by differences");
+                check_near(m->dw[i][e * D * F + at] - m->dw0[i][e * D * F + at],
+                           difference(m, (nudge){ .kind = i, .e = e, .at = at }), 2e-4, "matrix by differences");
                 if (variant & BIASED)
                     check_near(m->db[i][(size_t)e * rows + o] - m->db0[i][(size_t)e * rows + o],
-                               difference(m, (nudge){ .kind = 3 + i, .e = e, .at = (int)o }), 2e-4, "bias by differences");
+                               difference(m, (nudge){ .kind = 3 + i, .e = e, .at = (int)o }), 2e-4, "by differences");
             }
             check_near(m->dx[at], difference(m, (nudge){ .kind = 6, .at = at }), 2e-4, "dx by differences");
             const int row = probe * 3;
@@ -545,8 +600,10 @@ static void test_refused(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_linear_back), cmocka_unit_test(test_linear_back_large), cmocka_unit_test(test_linear_back_threads),
-        cmocka_unit_test(test_linear_back_twice), cmocka_unit_test(test_experts_back), cmocka_unit_test(test_experts_back_threads),
+        cmocka_unit_test(test_linear_back), cmocka_unit_test(test_linear_back_large),
+        cmocka_unit_test(test_linear_back_threads), cmocka_unit_test(test_linear_back_twice),
+        cmocka_unit_test(test_experts_back), cmocka_unit_test(test_experts_back_threads),
+        cmocka_unit_test(test_experts_back_order),
         cmocka_unit_test(test_experts_differences), cmocka_unit_test(test_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

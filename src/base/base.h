@@ -44,7 +44,7 @@ void bm_pool_close(bm_pool *p);
 /* Splits [0, n) into a few contiguous ranges a thread, each a multiple of `grain` (but the last), and
  * returns when all are done.  Which thread gets which is chance.  Not reentrant; one caller at a time. */
 void bm_parallel(bm_pool *p, int64_t n, int64_t grain, bm_range_fn fn, void *arg);
-/* The same, one number at a time, to whichever thread is free: for a few parts of different lengths, the long ones first. */
+/* The same, one number at a time, to whichever thread is free: for parts of different lengths. */
 void bm_parallel_each(bm_pool *p, int64_t n, bm_range_fn fn, void *arg);
 /* Seconds the caller had no range left and waited for the others, since the last call; counted while on. */
 double bm_pool_waited(bm_pool *p, bool on);

@@ -11,6 +11,8 @@ enum {
     PANELS = 10,                        /* of A that stay in the second-level cache of a thread */
     LINES = 64,                         /* of B that a thread packs at a time */
     PACKED_B = 1 << 21,                 /* floats of B that are packed at once, unless one block of K is more */
+    WHOLE_B = 1 << 19,                  /* of one product; if that has more, it goes along K in rounds of ... */
+    ROUND_B = 1 << 18,                  /* ... so many; every run of rows reads them again, from a cache */
 };
 
 /* ---- work space --------------------------------------------------------------------------------------- */
@@ -40,7 +42,8 @@ static void fail(bm_cpu *c, bm_status s, const char *sentence) {
 }
 bool bm_cpu_back_type(bm_cpu *c, bm_dtype type) {
     if (type == BM_F32 || type == BM_BF16 || type == BM_F16) return true;
-    fail(c, BM_ENOSUPPORT, "cpu: backward found quantized weights, expected f32, bf16 or f16; train those and quantize after");
+    fail(c, BM_ENOSUPPORT,
+         "cpu: backward found quantized weights, expected f32, bf16 or f16; train those and quantize after");
     return false;
 }
 
@@ -61,7 +64,9 @@ typedef struct batch { bm_cpu *c; part part[TOGETHER]; int n, from, to; } batch;
 static int least(int a, int b) { return a < b ? a : b; }
 /* Panels lie an odd number of cache lines apart, so that a step of many spreads over the sets. */
 static size_t gap_of(int steps, int width) { return (size_t)steps * (size_t)width + 16; }
-static size_t block_floats(const bm_kernels *k, const part *t) { return (size_t)t->panels * gap_of(t->steps, k->outer_n); }
+static size_t block_floats(const bm_kernels *k, const part *t) {
+    return (size_t)t->panels * gap_of(t->steps, k->outer_n);
+}
 
 static part part_of(const bm_cpu *c, const bm_outer *p) {
     part t = { .p = p, .each = p->form == BM_FORM_BF16 ? 2 : 1, .panels = panels_of(p->N, c->k.outer_n) };
@@ -122,7 +127,8 @@ static void multiply(const batch *b, const part *t, int block, int i0, int i1, f
     const int steps = panels_of(k1 - k0, t->each);
     const size_t gap = gap_of(steps, k->outer_a);
     (p->turned ? k->pack_turned : k->pack)(&p->a, &(bm_panels){
-        .to = packed, .gap = gap, .width = k->outer_a, .tile = tile, .form = p->form, .k0 = k0, .k1 = k1, .at = i0, .n = i1 - i0 });
+        .to = packed, .gap = gap, .width = k->outer_a, .tile = tile, .form = p->form, .k0 = k0, .k1 = k1,
+        .at = i0, .n = i1 - i0 });
     const float *panel = t->b + (size_t)block * block_floats(k, t);
     for (int at = 0; at < p->N; at += k->outer_n, panel += gap_of(t->steps, k->outer_n))
         for (int i = i0, n = 0; i < i1; i += tile, n++) {
@@ -162,23 +168,23 @@ void bm_cpu_outer(bm_cpu *c, const bm_outer *p, int n) {
         if (p[i].M <= 0 || p[i].N <= 0 || p[i].K <= 0) continue;
         part t = part_of(c, &p[i]);
         const size_t block = block_floats(&c->k, &t);
-        if (b.n && (b.n == TOGETHER || c->panel_floats - at < block * (size_t)t.all)) {
+        const int most = block * (size_t)t.all <= WHOLE_B ? t.all : block < ROUND_B ? (int)(ROUND_B / block) : 1;
+        if (b.n == TOGETHER || (b.n && c->panel_floats - at < block * (size_t)most)) {
             run_batch(&b);
             at = used;
         }
-        if (c->panel_floats < used + block) {
+        if (c->panel_floats < at + block * (size_t)most) {
             fail(c, BM_EDEVICE, "cpu: work space of the backward is too small; reserve_back() it first");
             return;
         }
-        const size_t most = (c->panel_floats - at) / block;
+        t.b = c->panels + at;
         for (int done = 0; done < t.all; done += t.blocks) {
             if (done) run_batch(&b);
             t.k0 = done * t.steps * t.each;
-            t.blocks = (size_t)(t.all - done) < most ? t.all - done : (int)most;
-            t.b = c->panels + at;
+            t.blocks = least(t.all - done, most);
             b.part[b.n++] = t;
         }
-        at += block * (size_t)t.blocks;
+        at += block * (size_t)most;
     }
     if (b.n) run_batch(&b);
 }

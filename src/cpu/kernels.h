@@ -46,7 +46,7 @@ typedef struct bm_gemm {
 typedef void (*bm_gemm_fn)(const bm_gemm *g, int i0, int i1, int j0, int j1);
 
 /* The products of the backward: C (M,N) (+)= A (M,K) B (K,N), where a step along K adds an outer product.  Their
- * matrices are lines in memory: line r of base[0], or from `split` (above 0) on of base[1]; r = map[r] first, if any. */
+ * matrices are lines in memory: line r of base[0], or from `split` (above 0) on of base[1]; first r = map[r], if any. */
 typedef struct bm_lines {
     const void *base[2]; int split;
     size_t stride;                              /* bytes */
@@ -57,7 +57,8 @@ typedef struct bm_lines {
 static inline size_t bm_line_index(const bm_lines *l, int r) { return (size_t)(l->map ? l->map[r] : r); }
 static inline const uint8_t *bm_line(const bm_lines *l, int r) {
     const size_t i = bm_line_index(l, r), split = (size_t)l->split;
-    return split && i >= split ? (const uint8_t *)l->base[1] + (i - split) * l->stride : (const uint8_t *)l->base[0] + i * l->stride;
+    const bool second = split && i >= split;
+    return (const uint8_t *)l->base[second] + (second ? i - split : i) * l->stride;
 }
 /* A and B are packed in panels of `tile` rows of A, or columns of B, `width` floats a step.  A step is one element
  * along K, or two in BM_FORM_BF16, beside each other in one float.  What a panel has past its tile or past the matrix
@@ -99,10 +100,10 @@ typedef struct bm_kernels {
     void (*pack_turned)(const bm_lines *l, const bm_panels *p); /* lines across K */
     /* A tile: m rows c[i] of n columns (+)= panel a times panel b. */
     void (*outer)(const float *a, const float *b, int steps, bm_form form, float *const *c, int m, int n, bool add);
-    void (*sum_lines)(float *y, const bm_lines *l, int lines, int begin, int end);     /* y += sum of columns [begin, end) */
+    void (*sum_lines)(float *y, const bm_lines *l, int lines, int begin, int end);     /* y += sums of those columns */
     /* Of h = act(gate) * up and dh, times g: gradients of gate and up; gate NULL: dup only.  Returns h . dh. */
-    float (*activate_back)(const float *gate, const float *up, const float *dh, float g, float *dgate, float *dup, int n,
-                           bm_activation f);
+    float (*activate_back)(const float *gate, const float *up, const float *dh, float g, float *dgate, float *dup,
+                           int n, bm_activation f);
     float (*dot)(const float *x, const float *y, int n);
     void (*norm_back)(const bm_op_norm *a, float *stat, int begin, int end);            /* rows: dsum; stat (M,2) = mean, 1/deviation */
     void (*norm_params)(const bm_op_norm *a, const float *stat, int begin, int end);    /* columns: dweight, dbias */

@@ -11,7 +11,7 @@ typedef struct rows {                   /* of one expert */
     bm_cpu *c;
     const bm_op_experts *a;
     int e, row, M, work;                /* grouped rows [row, row + M), from row `work` on in dhidden and dact */
-    const int32_t *map; const float *gate;      /* where they are in x and dy, and their gates there; NULL: as they are, 1 */
+    const int32_t *map; const float *gate;      /* where they are in x and dy, their gates there; NULL: as is, 1 */
 } rows;
 /* Experts whose products share the threads, and their rows: dhidden and dact of so many stay in a cache. */
 enum { GROUP = 8, GROUP_ROWS = 1024, PRODUCTS = 6 * GROUP };
@@ -34,8 +34,9 @@ static void act_back(void *arg, int begin, int end) {
         const size_t at = r->map ? (size_t)r->map[i] : (size_t)i;
         const float *pre = a->hidden + (size_t)(r->row + i) * 2 * F;
         float *d = dhidden(r) + (size_t)i * 2 * F;
-        float s = r->c->k.activate_back(a->gate ? pre : NULL, pre + F, dact(r) + (size_t)i * F, r->gate ? r->gate[at] : 1,
-                                        d, d + F, a->F, a->activation);
+        const float g = r->gate ? r->gate[at] : 1;
+        float s = r->c->k.activate_back(a->gate ? pre : NULL, pre + F, dact(r) + (size_t)i * F, g, d, d + F, a->F,
+                                        a->activation);
         if (a->down_bias) s += r->c->k.dot(a->dy + at * D, a->down_bias + (size_t)r->e * D, a->D);
         if (a->dgate && r->gate) a->dgate[at] = s;
     }
@@ -53,13 +54,14 @@ static bm_outer down_product(const rows *r) {
     const bm_op_experts *a = r->a;
     bm_lines dy = lines_of(a->dy, a->D, r->map);
     dy.scale = r->gate;
-    return (bm_outer){ .M = a->D, .N = a->F, .K = r->M, .form = r->c->k.form[a->arith][a->down[r->e].type], .add = true, .a = dy,
-                       .b = lines_of(a->act + (size_t)r->row * (size_t)a->F, a->F, NULL), .c = matrix_of(&a->dw_down[r->e]) };
+    return (bm_outer){ .M = a->D, .N = a->F, .K = r->M, .form = r->c->k.form[a->arith][a->down[r->e].type], .add = true,
+                       .a = dy, .b = lines_of(a->act + (size_t)r->row * (size_t)a->F, a->F, NULL),
+                       .c = matrix_of(&a->dw_down[r->e]) };
 }
 /* Of matrices that read x, one or two that are one under the other: dx and dW, whose gradients are columns of
  * dhidden from `at` on.  Returns how many products that are. */
-static int in_products(const rows *r, int at, int count, const bm_tensor *const *w, const bm_tensor *const *dw, bool add,
-                       bm_outer *p) {
+static int in_products(const rows *r, int at, int count, const bm_tensor *const *w, const bm_tensor *const *dw,
+                       bool add, bm_outer *p) {
     const bm_op_experts *a = r->a;
     const bm_form form = r->c->k.form[a->arith][w[0]->type];
     const bm_lines d = lines_of(dhidden(r) + at, 2 * a->F, NULL);

@@ -1,7 +1,7 @@
 /* src/model/bench.c - every operation of the door by itself, against the clock.  Room: model.
  *
  * In: a device.  Out: a bm_kernel_time for each operation, type of weights and arithmetic.  Weights
- * of one-row products come from so much memory that no cache keeps them. */
+ * of one-row products come from so much memory that no cache keeps them.  The backward has sizes of training. */
 #include "model/model.h"
 #include <math.h>
 #include <stdlib.h>
@@ -134,6 +134,112 @@ static bm_status product_lines(bench *b) {
     return BM_OK;
 }
 
+/* ---- products of the backward, at sizes of the starter --------------------------------------------------- */
+
+enum { BACK_D = 320, BACK_F = 640, BACK_I = 640, BACK_V = 8192, BACK_ROWS = 4096 };
+enum { BACK_WEIGHTS = 3 * BACK_D * BACK_F, BACK_PATTERN = BACK_D * BACK_F / 5 };      /* of an expert; put at a time */
+typedef struct back {               /* the bench is first: a bench * is a back * */
+    bench b;
+    float *x, *dy, *dx, *dw, *hidden, *act, *dhidden, *dact, *gate;
+    void *weights;
+    int32_t *order, *first;
+    bm_dtype type;
+    int rows, cols;
+} back;
+
+static void linear_back_once(bench *b) {
+    const back *k = (const back *)b;
+    const bm_tensor w = { k->weights, k->type, k->rows, k->cols };
+    b->be->linear_back(b->be, &(bm_op_linear){ .M = b->M, .ldx = k->cols, .w = &w, .x = k->x, .arith = BM_ARITH_NATIVE,
+                                               .dy = k->dy, .dx = k->dx, .dw = k->dw });
+}
+static void experts_back_once(bench *b) {
+    const back *k = (const back *)b;
+    const size_t each = (size_t)BACK_D * BACK_F, bytes = bm_dtype_bytes(k->type, each);
+    bm_tensor w[3][X], dw[3][X];
+    for (size_t i = 0; i < 3 * X; i++) {
+        const int rows = i % 3 == 2 ? BACK_D : BACK_F, cols = i % 3 == 2 ? BACK_F : BACK_D;
+        w[i % 3][i / 3] = (bm_tensor){ (const uint8_t *)k->weights + i * bytes, k->type, rows, cols };
+        dw[i % 3][i / 3] = (bm_tensor){ k->dw + i * each, BM_F32, rows, cols };
+    }
+    const bm_op_route route = { .M = BACK_ROWS, .X = X, .k = 1, .order = k->order, .first = k->first, .gate = k->gate };
+    b->be->experts_back(b->be, &(bm_op_experts){
+        .M = BACK_ROWS, .D = BACK_D, .F = BACK_F, .X = X, .arith = BM_ARITH_NATIVE, .route = &route,
+        .gate = w[0], .up = w[1], .down = w[2], .x = k->x, .hidden = k->hidden, .act = k->act, .dy = k->dy, .dx = k->dx,
+        .dgate = k->gate + BACK_ROWS, .dw_gate = dw[0], .dw_up = dw[1], .dw_down = dw[2],
+        .dhidden = k->dhidden, .dact = k->dact });
+}
+static bm_status back_measure(back *k) {
+    static const int size[3][3] = {      /* M, N, K: into a block, out of it, the head */
+        { BACK_ROWS, 2 * BACK_I, BACK_D }, { BACK_ROWS, BACK_D, BACK_I }, { 512, BACK_V, BACK_D },
+    };
+    static const bm_dtype type[] = { BM_F32, BM_BF16 };
+    bench *b = &k->b;
+    for (int t = 0; t < 2; t++) {
+        double peak;
+        k->type = type[t];
+        const size_t bytes = bm_dtype_bytes(k->type, BACK_PATTERN);
+        bm_narrow(b->packed, k->type, b->host, BACK_PATTERN);
+        for (size_t i = 0; i < X * BACK_WEIGHTS / BACK_PATTERN; i++)
+            b->be->put(b->be, (uint8_t *)k->weights + i * bytes, b->packed, bytes);
+        BM_TRY(b->be->peak(b->be, BM_ARITH_NATIVE, k->type, &peak));
+        bm_kernel_time line = { .kernel = "linear_back", .type = k->type, .arith = BM_ARITH_NATIVE, .unit = "op",
+                                .roof = peak };
+        for (int i = 0; i < 3; i++) {
+            line.M = b->M = size[i][0];
+            line.N = k->rows = size[i][1];
+            line.K = k->cols = size[i][2];
+            b->amount = 4.0 * line.M * line.N * line.K;
+            BM_TRY(measure(b, linear_back_once, line));
+        }
+        b->amount = 12.0 * BACK_ROWS * BACK_F * BACK_D;
+        line.kernel = "experts_back";
+        line.M = BACK_ROWS;
+        line.N = BACK_F;
+        line.K = BACK_D;
+        BM_TRY(measure(b, experts_back_once, line));
+    }
+    return BM_OK;
+}
+static bm_status back_fill(back *k) {
+    bm_backend *be = k->b.be;
+    const size_t M = BACK_ROWS, f = sizeof(float);
+    const struct { void *out; size_t bytes; } want[] = {
+        { &k->x, M * BACK_I * f }, { &k->dy, M * 2 * BACK_I * f }, { &k->dx, M * BACK_I * f },
+        { &k->dw, X * BACK_WEIGHTS * f }, { &k->hidden, M * 2 * BACK_F * f }, { &k->act, M * BACK_F * f },
+        { &k->dhidden, M * 2 * BACK_F * f }, { &k->dact, M * BACK_F * f }, { &k->gate, 2 * M * f },
+        { &k->weights, X * BACK_WEIGHTS * f }, { &k->order, M * sizeof(int32_t) },
+        { &k->first, (X + 1) * sizeof(int32_t) },
+    };
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++)
+        BM_TRY(be->alloc(be, want[i].out, want[i].bytes, "measuring the backward"));
+    int32_t order[BACK_ROWS], first[X + 1];
+    for (int i = 0; i < BACK_ROWS; i++) order[i] = i % (BACK_ROWS / X) * X + i / (BACK_ROWS / X);
+    for (int e = 0; e <= X; e++) first[e] = e * (BACK_ROWS / X);
+    be->put(be, k->order, order, sizeof order);
+    be->put(be, k->first, first, sizeof first);
+    float *const filled[] = { k->x, k->dy, k->hidden, k->act };
+    const size_t wide[] = { BACK_I, 2 * BACK_I, 2 * BACK_F, BACK_F };
+    for (int i = 0; i < 4; i++)
+        for (size_t at = 0, n = M * wide[i], run; at < n; at += run) {
+            run = n - at < NOISE ? n - at : NOISE;
+            be->put(be, filled[i] + at, k->b.host, run * f);
+        }
+    be->put(be, k->gate, k->b.host, M * f);
+    return be->reserve_back(be, BACK_ROWS, BACK_V, BACK_I);
+}
+static bm_status back_lines(const bench *b) {
+    back k = { .b = *b };
+    if (!b->be->linear_back || !b->be->experts_back) return BM_OK;
+    bm_status s = back_fill(&k);
+    if (!s) s = back_measure(&k);
+    void *const all[] = { k.x, k.dy, k.dx, k.dw, k.hidden, k.act, k.dhidden, k.dact, k.gate, k.weights, k.order,
+                          k.first };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i]) b->be->release(b->be, all[i]);
+    return s;
+}
+
 /* ---- the others ------------------------------------------------------------------------------------------ */
 
 static void conv_once(bench *b) {
@@ -235,6 +341,7 @@ bm_status bm_device_kernels(bm_device *d, bool (*fn)(void *user, const bm_kernel
         s = product_lines(&b);
     }
     if (!s) s = other_lines(&b);
+    if (!s) s = back_lines(&b);
     buffers_free(&b);
     pthread_mutex_unlock(&d->lock);
     return s;
