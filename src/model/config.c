@@ -101,7 +101,7 @@ bm_status bm_config_check(const bm_config *c, const char *path) {
 /* ---- counts ------------------------------------------------------------------------------------------------ */
 
 void bm_config_info(const bm_config *c, bm_dtype type, bm_info *out) {
-    bm_info i = { .flops_per_token = bm_config_flops(c) };
+    bm_info i = { .flops_per_token = bm_config_flops(c, 0) };
     bm_file_tensor t;
     for (bm_walk w = bm_params_walk(c, BM_LAYOUT_GGUF); bm_walk_next(&w, &t); ) {
         const uint64_t one = (uint64_t)t.first.rows * (uint64_t)t.first.cols, all = one * (uint64_t)t.n_parts;

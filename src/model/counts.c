@@ -67,12 +67,12 @@ static void add_all_flops(rows *r, const bm_config *c, int layer, int64_t seq) {
     ffn_flops(r, c, k);
 }
 
-uint64_t bm_config_flops(const bm_config *c) {
+uint64_t bm_config_flops(const bm_config *c, int64_t seq) {
     bm_config_part part[BM_MOST_PARTS];
     uint64_t sum = 0;
     for (int l = -1; l < c->n_layers; l++) {
         rows r = { part, 0 };
-        add_all_flops(&r, c, l, 0);
+        add_all_flops(&r, c, l, seq);
         for (int i = 0; i < r.n; i++) sum += part[i].flops;
     }
     return sum;

@@ -15,7 +15,8 @@ bm_status bm_config_of(bm_config *out, const bm_source *s);        /* from confi
 bm_status bm_config_from_json(bm_config *out, const json_t *o, const char *path);
 bm_status bm_config_to_json(const bm_config *c, json_t **out);     /* config.json of its family */
 bm_status bm_config_to_meta(const bm_config *c, bm_meta *m);       /* general.architecture and the family's keys */
-uint64_t bm_config_flops(const bm_config *c);                      /* counts.c: bm_info.flops_per_token */
+/* counts.c: operations of a token of a sequence of seq, causal; seq 0: bm_info.flops_per_token */
+uint64_t bm_config_flops(const bm_config *c, int64_t seq);
 static inline bool bm_layer_parallel(const bm_layer_config *l) { return l->mixer && l->ffn; }
 
 /* ---- params.c: the one list of parameters ---------------------------------------------------- */

@@ -39,15 +39,18 @@ static size_t elements(const bm_file_tensor *t) {
     return (size_t)t->n_parts * (size_t)t->first.rows * (size_t)t->first.cols;
 }
 
+static size_t largest_region(const bm_optim *o) {
+    size_t most = 1;
+    for (int r = 0; r < o->n_regions; r++) if (region_floats(o, r) > most) most = region_floats(o, r);
+    return most;
+}
 /* Room for the largest region and the largest tensor. */
 static bm_status scratch(const struct bm_trainer *t, float **x, float **y) {
-    size_t most = 1, most_tensor = 1;
+    size_t most_tensor = 1;
     bm_file_tensor ft;
-    for (int r = 0; r < t->optim.n_regions; r++)
-        if (region_floats(&t->optim, r) > most) most = region_floats(&t->optim, r);
     for (bm_walk w = bm_params_walk(&t->config->model, layout_of(t)); bm_walk_next(&w, &ft); )
         if (elements(&ft) > most_tensor) most_tensor = elements(&ft);
-    BM_TRY(bm_alloc(x, most * sizeof **x, "a checkpoint"));
+    BM_TRY(bm_alloc(x, largest_region(&t->optim) * sizeof **x, "a checkpoint"));
     return bm_alloc(y, most_tensor * sizeof **y, "a checkpoint");
 }
 
@@ -96,10 +99,7 @@ static bm_status write_kind(const saving *s, const file_kind *k) {
     bm_optim *o = &s->t->optim;
     bm_sink *sink = NULL;
     float *x[2] = { s->x, NULL };
-    size_t most = 1;
-    for (int r = 0; r < o->n_regions; r++)
-        if (region_floats(o, r) > most) most = region_floats(o, r);
-    bm_status st = k->n > 1 ? bm_alloc(&x[1], most * sizeof *x[1], "a checkpoint") : BM_OK;
+    bm_status st = k->n > 1 ? bm_alloc(&x[1], largest_region(o) * sizeof *x[1], "a checkpoint") : BM_OK;
     if (st) return st;
     if (s->folder) st = create(s, k, &sink);
     for (int r = 0; r < o->n_regions; r++) {

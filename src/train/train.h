@@ -176,7 +176,7 @@ struct bm_trainer {
     bm_batch *batch;
     bm_tally *tally;            /* sums of a step */
     bm_info info;
-    double peak;                /* operations a second of this rank */
+    double peak, peak_at;       /* operations a second of this rank, and when they were measured */
     uint64_t first_step;        /* this start's */
     double clock, began;        /* when at.seconds was last moved on; when this start began its steps */
     float *aside;               /* (arena.n) on the device: masters while their average is looked at, or NULL */

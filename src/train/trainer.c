@@ -18,6 +18,17 @@ static double peak_of(bm_backend *be, const bm_train_config *c) {
     return peak;
 }
 
+/* Operations of one target token, forward and backward; what is computed again is not counted. */
+static double flops_of(const bm_train_config *c, int64_t seq) { return 3 * (double)bm_config_flops(&c->model, seq); }
+
+enum { PEAK_SECONDS = 10 };
+/* Measured beside the steps: a processor that is shared or warm does not keep what it reached when the run began. */
+static void measure_peak(bm_trainer *t) {
+    if (t->peak_at > 0 && bm_now() - t->peak_at < PEAK_SECONDS) return;
+    t->peak = peak_of(t->device->be, t->config);
+    t->peak_at = bm_now();
+}
+
 static uint64_t tokens_before(const bm_train_config *c, uint64_t step) {
     const int64_t ramp = c->batch.warmup > c->batch.len_warmup ? c->batch.warmup : c->batch.len_warmup;
     const uint64_t slow = step < (uint64_t)ramp ? step : (uint64_t)ramp;
@@ -88,7 +99,7 @@ static bm_status plan(bm_train_plan *out, bm_backend *be, const bm_train_config 
     p.parameters_per_token = info.parameters_per_token;
     p.tokens = tokens_before(c, p.steps);
     p.tokens_per_step = (uint64_t)(c->batch.sequences * c->seq_len);
-    p.flops = 3 * (double)info.flops_per_token * (double)p.tokens;
+    p.flops = flops_of(c, c->seq_len) * (double)p.tokens;
     *out = p;
     return BM_OK;
 }
@@ -208,7 +219,7 @@ static bm_status open_all(bm_trainer *t, const bm_trainer_options *o) {
     if (t->config->average > 0)
         BM_TRY(be->alloc(be, &t->aside, t->learner->arena.n * sizeof(float), "an average of the weights"));
     bm_config_info(&t->config->model, BM_F32, &t->info);
-    t->peak = peak_of(be, t->config);
+    measure_peak(t);
     BM_TRY(run_open(t, o->resume));
     return put_start(t);
 }
@@ -332,6 +343,7 @@ bm_metric_record bm_trainer_record(bm_trainer *t, bm_metric_kind kind) {
 static bm_status one_step(bm_trainer *t, bm_train_news *news, bm_optim_result *result) {
     const bm_train_config *c = t->config;
     const uint64_t step = t->at.step;
+    measure_peak(t);
     const double lr = bm_schedule_lr(c, step), began = bm_now();
     const int sequences = bm_schedule_sequences(c, step), groups = sequences / (int)c->route_group;
     const double targets = (double)sequences * bm_schedule_length(c, step);
@@ -343,7 +355,7 @@ static bm_status one_step(bm_trainer *t, bm_train_news *news, bm_optim_result *r
         l->be->zero(l->be, l->pass.state, (size_t)l->opt.slots * l->pass.stride * sizeof(float));
         BM_TRY(l->be->sync(l->be));
     }
-    const double spent = bm_now() - began, flops = 3 * (double)t->info.flops_per_token * targets;
+    const double spent = bm_now() - began, flops = flops_of(c, bm_schedule_length(c, step)) * targets;
     t->at.step++;
     t->at.updates += !result->skipped;
     t->at.tokens += (uint64_t)targets;
