@@ -131,7 +131,7 @@ static int run(char **operand) {
     if (!code && o.dry) {
         const bm_status s = bm_train_plan_make(&plan, d, &want);
         if (s) code = app_failed(s);
-        else print_plan(&plan);
+        else if (plan.rank == 0) print_plan(&plan);
     } else if (!code) code = run_trainer(d, &want);
     bm_device_close(d);
     free(folder);

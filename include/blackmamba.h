@@ -413,9 +413,9 @@ typedef struct bm_train_plan {
     double flops, peak;                         /* 3 forward passes of all tokens; operations a second of all ranks */
     uint64_t bytes;                             /* of memory of one rank, this process included; data stays mapped and is not */
     uint64_t bytes_weights, bytes_optimizer, bytes_activations;     /* of them: masters, gradients, copies; m, v, average */
-    int ranks;
+    int rank, ranks;                            /* this one, and of how many: mpirun's */
 } bm_train_plan;
-/* What a run will need, without taking it. */
+/* What a run will need, without taking it; every rank may ask. */
 BM_API bm_status bm_train_plan_make(bm_train_plan *out, bm_device *d, const bm_trainer_options *o);
 
 typedef enum bm_train_event { BM_TRAIN_STEP, BM_TRAIN_EVALUATED, BM_TRAIN_SAVED } bm_train_event;

@@ -13,7 +13,7 @@ typedef struct bm_request { void *handle; } bm_request;    /* of something begun
 struct bm_comm {
     int rank, size;
     bm_status (*sum)(bm_comm *c, double *x, size_t n);                          /* all ranks get the sums */
-    /* Of x (at[size] floats), rank r ends with the sum of [at[r], at[r+1]) in place; the rest is undefined. */
+    /* Of x (at[size] floats, at[0] = 0), rank r ends with the sum of [at[r], at[r+1]) in place; the rest is undefined. */
     bm_status (*reduce_scatter)(bm_comm *c, float *x, const size_t *at, bm_request *begun);
     bm_status (*all_gather)(bm_comm *c, float *x, const size_t *at, bm_request *begun);   /* rank r gives [at[r], at[r+1]) */
     bm_status (*wait)(bm_comm *c, bm_request *r);

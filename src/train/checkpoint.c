@@ -33,7 +33,7 @@ static const file_kind AVERAGE = { "average.safetensors", { "" }, { BM_STATE_AVE
 
 static bm_layout layout_of(const struct bm_trainer *t) { return bm_layout_of(&t->config->model, BM_FORMAT_SAFETENSORS); }
 
-static size_t region_floats(const bm_optim *o, int r) { return o->region[r].at[o->comm->size] - o->region[r].at[0]; }
+static size_t region_floats(const bm_optim *o, int r) { return o->region[r].cut[o->comm->size]; }
 
 static size_t elements(const bm_file_tensor *t) {
     return (size_t)t->n_parts * (size_t)t->first.rows * (size_t)t->first.cols;
@@ -82,7 +82,7 @@ static bm_status create(const saving *s, const file_kind *k, bm_sink **out) {
 /* Tensors of region r; the walk and the regions have one order. */
 static bm_status write_region(const saving *s, bm_sink *sink, const file_kind *k, int r, float *const x[2]) {
     const struct bm_trainer *t = s->t;
-    const size_t from = t->optim.region[r].at[0];
+    const size_t from = t->optim.region[r].begin;
     bm_file_tensor ft;
     for (bm_walk w = bm_params_walk(&t->config->model, layout_of(t)); bm_walk_next(&w, &ft); ) {
         if (bm_optim_region_of(&t->optim, &ft.first) != r) continue;
@@ -347,7 +347,7 @@ static bm_status verify(const char *folder) {
 
 /* Tensors called prefix + name of region r, from a safetensors file, into x. */
 static bm_status read_region(struct bm_trainer *t, const bm_map *m, const char *path, const char *prefix, int r, float *x, float *y) {
-    const size_t from = t->optim.region[r].at[0];
+    const size_t from = t->optim.region[r].begin;
     bm_file_tensor ft;
     for (bm_walk w = bm_params_walk(&t->config->model, layout_of(t)); bm_walk_next(&w, &ft); ) {
         if (bm_optim_region_of(&t->optim, &ft.first) != r) continue;

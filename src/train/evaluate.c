@@ -85,7 +85,7 @@ static bm_status swap_in(bm_trainer *t) {
     l->be->copy(l->be, t->aside, l->master, l->arena.n * sizeof(float));
     BM_TRY(l->be->sync(l->be));
     for (int r = 0; r < o->n_regions; r++) {
-        const size_t from = o->region[r].at[0], n = o->region[r].at[t->comm->size] - from;
+        const size_t from = o->region[r].begin, n = o->region[r].cut[t->comm->size];
         BM_TRY(bm_alloc(&x, n * sizeof *x, "an average of the weights"));
         bm_status s = bm_optim_get(o, BM_STATE_AVERAGE, r, x);
         l->be->put(l->be, l->master + from, x, n * sizeof *x);

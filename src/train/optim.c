@@ -121,17 +121,13 @@ static bm_status regions_open(bm_optim *o) {
     size_t part = 0;
     for (int r = 0; r < o->n_regions; r++) {
         bm_region *g = &o->region[r];
-        const size_t begin = part < a->n_parts ? a->part[part].at : a->n;
+        g->begin = part < a->n_parts ? a->part[part].at : a->n;
         while (part < a->n_parts && bm_optim_region_of(o, &a->part[part].part) == r) part++;
-        const size_t n = (part < a->n_parts ? a->part[part].at : a->n) - begin;
-        BM_TRY(bm_alloc(&g->at, (ranks + 1) * sizeof *g->at, "an optimizer"));
+        const size_t n = (part < a->n_parts ? a->part[part].at : a->n) - g->begin;
         BM_TRY(bm_alloc(&g->cut, (ranks + 1) * sizeof *g->cut, "an optimizer"));
-        for (size_t k = 0; k <= ranks; k++) {
-            g->cut[k] = k == ranks ? n : n / 16 * k / ranks * 16;
-            g->at[k] = begin + g->cut[k];
-        }
+        for (size_t k = 0; k <= ranks; k++) g->cut[k] = k == ranks ? n : n / 16 * k / ranks * 16;
         g->own = o->n_own;
-        o->n_own += g->at[rank + 1] - g->at[rank];
+        o->n_own += g->cut[rank + 1] - g->cut[rank];
     }
     return BM_OK;
 }
@@ -151,7 +147,7 @@ static bm_status add_stretch(bm_optim *o, size_t *cap, const stretch *s) {
 static stretch cut(const bm_optim *o, size_t part) {
     const bm_arena *a = &o->l->arena;
     const bm_region *g = &o->region[bm_optim_region_of(o, &a->part[part].part)];
-    const size_t begin = g->at[o->comm->rank], end = g->at[o->comm->rank + 1];
+    const size_t begin = g->begin + g->cut[o->comm->rank], end = g->begin + g->cut[o->comm->rank + 1];
     size_t from = a->part[part].at, to = part + 1 < a->n_parts ? a->part[part + 1].at : a->n;
     if (from < begin) from = begin;
     if (to > end) to = end;
@@ -196,8 +192,8 @@ static bm_status optim_init(bm_optim *o) {
     BM_TRY(be->alloc(be, &o->average, bytes, "an average of the weights"));
     for (int r = 0; r < o->n_regions; r++) {
         const bm_region *g = &o->region[r];
-        const size_t at = g->at[o->comm->rank], n = g->at[o->comm->rank + 1] - at;
-        be->copy(be, o->average + g->own, o->l->master + at, n * sizeof(float));
+        const size_t at = g->cut[o->comm->rank], n = g->cut[o->comm->rank + 1] - at;
+        be->copy(be, o->average + g->own, o->l->master + g->begin + at, n * sizeof(float));
     }
     return be->sync(be);
 }
@@ -216,10 +212,7 @@ void bm_optim_close(bm_optim *o) {
     if (o->v) be->release(be, o->v);
     if (o->average) be->release(be, o->average);
     if (o->square) be->release(be, o->square);
-    for (int r = 0; o->region && r < o->n_regions; r++) {
-        free(o->region[r].at);
-        free(o->region[r].cut);
-    }
+    for (int r = 0; o->region && r < o->n_regions; r++) free(o->region[r].cut);
     free(o->region);
     free(o->setting);
     free(o->setting_of);
@@ -232,7 +225,7 @@ void bm_optim_close(bm_optim *o) {
 
 static void begin_sum(bm_optim *o, int r) {
     bm_region *g = &o->region[r];
-    if (!o->failed) o->failed = o->comm->reduce_scatter(o->comm, o->l->grad + g->at[0], g->cut, &g->request);
+    if (!o->failed) o->failed = o->comm->reduce_scatter(o->comm, o->l->grad + g->begin, g->cut, &g->request);
 }
 
 void bm_optim_ready(void *optim, int layer) {
@@ -336,7 +329,7 @@ static void update_all(bm_optim *o, double lr, int64_t update, double scale) {
 static bm_status gather(bm_optim *o, float *x) {
     for (int r = 0; r < o->n_regions; r++) {
         bm_region *g = &o->region[r];
-        if (!o->failed) o->failed = o->comm->all_gather(o->comm, x + g->at[0], g->cut, &g->request);
+        if (!o->failed) o->failed = o->comm->all_gather(o->comm, x + g->begin, g->cut, &g->request);
     }
     return wait_all(o);
 }
@@ -363,7 +356,7 @@ static float *owned(const bm_optim *o, bm_state kind, int r) {
     case BM_STATE_M: return o->m + g->own;
     case BM_STATE_V: return o->v + g->own;
     case BM_STATE_AVERAGE: return o->average + g->own;
-    default: return o->l->master + g->at[o->comm->rank];
+    default: return o->l->master + g->begin + g->cut[o->comm->rank];
     }
 }
 
@@ -381,7 +374,7 @@ bm_status bm_optim_set(bm_optim *o, bm_state kind, int r, const float *x) {
     bm_backend *be = o->l->be;
     const bm_region *g = &o->region[r];
     const size_t at = g->cut[o->comm->rank], n = g->cut[o->comm->rank + 1] - at;
-    if (kind == BM_STATE_MASTER) be->put(be, o->l->master + g->at[0], x, g->cut[o->comm->size] * sizeof *x);
+    if (kind == BM_STATE_MASTER) be->put(be, o->l->master + g->begin, x, g->cut[o->comm->size] * sizeof *x);
     else be->put(be, owned(o, kind, r), x + at, n * sizeof *x);
     return be->sync(be);
 }

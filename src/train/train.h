@@ -71,7 +71,7 @@ double   bm_schedule_lr(const bm_train_config *c, uint64_t step);
 typedef enum bm_state { BM_STATE_MASTER, BM_STATE_M, BM_STATE_V, BM_STATE_AVERAGE } bm_state;
 
 typedef struct bm_region {      /* a stretch of the arena: before the layers, a layer, after the layers */
-    size_t *at, *cut;           /* (ranks+1) floats into the arena; the same from at[0] on */
+    size_t begin, *cut;         /* floats into the arena; (ranks+1) floats from there: rank r owns [cut[r], cut[r+1]) */
     size_t own;                 /* where this rank's slice lies in m, v and average */
     bm_request request;
 } bm_region;
@@ -100,7 +100,7 @@ bm_status bm_optim_step(bm_optim *o, double lr, int64_t update, double loss, bm_
 /* Sum of squares of this rank's own gradients, not yet reduced. */
 bm_status bm_optim_square(bm_optim *o, double *out);
 /* For checkpoints: where a part lies, and the floats of region r, of all ranks together, in the arena's order: x holds
- * at[ranks] - at[0], on the host of every rank.  Every rank calls get.  After the last set: bm_learner_refresh. */
+ * cut[ranks], on the host of every rank.  Every rank calls get.  After the last set: bm_learner_refresh. */
 int       bm_optim_region_of(const bm_optim *o, const bm_part *p);
 bm_status bm_optim_get(bm_optim *o, bm_state kind, int r, float *x);
 bm_status bm_optim_set(bm_optim *o, bm_state kind, int r, const float *x);

@@ -84,7 +84,7 @@ static bm_status plan(bm_train_plan *out, bm_backend *be, const bm_train_config 
     bm_arena a;
     bm_info info;
     uint64_t learner;
-    bm_train_plan p = { .ranks = comm->size, .steps = bm_schedule_steps(c) };
+    bm_train_plan p = { .rank = comm->rank, .ranks = comm->size, .steps = bm_schedule_steps(c) };
     BM_TRY(look(&p, &o, be, c, comm));
     BM_TRY(bm_learner_bytes(&c->model, be, &o, &learner));
     BM_TRY(bm_optim_bytes(c, comm->size, &p.bytes_optimizer));
@@ -115,7 +115,7 @@ bm_status bm_train_plan_make(bm_train_plan *out, bm_device *d, const bm_trainer_
     bm_comm *comm = NULL;
     memset(out, 0, sizeof *out);
     bm_status s = parse(&c, o);
-    if (!s) s = bm_comm_open_self(&comm);
+    if (!s) s = bm_comm_open(&comm);
     if (!s) {
         pthread_mutex_lock(&d->lock);
         s = plan(out, d->be, c, comm);

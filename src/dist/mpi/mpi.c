@@ -36,11 +36,11 @@ static void drop(pending *p) {
     free(p);
 }
 
-/* at[0] .. at[size] as counts and places of MPI. */
+/* at[0] = 0 .. at[size] as counts and places of MPI. */
 static bm_status begin(mpi *m, float *x, const size_t *at, pending **out) {
     const int ranks = m->door.size;
-    if (at[ranks] - at[0] > INT_MAX)
-        return m->fail(BM_EARG, "parameters of one layer: found %zu, expected at most %d", at[ranks] - at[0], INT_MAX);
+    if (at[ranks] > INT_MAX)
+        return m->fail(BM_EARG, "parameters of one layer: found %zu, expected at most %d", at[ranks], INT_MAX);
     pending *p = calloc(1, sizeof *p);
     if (p) {
         p->counts = malloc(sizeof *p->counts * (size_t)ranks);
@@ -52,10 +52,10 @@ static bm_status begin(mpi *m, float *x, const size_t *at, pending **out) {
     }
     for (int r = 0; r < ranks; r++) {
         p->counts[r] = (int)(at[r + 1] - at[r]);
-        p->places[r] = (int)(at[r] - at[0]);
+        p->places[r] = (int)at[r];
     }
-    p->x = x + at[0];
-    p->at = at[m->door.rank] - at[0];
+    p->x = x;
+    p->at = at[m->door.rank];
     *out = p;
     return BM_OK;
 }
