@@ -1,6 +1,7 @@
 # make            build/blackmamba and build/libblackmamba.{a,so}
 # make demo       install what is missing, build, write some text with the bundled model
 # make check      install what is missing, build, run every test
+# make check-cuda laws, goldens and operations on the first NVIDIA GPU
 # make check-qemu kernels and texts on emulated processors: aarch64, old x86-64
 # make bench      measure this machine        make fuzz [SECONDS=60]   each fuzzer for a while
 # make install [PREFIX=/usr/local DESTDIR=]   make clean
@@ -41,7 +42,11 @@ JOBS    := -j$(shell nproc) --no-print-directory
 .PHONY: all demo check deps bench fuzz install clean
 # ranks by MPI: an object the command opens when mpirun or srun started it
 MPICC := $(if $(SAN),,$(shell command -v mpicc))
-all: $B/blackmamba $B/libblackmamba.so $(if $(MPICC),$B/blackmamba-mpi.so)
+# NVIDIA GPUs: another such object, for these chips and as PTX for what comes after them
+NVCC  := $(if $(SAN)$(F64),,$(shell command -v nvcc))
+CHIPS := 80 89 90a 100a
+CUDA_SRC := $(wildcard src/cuda/*.cu)
+all: $B/blackmamba $B/libblackmamba.so $(if $(MPICC),$B/blackmamba-mpi.so) $(if $(NVCC),$B/blackmamba-cuda.so)
 deps:
 	@tools/deps.sh
 
@@ -62,6 +67,14 @@ $B/blackmamba-mpi.so: src/dist/mpi/mpi.c src/dist/mpi.h src/dist/comm.h
 	@mkdir -p $(@D)
 	$(MPICC) $(ALL_CFLAGS) -shared -o $@ $<
 
+NVCC_FLAGS := -std=c++17 -O3 -Iinclude -Isrc -Xcompiler -fPIC,-fvisibility=hidden,-Wall \
+  $(foreach c,$(CHIPS),-gencode arch=compute_$c,code=sm_$c) -gencode arch=compute_80,code=compute_80
+$B/%.cu.o: %.cu src/cuda/cuda.h src/cuda/weights.cuh src/model/backend.h src/base/base.h include/blackmamba.h
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
+$B/blackmamba-cuda.so: $(CUDA_SRC:%=$B/%.o) $B/libblackmamba.a
+	$(NVCC) -shared -o $@ $^ $(PKG_LIBS)
+
 # ---- tests ---------------------------------------------------------------------------------
 TEST_LIB := $(patsubst %.c,$B/%.o,$(wildcard tests/lib_*.c))
 $B/tests/test_%: $B/tests/test_%.o $(TEST_LIB) $B/libblackmamba.a
@@ -81,6 +94,12 @@ check: deps
 	@$(MAKE) $(JOBS) tests
 	@$(MAKE) $(JOBS) F64=1 B=$B-f64 all $(F64_TESTS:%=$B-f64/tests/%)
 	@tools/check $B layers $(TESTS) $(F64_TESTS:%=f64:%) $(LEVELS) $(REPLAY) test_command.sh test_kill.sh test_ranks.sh
+
+# On a machine with a GPU: each operation against the CPU, then whole models.
+.PHONY: check-cuda
+check-cuda:
+	@$(MAKE) $(JOBS) tests
+	@tools/check $B test_cuda cuda:test_golden cuda:test_laws
 
 # Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
 # allocator, so not that one), what uses threads under TSan.
@@ -138,6 +157,7 @@ install: all
 	install -m 644 include/blackmamba.h $(DESTDIR)$(PREFIX)/include
 	install -m 644 $B/libblackmamba.a $(DESTDIR)$(PREFIX)/lib
 	$(if $(MPICC),install -D -m 755 $B/blackmamba-mpi.so $(DESTDIR)$(PREFIX)/lib/blackmamba/blackmamba-mpi.so)
+	$(if $(NVCC),install -D -m 755 $B/blackmamba-cuda.so $(DESTDIR)$(PREFIX)/lib/blackmamba/blackmamba-cuda.so)
 	install -m 755 $B/libblackmamba.so $(DESTDIR)$(PREFIX)/lib/libblackmamba.so.$(VERSION)
 	ln -sf libblackmamba.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libblackmamba.so.0
 	ln -sf libblackmamba.so.0 $(DESTDIR)$(PREFIX)/lib/libblackmamba.so

@@ -54,6 +54,8 @@ extern const app_command app_run, app_tokenize, app_logits, app_perplexity, app_
     "a model folder or .gguf file"}
 #define APP_TOKENIZER(to) {0, "tokenizer", NULL, "FILE", APP_TEXT, to, 0, 0, NULL, \
     "tokenizer.json, or a folder or .gguf that holds one"}
+#define APP_DEVICE(to) {0, "device", NULL, "NAME", APP_TEXT, to, 0, 0, NULL, \
+    "cpu, cpu: and an instruction set, cuda: and a number, or auto: a GPU if there is one (cpu)"}
 #define APP_THREADS(to) {'t', "threads", NULL, "N", APP_INT, to, 0, 1024, NULL, \
     "threads; 0: one per processor (0)"}
 #define APP_ARITH(to, standard) {0, "arith", NULL, "native|f32", APP_CHOICE, to, 0, 0, NULL, \
@@ -113,7 +115,8 @@ typedef struct app_engine {
     char *path;                                 /* of the model */
     bm_device *device; bm_model *model; bm_tokenizer *tokenizer; bm_session *session;
 } app_engine;
-int  app_engine_open(app_engine *e, const char *path, int threads);     /* path NULL: the bundled model */
+/* path NULL: the bundled model */
+int  app_engine_open(app_engine *e, const char *path, const char *device, int threads);
 int  app_engine_tokenizer(app_engine *e, const char *path);             /* path NULL: the model's own */
 int  app_engine_session(app_engine *e, int arith, int slots);
 void app_engine_close(app_engine *e);

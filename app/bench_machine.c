@@ -51,6 +51,7 @@ void bench_machine_ask(bench_machine *m, const bm_device *d) {
     if (!line_of("/proc/cpuinfo", "model name", m->cpu, sizeof m->cpu) && uname(&u) == 0)
         snprintf(m->cpu, sizeof m->cpu, "%.60s", u.machine);
     sscanf(bm_device_name(d), "cpu %15[^,]", m->level);
+    if (sscanf(bm_device_name(d), "cuda:%*d, %63[^\n]", m->cpu) == 1) snprintf(m->level, sizeof m->level, "cuda");
     ask_caches(m);
     for (int i = 0; i < 3; i++) large += kilobytes("/proc/self/smaps_rollup", huge[i]);
     if (large > 0.5 * bench_memory("VmRSS:")) snprintf(m->pages, sizeof m->pages, "huge");

@@ -10,10 +10,10 @@
 #include <unistd.h>
 
 static struct {
-    const char *model, *preset, *batch, *json, *csv;
+    const char *model, *device, *preset, *batch, *json, *csv;
     int type, prompt, gen, rounds, threads, arith;
     bool type_given, bandwidth, kernels;
-} o = {.type = BM_BF16, .prompt = 512, .gen = 128, .rounds = 5, .batch = "1,4,16,32"};
+} o = {.device = "cpu", .type = BM_BF16, .prompt = 512, .gen = 128, .rounds = 5, .batch = "1,4,16,32"};
 
 static const app_option options[] = {
     APP_MODEL(&o.model),
@@ -29,6 +29,7 @@ static const app_option options[] = {
      "only the bandwidth of reading memory, over 1 GiB"},
     {0, "kernels", NULL, NULL, APP_FLAG, &o.kernels, 0, 0, NULL,
      "only each operation by itself, at each instruction set of this machine"},
+    APP_DEVICE(&o.device),
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "native"),
     {0, "json", NULL, "FILE", APP_TEXT, &o.json, 0, 0, NULL, "write one JSON object; -: instead of the table"},
@@ -257,7 +258,7 @@ static int preset_open(bench *b) {
     app_progress progress = app_progress_start("making weights", true);
     bm_status s = bm_init(&c, 0, (bm_dtype)o.type, path, NULL, app_progress_step, &progress);
     app_progress_end(&progress);
-    code = s ? app_failed(s) : app_engine_open(&b->e, path, o.threads);
+    code = s ? app_failed(s) : app_engine_open(&b->e, path, o.device, o.threads);
     unlink(path);
     rmdir(folder);
     return code;
@@ -291,7 +292,7 @@ static int model_run(void) {
     int code = lines_make(r);
     if (code) return code;
     app_catch_interrupts();
-    code = o.preset ? preset_open(&b) : app_engine_open(&b.e, o.model, o.threads);
+    code = o.preset ? preset_open(&b) : app_engine_open(&b.e, o.model, o.device, o.threads);
     if (!code) {
         bm_model_info(b.e.model, &r->info);
         r->type = type_of(b.e.model, &r->info);
@@ -312,7 +313,7 @@ static int bandwidth_run(void) {
     bm_device *d = NULL;
     bench_machine m;
     bench_series w = {.n = 0};
-    bm_status s = bm_device_open(&d, "cpu", o.threads);
+    bm_status s = bm_device_open(&d, o.device, o.threads);
     for (int i = 0; !s && i < o.rounds; i++) {
         double rate = 0;
         s = bm_device_bandwidth(d, WINDOW, 1, &rate);

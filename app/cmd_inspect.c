@@ -157,7 +157,7 @@ static int print_json(const app_engine *e, const bm_info *i) {
 static int run(char **operand) {
     app_engine e = {0};
     bm_info info;
-    int code = app_engine_open(&e, operand[0], 1);
+    int code = app_engine_open(&e, operand[0], "cpu", 1);
     if (code) goto out;
     bm_model_info(e.model, &info);
     if (o.json) {

@@ -6,15 +6,16 @@
 #include <stdlib.h>
 
 static struct {
-    const char *model, *tokens, *out;
+    const char *model, *device, *tokens, *out;
     int threads, arith;
     bool json;
-} o = {.arith = BM_ARITH_F32};
+} o = {.device = "cpu", .arith = BM_ARITH_F32};
 
 static const app_option options[] = {
     APP_MODEL(&o.model),
     {0, "tokens", NULL, "FILE", APP_TEXT, &o.tokens, 0, 0, NULL, "ids separated by white space; - is standard input"},
     {'o', "output", NULL, "OUT", APP_TEXT, &o.out, 0, 0, NULL, "the safetensors file to write"},
+    APP_DEVICE(&o.device),
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "f32"),
     APP_JSON(&o.json),
@@ -57,7 +58,7 @@ static int run(char **operand) {
     int code = app_ids_read(o.tokens, &ids, &n);
     if (!code && !n) code = app_error("%s: found no id, expected at least one", o.tokens);
     if (!code && app_path_is_folder(o.out)) code = app_error("%s: a folder of that name exists; name a file", o.out);
-    if (!code) code = app_engine_open(&e, o.model, o.threads);
+    if (!code) code = app_engine_open(&e, o.model, o.device, o.threads);
     if (!code) code = app_engine_session(&e, o.arith, 1);
     if (code) goto out;
     app_catch_interrupts();

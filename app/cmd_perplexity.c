@@ -8,10 +8,10 @@
 #include <string.h>
 
 static struct {
-    const char *model, *tokenizer, *file, *tokens;
+    const char *model, *device, *tokenizer, *file, *tokens;
     int ctx, threads, arith;
     bool carry, no_bos, json;
-} o = {.ctx = 512};
+} o = {.device = "cpu", .ctx = 512};
 
 static const app_option options[] = {
     APP_MODEL(&o.model),
@@ -23,6 +23,7 @@ static const app_option options[] = {
     {0, "no-bos", NULL, NULL, APP_FLAG, &o.no_bos, 0, 0, NULL,
      "do not begin the text with the BOS token the tokenizer asks for"},
     APP_TOKENIZER(&o.tokenizer),
+    APP_DEVICE(&o.device),
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "native"),
     APP_JSON(&o.json),
@@ -114,7 +115,7 @@ static int run(char **operand) {
     if (!o.file == !o.tokens) return app_usage(&app_perplexity,
                                                "give a text with -f or ids with --tokens, one of them");
     int code = o.tokens ? app_ids_read(o.tokens, &ids, &n) : APP_OK;
-    if (!code) code = app_engine_open(&e, o.model, o.threads);
+    if (!code) code = app_engine_open(&e, o.model, o.device, o.threads);
     if (!code && o.file) code = text_tokenize(&e, &ids, &n);
     if (!code && n < 2) code = app_error("%s: found %zu tokens, expected at least 2", o.file ? o.file : o.tokens, n);
     if (!code) code = app_engine_session(&e, o.arith, 1);

@@ -12,13 +12,13 @@
 enum { LENGTH = 256, TURN_LENGTH = 128 };       /* tokens written when -n is not given */
 
 static struct {
-    const char *model, *tokenizer, *prompt, *file, *tokens, *session;
+    const char *model, *device, *tokenizer, *prompt, *file, *tokens, *session;
     int n, threads, arith, top_k, window;
     float temperature, top_p, min_p, typical, repeat, presence, frequency;
     uint64_t seed;
     app_texts bias, stops;
     bool n_given, seed_given, seed_unknown, sampling_given, interactive, no_bos, ignore_eos, echo, json;
-} o = {.temperature = 0.8f, .top_p = 0.95f, .typical = 1, .repeat = 1, .window = 64};
+} o = {.device = "cpu", .temperature = 0.8f, .top_p = 0.95f, .typical = 1, .repeat = 1, .window = 64};
 
 #define SAMPLING &o.sampling_given
 static const app_option options[] = {
@@ -60,6 +60,7 @@ static const app_option options[] = {
      "go on from FILE if it exists, with its sampling settings unless some are given; save to it at the end"},
     {0, "echo", NULL, NULL, APP_FLAG, &o.echo, 0, 0, NULL, "print the prompt too"},
     APP_TOKENIZER(&o.tokenizer),
+    APP_DEVICE(&o.device),
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "native"),
     {0, "json", NULL, NULL, APP_FLAG, &o.json, 0, 0, NULL,
@@ -199,7 +200,7 @@ static int report_json(const app_turn *t, size_t added) {
 /* ---- the command ----------------------------------------------------------------------- */
 
 static int open_all(app_engine *e, bool interactive) {
-    int code = app_engine_open(e, o.model, o.threads);
+    int code = app_engine_open(e, o.model, o.device, o.threads);
     if (code) return code;
     if (!o.tokens || o.tokenizer) code = app_engine_tokenizer(e, o.tokenizer);
     else if (bm_tokenizer_open(&e->tokenizer, e->path)) e->tokenizer = NULL;    /* ids do without one */

@@ -59,13 +59,13 @@ int app_config_read(bm_config *out, const char *preset) {
     return s ? app_failed(s) : APP_OK;
 }
 
-int app_engine_open(app_engine *e, const char *path, int threads) {
+int app_engine_open(app_engine *e, const char *path, const char *device, int threads) {
     memset(e, 0, sizeof *e);
     int code = APP_OK;
     if (!path) code = app_bundled_model(&e->path);
     else if (!(e->path = strdup(path))) code = app_error("out of memory for a path");
     if (code) return code;
-    bm_status s = bm_device_open(&e->device, "cpu", threads);
+    bm_status s = bm_device_open(&e->device, device, threads);
     if (!s) s = bm_model_open(&e->model, e->device, e->path);
     return s ? app_failed(s) : APP_OK;
 }

@@ -136,7 +136,8 @@ BM_API int bm_config_parts(const bm_config *c, int layer, int64_t seq, bm_config
 typedef struct bm_device bm_device;
 typedef struct bm_model bm_model;
 
-/* name "cpu", or with an instruction set "cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon" (BM_ENOSUPPORT
+/* name "cuda" or "cuda:N", an NVIDIA GPU (BM_ENOSUPPORT where there is none, no driver for it or the library was built
+ * without CUDA's compiler); "auto", the first GPU or else the CPU; "cpu", or with an instruction set "cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon" (BM_ENOSUPPORT
  * when the machine lacks it; "cpu" takes the best, BM_CPU caps it).  threads 0: one per processor this
  * process may use (BM_THREADS overrides). */
 BM_API bm_status   bm_device_open(bm_device **out, const char *name, int threads);

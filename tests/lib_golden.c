@@ -2,6 +2,11 @@
 #include "lib_golden.h"
 #include <unistd.h>
 
+const char *test_device(void) {
+    const char *d = getenv("BM_TEST_DEVICE");
+    return d ? d : "cpu";
+}
+
 const char *golden_path(const char *name) {
     static char path[300];
     snprintf(path, sizeof path, "tests/golden/%s", name);

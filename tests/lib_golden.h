@@ -13,6 +13,8 @@
 
 #define OK(call) do { if ((call) != BM_OK) fail_msg("%s: %s", #call, bm_error()); } while (0)
 
+/* The device of models under test: BM_TEST_DEVICE, which tools/check sets, or cpu. */
+const char *test_device(void);
 /* A folder of golden/: committed under tests/golden, else shared; NULL when neither is there. */
 const char *golden_path(const char *name);
 

@@ -28,7 +28,7 @@ const char *tiny_gguf(bm_dtype type) {
 }
 
 void rig_open(rig *r, const char *path, int threads, bm_session_options o) {
-    OK(bm_device_open(&r->d, "cpu", threads));
+    OK(bm_device_open(&r->d, test_device(), threads));
     OK(bm_model_open(&r->m, r->d, path));
     OK(bm_session_open(&r->s, r->m, &o));
     r->V = bm_model_config(r->m)->n_vocab;

@@ -103,7 +103,7 @@ static void golden_model(void **state) {
     bm_model *m;
     bm_session *s;
     golden_open(&g, folder, "golden.safetensors");
-    OK(bm_device_open(&d, "cpu", 0));
+    OK(bm_device_open(&d, test_device(), 0));
     OK(bm_model_open(&m, d, folder));
     OK(bm_session_open(&s, m, &(bm_session_options){ .arith = BM_ARITH_F32 }));
     const int V = bm_model_config(m)->n_vocab;

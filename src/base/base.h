@@ -143,6 +143,12 @@ void bm_narrow(void *dst, bm_dtype type, const float *src, size_t n);  /* neares
 void bm_quant_widen(float *dst, bm_dtype type, const uint8_t *src, size_t n);
 void bm_quant_narrow(uint8_t *dst, bm_dtype type, const float *src, size_t n);
 
+/* ---- object.c: parts of the library that need what a machine may lack -------------------------- */
+
+/* A symbol of a shared object beside the executable, in its ../lib/blackmamba, or where the loader looks; it stays
+ * open.  NULL: *why says why, good until the next call. */
+void *bm_object_find(const char *object, const char *symbol, const char **why);
+
 /* ---- clock.c -------------------------------------------------------------------------- */
 
 double bm_now(void);                                           /* seconds, monotonic */

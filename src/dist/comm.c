@@ -2,10 +2,8 @@
  * In: the environment mpirun or srun makes.  Out: a bm_comm; MPI itself is in a shared object beside the command or
  * the library, so that neither needs MPI to start. */
 #include "dist/mpi.h"
-#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 static const char OBJECT[] = "blackmamba-mpi.so";
 
@@ -27,35 +25,13 @@ static bool has_company(void) {
     return getenv("PMIX_RANK") && tasks && atoi(tasks) > 1;
 }
 
-/* Beside the executable, in its ../lib/blackmamba, or where the loader looks. */
-static void *find_object(void) {
-    char exe[3072], path[4096];
-    const ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
-    char *slash = NULL;
-    if (n > 0) {
-        exe[n] = 0;
-        slash = strrchr(exe, '/');
-    }
-    static const char *const place[] = { ".", "../lib/blackmamba", ".." };     /* the last: tests in a build folder */
-    for (size_t i = 0; slash && i < sizeof place / sizeof *place; i++) {
-        *slash = 0;
-        snprintf(path, sizeof path, "%s/%s/%s", exe, place[i], OBJECT);
-        *slash = '/';
-        if (access(path, R_OK)) continue;
-        void *h = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
-        if (h) return h;
-    }
-    return dlopen(OBJECT, RTLD_NOW | RTLD_GLOBAL);
-}
-
 bm_status bm_comm_open(bm_comm **out) {
+    const char *why;
+    bm_mpi_open_fn open_mpi;
     *out = NULL;
     if (!has_company()) return bm_comm_open_self(out);
-    void *h = find_object();
-    if (!h) return bm_fail(BM_ENOSUPPORT, "ranks: found several, but %s does not open (%s); build with Open MPI installed", OBJECT, dlerror());
-    bm_mpi_open_fn open_mpi;
-    void *symbol = dlsym(h, BM_MPI_SYMBOL);
-    if (!symbol) return bm_fail(BM_ENOSUPPORT, "%s: found no %s, expected the object of this version", OBJECT, BM_MPI_SYMBOL);
+    void *symbol = bm_object_find(OBJECT, BM_MPI_SYMBOL, &why);
+    if (!symbol) return bm_fail(BM_ENOSUPPORT, "ranks: found several, but %s does not open (%s); build with Open MPI installed", OBJECT, why);
     memcpy(&open_mpi, &symbol, sizeof open_mpi);
     return open_mpi(out, bm_fail, (int)sizeof(float));
 }

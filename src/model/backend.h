@@ -50,7 +50,7 @@ typedef struct bm_op_linear {   /* y (M,rows) (+)= x (M,cols) w^T + bias */
 } bm_op_linear;
 
 typedef struct bm_op_conv {     /* y (M,I) = silu(causal depthwise conv(x) + bias) */
-    int Q; const int32_t *start, *slot;
+    int M, Q; const int32_t *start, *slot;
     int I, K, ldx; const float *x, *weight, *bias;  /* weight (K,I), the newest input last; bias may be NULL */
     float *y, *state; size_t stride;            /* state of slot s: state + s*stride, (K-1,I), oldest first; updated */
     const float *dy; float *dx, *dweight, *dbias;   /* dx: row stride ldx */
@@ -112,7 +112,7 @@ typedef struct bm_op_experts {  /* y (M,D) (+)= gate * down_e(act(gate_e x) * up
 } bm_op_experts;
 
 typedef struct bm_op_attention {/* y (M,H*E) = causal softmax(q k^T / sqrt E) v, rotary positions (arXiv 2104.09864) */
-    int Q; const int32_t *start, *slot;
+    int M, Q; const int32_t *start, *slot;
     int H, G, E, window;                        /* heads of q, of k and v; width of one; positions looked back at */
     float rope_base;
     float *qkv;                                 /* (M,(H+2G)*E): q | k | v; q and k are rotated in place */
@@ -187,6 +187,7 @@ struct bm_backend {
     void (*decay)  (bm_backend *b, float *A, const float *A_log, size_t n);             /* A = -exp(A_log) */
 };
 
+bm_status bm_backend_open_cuda(bm_backend **out, int device);   /* BM_ENOSUPPORT: no driver, no GPU, not built */
 bm_status bm_backend_open_cpu(bm_backend **out, int threads);   /* threads 0: BM_THREADS or every processor allowed */
 /* The same at a level of the caller's choice; BM_ENOSUPPORT when the machine lacks it. */
 bm_status bm_backend_open_cpu_level(bm_backend **out, int threads, const char *level);

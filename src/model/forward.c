@@ -49,7 +49,7 @@ static void mamba_forward(const bm_pass *p, int l) {
     be->linear(be, &(bm_op_linear){ .M = M, .ldx = c->d_model, .w = &w->in, .x = a->norm, .bias = w->in_bias, .y = a->xz,
                                     .arith = p->arith });                           /* xz (M,2I): x | z */
     bm_profile_mark(p, BM_STAGE_PROJECTIONS);
-    be->conv(be, &(bm_op_conv){ .Q = p->Q, .start = p->start, .slot = p->slot, .I = I, .K = c->d_conv, .ldx = 2 * I, .x = a->xz,
+    be->conv(be, &(bm_op_conv){ .M = M, .Q = p->Q, .start = p->start, .slot = p->slot, .I = I, .K = c->d_conv, .ldx = 2 * I, .x = a->xz,
                                 .weight = w->conv, .bias = w->conv_bias, .y = a->u, .state = conv_state, .stride = p->stride });
     bm_profile_mark(p, BM_STAGE_CONV);
     be->linear(be, &(bm_op_linear){ .M = M, .ldx = I, .w = &w->x, .x = a->u, .y = a->xdbl, .arith = p->arith });
@@ -66,7 +66,7 @@ static void mamba_forward(const bm_pass *p, int l) {
 
 bm_op_attention bm_attention_op(const bm_pass *p, int l) {
     const bm_config *c = p->config;
-    return (bm_op_attention){ .Q = p->Q, .start = p->start, .slot = p->slot, .H = c->n_heads, .G = c->n_kv_heads,
+    return (bm_op_attention){ .M = p->M, .Q = p->Q, .start = p->start, .slot = p->slot, .H = c->n_heads, .G = c->n_kv_heads,
                               .E = c->d_model / c->n_heads, .window = bm_attention_window(c), .rope_base = c->rope_base,
                               .qkv = p->acts[l].xz, .y = p->acts[l].y, .state = p->state + p->state_at[l], .stride = p->stride };
 }

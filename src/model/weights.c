@@ -11,14 +11,36 @@
 
 /* ---- device ----------------------------------------------------------------------------------- */
 
+/* cuda and cuda:N; *number -1: something else. */
+static bm_status gpu_number(const char *name, int *number) {
+    char *end;
+    *number = -1;
+    if (strncmp(name, "cuda", 4) || (name[4] && name[4] != ':')) return BM_OK;
+    const long n = name[4] ? strtol(name + 5, &end, 10) : 0;
+    if (name[4] && (end == name + 5 || *end || n < 0 || n > 1023))
+        return bm_fail(BM_EARG, "device: found '%.40s', expected cuda: and the number of a GPU", name);
+    *number = (int)n;
+    return BM_OK;
+}
+
+static bm_status backend_open(bm_backend **out, const char *name, int threads) {
+    int gpu;
+    BM_TRY(gpu_number(name, &gpu));
+    if (gpu >= 0) return bm_backend_open_cuda(out, gpu);
+    if (!strcmp(name, "cpu")) return bm_backend_open_cpu(out, threads);
+    if (!strncmp(name, "cpu:", 4)) return bm_backend_open_cpu_level(out, threads, name + 4);
+    if (strcmp(name, "auto"))
+        return bm_fail(BM_ENOSUPPORT, "device: found '%.40s', expected auto, cpu, cpu: and a level, or cuda: and a number", name);
+    if (bm_backend_open_cuda(out, 0) == BM_OK) return BM_OK;
+    bm_log(1, "the CPU goes on: %s", bm_error());
+    return bm_backend_open_cpu(out, threads);
+}
+
 bm_status bm_device_open(bm_device **out, const char *name, int threads) {
     *out = NULL;
-    const char *level = strncmp(name, "cpu:", 4) ? NULL : name + 4;
-    if (!level && strcmp(name, "cpu"))
-        return bm_fail(BM_ENOSUPPORT, "device: found '%.40s', expected cpu, or cpu: and a level", name);
     bm_device *d;
     BM_TRY(bm_alloc(&d, sizeof *d, "a device"));
-    const bm_status s = level ? bm_backend_open_cpu_level(&d->be, threads, level) : bm_backend_open_cpu(&d->be, threads);
+    const bm_status s = backend_open(&d->be, name, threads);
     if (s) {
         free(d);
         return s;

@@ -1,0 +1,93 @@
+/* cuda.h - what the files of this room share: the backend, launches, elements of weights.  Room: cuda (knows
+ * operations, no layers, no files).
+ *
+ * Letters as in model/backend.h.  Every kernel sums in an order that shapes fix: the same bits each time. */
+#ifndef BM_CUDA_H
+#define BM_CUDA_H
+#include "model/backend.h"
+#include <cuda_runtime.h>
+
+typedef bm_status (*bm_cuda_fail_fn)(bm_status s, const char *fmt, ...);
+/* The one symbol of blackmamba-cuda.so. */
+#define BM_CUDA_SYMBOL "bm_cuda_open"
+typedef bm_status (*bm_cuda_open_fn)(bm_backend **out, int device, bm_cuda_fail_fn fail);
+
+#ifdef __CUDACC__
+#pragma GCC visibility push(hidden)
+
+typedef struct bm_cuda {
+    bm_backend door;            /* first: a bm_backend * is a bm_cuda * */
+    bm_cuda_fail_fn fail;
+    cudaStream_t stream;
+    cudaDeviceProp chip;
+    bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
+} bm_cuda;
+
+/* Keeps the first failure; what follows does nothing until sync(). */
+bool bm_cuda_check(bm_cuda *c, cudaError_t e, const char *what);
+
+void bm_cuda_embed(bm_backend *b, const bm_op_embed *a);
+void bm_cuda_norm(bm_backend *b, const bm_op_norm *a);
+void bm_cuda_linear(bm_backend *b, const bm_op_linear *a);
+void bm_cuda_conv(bm_backend *b, const bm_op_conv *a);
+void bm_cuda_scan(bm_backend *b, const bm_op_scan *a);
+void bm_cuda_route(bm_backend *b, const bm_op_route *a);
+void bm_cuda_experts(bm_backend *b, const bm_op_experts *a);
+void bm_cuda_loss(bm_backend *b, const bm_op_loss *a);
+void bm_cuda_attention(bm_backend *b, const bm_op_attention *a);
+bm_status bm_cuda_bandwidth(bm_backend *b, size_t bytes, int repeats, double *out);
+bm_status bm_cuda_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
+
+/* Products with the rows of one or several matrices of one type and shape: y[to(i)] (+)= scale (x[from(i)] w_e^T + bias_e)
+ * for rows i of group e.  One matrix: X 1, first NULL, all M rows. */
+enum { BM_CUDA_MATRICES = 64 };
+typedef struct bm_product {
+    const uint8_t *w[BM_CUDA_MATRICES];
+    size_t w_stride;            /* bytes from row to row of w */
+    int X, M, N, K;
+    const int32_t *first;       /* (X+1) rows of each group */
+    const float *x; size_t ldx; const int32_t *from;    /* from, to: NULL is the row itself */
+    const float *bias; size_t bias_stride;              /* bias may be NULL */
+    const float *scale;                                 /* by row to(i); may be NULL */
+    float *y; size_t ldy; const int32_t *to;
+    bool accumulate, rounded;   /* rounded: activations to bf16 first */
+} bm_product;
+void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
+
+static inline bm_cuda *cuda_of(bm_backend *b) { return (bm_cuda *)b; }
+static inline int blocks_of(size_t n, size_t size) { return (int)((n + size - 1) / size); }
+
+/* The sequence a row belongs to; start (Q+1), sequences without rows are passed over. */
+__device__ inline int sequence_of(const int32_t *start, int Q, int row) {
+    int lo = 0, hi = Q;
+    while (hi - lo > 1) {
+        const int mid = (lo + hi) / 2;
+        if (start[mid] <= row) lo = mid;
+        else hi = mid;
+    }
+    while (start[lo + 1] <= row) lo++;
+    return lo;
+}
+__device__ inline float warp_sum(float v) {
+    for (int d = 16; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    return v;
+}
+/* Of a block of whole warps, at most 1,024 threads; every thread gets it. */
+__device__ inline float block_sum(float v) {
+    __shared__ float part[32];
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x % 32] : 0;
+    v = warp_sum(v);
+    __syncthreads();
+    return v;
+}
+__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
+/* x/2 (1 + erf(x / sqrt 2)) */
+__device__ inline float gelu(float x) { return 0.5f * x * erfcf(-0.707106781f * x); }
+__device__ inline float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+
+#pragma GCC visibility pop
+#endif
+#endif

@@ -1,0 +1,65 @@
+/* route.cu - the experts of each row and the order that groups rows by expert; all of it stays on the device.
+ * Room: cuda.  The running rule; how experts are chosen while training: cpu/route.c. */
+#include "cuda/cuda.h"
+
+enum { THREADS = 128, SORTERS = 1024 };
+
+/* a is a better choice than b: NaN never wins. */
+__device__ static bool better(float a, float b) { return a > b || (isnan(b) && !isnan(a)); }
+
+/* The k best of a row, the lowest index where equal; gates by sigmoid or softmax. */
+__global__ void choose(bm_op_route a) {
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    if (i >= a.M) return;
+    const float *l = a.logits + (size_t)i * a.X;
+    int max = 0, before = -1;
+    float sum = 0;
+    for (int e = 1; e < a.X; e++) if (better(l[e], l[max])) max = e;
+    for (int e = 0; a.rule == BM_ROUTE_SOFTMAX && e < a.X; e++) sum += expf(l[e] - l[max]);
+    for (int j = 0; j < a.k; j++) {
+        int best = -1;          /* of those that come after `before` in the order of choices */
+        for (int e = 0; e < a.X; e++) {
+            if (before >= 0 && (e == before || better(l[e], l[before]) || (!better(l[before], l[e]) && e < before))) continue;
+            if (best < 0 || better(l[e], l[best])) best = e;
+        }
+        before = best;
+        const size_t at = (size_t)j * a.M + i;
+        a.expert[at] = best;
+        a.gate[at] = a.rule == BM_ROUTE_SIGMOID ? 1 / (1 + expf(-l[best])) : best == max ? 1 / sum : expf(l[best] - l[max]) / sum;
+    }
+}
+
+/* One block for each choice: a warp counts and places the rows of an expert, in order. */
+__global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
+    const int32_t *expert = a.expert + (size_t)blockIdx.x * a.M;
+    int32_t *order = a.order + (size_t)blockIdx.x * a.M, *first = a.first + (size_t)blockIdx.x * (a.X + 1);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int e = warp; e < a.X; e += SORTERS / 32) {
+        int n = 0;
+        for (int i = lane; i < (a.M + 31) / 32 * 32; i += 32) n += __popc(__ballot_sync(~0u, i < a.M && expert[i] == e));
+        if (!lane) first[e + 1] = n;
+    }
+    __syncthreads();
+    if (!threadIdx.x) {
+        first[0] = 0;
+        for (int e = 0; e < a.X; e++) first[e + 1] += first[e];
+    }
+    __syncthreads();
+    for (int e = warp; e < a.X; e += SORTERS / 32) {
+        int at = first[e];
+        for (int i = lane; i < (a.M + 31) / 32 * 32; i += 32) {
+            const bool mine = i < a.M && expert[i] == e;
+            const unsigned all = __ballot_sync(~0u, mine);
+            if (mine) order[at + __popc(all & ((1u << lane) - 1))] = i;
+            at += __popc(all);
+        }
+    }
+}
+
+void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
+    bm_cuda *c = cuda_of(b);
+    if (c->failed || !a->M) return;
+    choose<<<blocks_of((size_t)a->M, THREADS), THREADS, 0, c->stream>>>(*a);
+    group<<<a->k, SORTERS, 0, c->stream>>>(*a);
+    bm_cuda_check(c, cudaGetLastError(), "routing");
+}

@@ -1,0 +1,258 @@
+/* test_cuda.c - each operation on the first NVIDIA GPU against the scalar CPU, over shapes with tails, strides and every
+ * type of weights; both sums are in f32, in another order.  Whole models: make check-cuda. */
+#include "lib_kernels.h"
+#include "lib_golden.h"
+#include <math.h>
+
+static bm_backend *gpu, *cpu;
+
+/* An array on both sides. */
+typedef struct twin { float *host, *at; size_t n; } twin;
+static twin made(float *host, size_t n) {
+    twin t = { host, NULL, n };
+    OK(gpu->alloc(gpu, &t.at, n * sizeof *host + 4, "a test"));
+    gpu->put(gpu, t.at, host, n * sizeof *host);
+    return t;
+}
+static twin random_twin(size_t n, float scale) { return made(normals(n, scale), n); }
+static twin empty_twin(size_t n) { return made(floats(n), n); }
+static void end(twin *t) {
+    gpu->release(gpu, t->at);
+    drop(t->host);
+}
+/* What the GPU wrote is near what the CPU wrote, by the largest entry. */
+static void agree(const twin *t, double bound, const char *what) {
+    float *got = floats(t->n);
+    double peak = 0;
+    OK(gpu->sync(gpu));
+    gpu->get(gpu, got, t->at, t->n * sizeof *got);
+    OK(gpu->sync(gpu));
+    for (size_t i = 0; i < t->n; i++) peak = fabs((double)t->host[i]) > peak ? fabs((double)t->host[i]) : peak;
+    for (size_t i = 0; i < t->n; i++) check_near((double)got[i], (double)t->host[i], bound * peak + 1e-30, what);
+    drop(got);
+}
+static void same(const int32_t *want, const int32_t *at, size_t n, const char *what) {
+    int32_t *got = malloc(n * sizeof *got);
+    gpu->get(gpu, got, at, n * sizeof *got);
+    OK(gpu->sync(gpu));
+    for (size_t i = 0; i < n; i++) if (got[i] != want[i]) fail_msg("%s: element %zu is %d, expected %d", what, i, got[i], want[i]);
+    free(got);
+}
+/* The same ints on the GPU. */
+static int32_t *put_ints(const int32_t *host, size_t n) {
+    int32_t *p;
+    OK(gpu->alloc(gpu, &p, n * sizeof *p, "a test"));
+    gpu->put(gpu, p, host, n * sizeof *p);
+    return p;
+}
+
+/* rows x cols weights of a type, on both sides. */
+typedef struct pair { bm_tensor host, at; } pair;
+static pair make_pair(bm_dtype type, int rows, int cols) {
+    const size_t n = (size_t)rows * (size_t)cols, bytes = bm_dtype_bytes(type, n);
+    float *x = normals(n, 0.5f);
+    void *host = malloc(bytes), *at;
+    bm_narrow(host, type, x, n);
+    OK(gpu->alloc(gpu, &at, bytes, "a test"));
+    gpu->put(gpu, at, host, bytes);
+    drop(x);
+    return (pair){ { host, type, rows, cols }, { at, type, rows, cols } };
+}
+static void end_pair(pair *m) {
+    gpu->release(gpu, (void *)(uintptr_t)m->at.data);
+    free((void *)(uintptr_t)m->host.data);
+}
+
+static void linear_case(bm_dtype type, int M, int N, int K, bool accumulate) {
+    const int ldx = K + 4 * (M % 3);
+    pair w = make_pair(type, N, K);
+    twin x = random_twin((size_t)M * (size_t)ldx, 1), bias = random_twin((size_t)N, 1), y = random_twin((size_t)M * (size_t)N, 1);
+    bm_op_linear a = { .M = M, .ldx = ldx, .w = &w.host, .x = x.host, .bias = M % 2 ? bias.host : NULL, .y = y.host,
+                       .accumulate = accumulate, .arith = BM_ARITH_F32 };
+    cpu->linear(cpu, &a);
+    a.w = &w.at, a.x = x.at, a.bias = M % 2 ? bias.at : NULL, a.y = y.at;
+    gpu->linear(gpu, &a);
+    agree(&y, 3e-6, bm_dtype_name(type));
+    end(&x); end(&bias); end(&y); end_pair(&w);
+}
+static void test_linear(void **state) {
+    static const int rows[] = { 1, 2, 3, 8, 9, 40 };
+    (void)state;
+    for (int t = 0; t < BM_DTYPE_COUNT; t++)
+        for (int i = 0; i < 6; i++) {
+            const int block = (int)bm_dtype_block((bm_dtype)t);
+            linear_case((bm_dtype)t, rows[i], 37, block > 1 ? 3 * block : 72, i % 2);
+            linear_case((bm_dtype)t, rows[i], 5, block > 1 ? block : 1, !(i % 2));
+            if (block == 1) linear_case((bm_dtype)t, rows[i], 9, 301, false);
+            linear_case((bm_dtype)t, rows[i], 130, 1280, false);
+        }
+}
+
+/* Rows of two sequences, one of them empty in between, in slots 2 and 0. */
+enum { M = 23, Q = 3, SLOTS = 3 };
+static const int32_t start[Q + 1] = { 0, 9, 9, M }, slot[Q] = { 2, 1, 0 };
+
+static void test_conv_scan(void **state) {
+    static const struct { int I, N, K; } size[] = { { 33, 16, 4 }, { 64, 1, 2 }, { 20, 40, 3 }, { 300, 7, 4 } };
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        const int I = size[i].I, N = size[i].N, K = size[i].K, ld = 2 * N + 3;
+        const size_t stride = (size_t)I * (size_t)(N + K) + 5, n = (size_t)M * (size_t)I;
+        int32_t *s = put_ints(start, Q + 1), *l = put_ints(slot, Q);
+        twin xz = random_twin(2 * n, 1), w = random_twin((size_t)(K * I), 1), bias = random_twin((size_t)I, 1), u = empty_twin(n);
+        twin h = random_twin(stride * SLOTS, 1), dt = random_twin(n, 1), A = random_twin((size_t)(N * I), 1), D = random_twin((size_t)I, 1);
+        twin bc = random_twin((size_t)(M * ld), 1), y = empty_twin(n);
+        for (size_t k = 0; k < A.n; k++) A.host[k] = -fabsf(A.host[k]) - 0.1f;
+        gpu->put(gpu, A.at, A.host, A.n * sizeof(float));
+        bm_op_conv c = { .M = M, .Q = Q, .start = start, .slot = slot, .I = I, .K = K, .ldx = 2 * I, .x = xz.host, .weight = w.host,
+                         .bias = i % 2 ? bias.host : NULL, .y = u.host, .state = h.host, .stride = stride };
+        cpu->conv(cpu, &c);
+        c.start = s, c.slot = l, c.x = xz.at, c.weight = w.at, c.bias = i % 2 ? bias.at : NULL, c.y = u.at, c.state = h.at;
+        gpu->conv(gpu, &c);
+        agree(&u, 2e-6, "conv");
+        agree(&h, 0, "conv's state");
+        const size_t from = (size_t)(K * I);
+        bm_op_scan a = { .Q = Q, .start = start, .slot = slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = ld, .u = u.host, .dt = dt.host,
+                         .dt_bias = bias.host, .A = A.host, .B = bc.host, .C = bc.host + N, .D = D.host, .z = xz.host + I, .y = y.host,
+                         .state = h.host + from, .stride = stride };
+        cpu->scan(cpu, &a);
+        a.start = s, a.slot = l, a.u = u.at, a.dt = dt.at, a.dt_bias = bias.at, a.A = A.at, a.B = bc.at, a.C = bc.at + N, a.D = D.at;
+        a.z = xz.at + I, a.y = y.at, a.state = h.at + from;
+        gpu->scan(gpu, &a);
+        agree(&y, 5e-6, "scan");
+        agree(&h, 5e-6, "scan's state");
+        gpu->release(gpu, s); gpu->release(gpu, l);
+        end(&xz); end(&w); end(&bias); end(&u); end(&h); end(&dt); end(&A); end(&D); end(&bc); end(&y);
+    }
+}
+
+static void experts_case(int X, int k, bm_routing rule, bool gated, bool accumulate) {
+    enum { D = 40, F = 72 };
+    const size_t rows = (size_t)M * (size_t)k, bytes = sizeof(bm_tensor) * (size_t)X;
+    twin logits = random_twin((size_t)(M * X), 1), gate = empty_twin(rows), x = random_twin(M * D, 1), y = random_twin(M * D, 1);
+    twin hidden = empty_twin(M * 2 * F), bias = random_twin((size_t)(X * F), 1);
+    int32_t *host[3], *at[3];
+    const size_t n[3] = { rows, rows, (size_t)(k * (X + 1)) };
+    bm_tensor *w[3][2];
+    pair *m = malloc(sizeof *m * 3 * (size_t)X);
+    logits.host[3] = logits.host[1];        /* a tie; a NaN never wins, but softmax has no sum with it */
+    if (rule == BM_ROUTE_SIGMOID) logits.host[X] = NAN;
+    gpu->put(gpu, logits.at, logits.host, logits.n * sizeof(float));
+    for (int i = 0; i < 3; i++) {
+        host[i] = calloc(n[i], sizeof(int32_t));
+        at[i] = put_ints(host[i], n[i]);
+        for (int side = 0; side < 2; side++) w[i][side] = malloc(bytes);
+        for (int e = 0; e < X; e++) {
+            m[i * X + e] = i < 2 ? make_pair(BM_BF16, F, D) : make_pair(BM_F32, D, F);
+            w[i][0][e] = m[i * X + e].host;
+            w[i][1][e] = m[i * X + e].at;
+        }
+    }
+    bm_op_route r = { .M = M, .X = X, .k = k, .rule = rule, .logits = logits.host, .expert = host[0], .order = host[1], .first = host[2],
+                      .gate = gate.host };
+    cpu->route(cpu, &r);
+    r.logits = logits.at, r.expert = at[0], r.order = at[1], r.first = at[2], r.gate = gate.at;
+    gpu->route(gpu, &r);
+    for (int i = 0; i < 3; i++) same(host[i], at[i], n[i], i == 0 ? "experts" : i == 1 ? "order" : "first");
+    agree(&gate, 1e-6, "gate");
+    const bm_op_route one[2] = { { .M = M, .X = X, .k = 1, .expert = host[0], .order = host[1], .first = host[2], .gate = gate.host },
+                                 { .M = M, .X = X, .k = 1, .expert = at[0], .order = at[1], .first = at[2], .gate = gate.at } };
+    bm_op_experts a = { .M = M, .D = D, .F = F, .X = X, .activation = X % 2 ? BM_SILU : BM_GELU, .arith = BM_ARITH_F32, .accumulate = accumulate };
+    for (int side = 0; side < 2; side++) {
+        a.route = &one[side];
+        a.gate = gated ? w[0][side] : NULL, a.up = w[1][side], a.down = w[2][side];
+        a.up_bias = side ? bias.at : bias.host, a.x = side ? x.at : x.host, a.hidden = side ? hidden.at : hidden.host;
+        a.y = side ? y.at : y.host;
+        (side ? gpu : cpu)->experts(side ? gpu : cpu, &a);
+    }
+    agree(&y, 5e-6, "experts");
+    for (int i = 0; i < 3; i++) {
+        free(host[i]);
+        gpu->release(gpu, at[i]);
+        for (int side = 0; side < 2; side++) free(w[i][side]);
+    }
+    for (int i = 0; i < 3 * X; i++) end_pair(&m[i]);
+    free(m);
+    end(&logits); end(&gate); end(&x); end(&y); end(&hidden); end(&bias);
+}
+static void test_experts(void **state) {
+    (void)state;
+    experts_case(8, 1, BM_ROUTE_SIGMOID, true, false);
+    experts_case(70, 1, BM_ROUTE_SIGMOID, true, true);
+    experts_case(5, 2, BM_ROUTE_SOFTMAX, false, false);
+    experts_case(130, 3, BM_ROUTE_SOFTMAX, true, false);
+}
+
+static void test_rows(void **state) {
+    (void)state;
+    for (int D = 1; D < 1300; D = D * 3 + 1)
+        for (int c = 0; c < 2; c++) {
+            const size_t n = (size_t)(M * D);
+            twin x = random_twin(n, 1), r = random_twin(n, 1), w = random_twin((size_t)D, 1), y = empty_twin(n), loss = empty_twin(M);
+            bm_op_norm a = { .M = M, .D = D, .eps = 1e-5f, .centered = c, .x = x.host, .residual = r.host, .weight = w.host,
+                             .bias = c ? w.host : NULL, .sum = r.host, .y = y.host };
+            cpu->norm(cpu, &a);
+            a.x = x.at, a.residual = a.sum = r.at, a.weight = w.at, a.bias = c ? w.at : NULL, a.y = y.at;
+            gpu->norm(gpu, &a);
+            agree(&r, 0, "norm's sum");
+            agree(&y, D < 3 ? 1e-3 : 5e-6, "norm");     /* one element has no variance: rounding times 1 / sqrt(eps) */
+            int32_t target[M];
+            for (int i = 0; i < M; i++) target[i] = i % D - (i == 5);
+            bm_token *t = put_ints(target, M);
+            bm_op_loss l = { .M = M, .V = D, .logits = x.host, .target = target, .loss = loss.host };
+            cpu->loss(cpu, &l);
+            l.logits = x.at, l.target = t, l.loss = loss.at;
+            gpu->loss(gpu, &l);
+            agree(&loss, 1e-6, "loss");
+            gpu->release(gpu, t);
+            end(&x); end(&r); end(&w); end(&y); end(&loss);
+        }
+}
+
+static void test_attention(void **state) {
+    enum { H = 4, G = 2, E = 24, WINDOW = 11, WIDTH = (H + 2 * G) * E };
+    (void)state;
+    const size_t stride = bm_attention_floats(G, E, WINDOW);
+    int32_t *s = put_ints(start, Q + 1), *l = put_ints(slot, Q);
+    twin h = empty_twin(stride * SLOTS), y = empty_twin(M * H * E);
+    for (int round = 0; round < 3; round++) {           /* the ring fills and comes round */
+        twin qkv = random_twin(M * WIDTH, 1);
+        bm_op_attention a = { .M = M, .Q = Q, .start = start, .slot = slot, .H = H, .G = G, .E = E, .window = WINDOW, .rope_base = 10000,
+                              .qkv = qkv.host, .y = y.host, .state = h.host, .stride = stride };
+        cpu->attention(cpu, &a);
+        a.start = s, a.slot = l, a.qkv = qkv.at, a.y = y.at, a.state = h.at;
+        gpu->attention(gpu, &a);
+        agree(&y, 1e-5, "attention");
+        agree(&qkv, 2e-6, "rotated rows");
+        end(&qkv);
+    }
+    gpu->release(gpu, s); gpu->release(gpu, l);
+    end(&h); end(&y);
+}
+
+/* An impossible allocation is a sentence, and the next operation works. */
+static void test_memory(void **state) {
+    void *p;
+    (void)state;
+    assert_int_equal(gpu->alloc(gpu, &p, (size_t)1 << 44, "a test"), BM_EMEMORY);
+    assert_null(p);
+    assert_non_null(strstr(bm_error(), "a test"));
+    linear_case(BM_F32, 1, 8, 8, false);
+}
+
+int main(void) {
+    const struct CMUnitTest test[] = { cmocka_unit_test(test_linear), cmocka_unit_test(test_conv_scan), cmocka_unit_test(test_experts),
+                                       cmocka_unit_test(test_rows), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory) };
+    const bm_status s = bm_backend_open_cuda(&gpu, 0);
+    if (s == BM_ENOSUPPORT) {
+        printf("%s: 6 skipped\n", bm_error());
+        return 0;
+    }
+    assert_int_equal(s, BM_OK);
+    assert_int_equal(bm_backend_open_cpu_level(&cpu, 1, "scalar"), BM_OK);
+    assert_int_equal(cpu->reserve(cpu, 64, 2048), BM_OK);
+    const int failed = cmocka_run_group_tests_name("cuda", test, NULL, NULL);
+    gpu->close(gpu);
+    cpu->close(cpu);
+    return failed;
+}
