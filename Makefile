@@ -44,7 +44,8 @@ JOBS    := -j$(shell nproc) --no-print-directory
 MPICC := $(if $(SAN),,$(shell command -v mpicc))
 # NVIDIA GPUs: another such object, for these chips and as PTX for what comes after them
 NVCC  := $(if $(SAN)$(F64),,$(shell command -v nvcc))
-CHIPS := 80 89 90a 100a
+CODES := $(if $(NVCC),$(shell $(NVCC) --list-gpu-code))
+CHIPS := 80 89 $(if $(filter sm_90,$(CODES)),90a) $(if $(filter sm_100,$(CODES)),100a)
 CUDA_SRC := $(wildcard src/cuda/*.cu)
 all: $B/blackmamba $B/libblackmamba.so $(if $(MPICC),$B/blackmamba-mpi.so) $(if $(NVCC),$B/blackmamba-cuda.so)
 deps:

@@ -63,17 +63,28 @@ static void end_pair(pair *m) {
     free((void *)(uintptr_t)m->host.data);
 }
 
-static void linear_case(bm_dtype type, int M, int N, int K, bool accumulate) {
+/* Rounded to bf16: for products of them the scalar CPU in f32 is the reference too. */
+static void round_all(twin *t) {
+    for (size_t i = 0; i < t->n; i++) t->host[i] = bm_bf16_f32(bm_f32_bf16(t->host[i]));
+    gpu->put(gpu, t->at, t->host, t->n * sizeof *t->host);
+}
+
+static void linear_in(bm_arith arith, bm_dtype type, int M, int N, int K, bool accumulate) {
     const int ldx = K + 4 * (M % 3);
     pair w = make_pair(type, N, K);
     twin x = random_twin((size_t)M * (size_t)ldx, 1), bias = random_twin((size_t)N, 1), y = random_twin((size_t)M * (size_t)N, 1);
     bm_op_linear a = { .M = M, .ldx = ldx, .w = &w.host, .x = x.host, .bias = M % 2 ? bias.host : NULL, .y = y.host,
                        .accumulate = accumulate, .arith = BM_ARITH_F32 };
+    if (arith == BM_ARITH_NATIVE && type == BM_BF16) round_all(&x);
     cpu->linear(cpu, &a);
-    a.w = &w.at, a.x = x.at, a.bias = M % 2 ? bias.at : NULL, a.y = y.at;
+    a.arith = arith, a.w = &w.at, a.x = x.at, a.bias = M % 2 ? bias.at : NULL, a.y = y.at;
     gpu->linear(gpu, &a);
     agree(&y, 3e-6, bm_dtype_name(type));
     end(&x); end(&bias); end(&y); end_pair(&w);
+}
+static void linear_case(bm_dtype type, int M, int N, int K, bool accumulate) {
+    linear_in(BM_ARITH_F32, type, M, N, K, accumulate);
+    linear_in(BM_ARITH_NATIVE, type, M, N, K, accumulate);
 }
 static void test_linear(void **state) {
     static const int rows[] = { 1, 2, 3, 8, 9, 40 };

@@ -5,14 +5,14 @@
 #ifndef BM_CUDA_H
 #define BM_CUDA_H
 #include "model/backend.h"
-#include <cuda_runtime.h>
 
 typedef bm_status (*bm_cuda_fail_fn)(bm_status s, const char *fmt, ...);
 /* The one symbol of blackmamba-cuda.so. */
 #define BM_CUDA_SYMBOL "bm_cuda_open"
 typedef bm_status (*bm_cuda_open_fn)(bm_backend **out, int device, bm_cuda_fail_fn fail);
 
-#ifdef __CUDACC__
+#ifdef __CUDACC__     /* open.c is built where CUDA is not */
+#include <cuda_runtime.h>
 #pragma GCC visibility push(hidden)
 
 typedef struct bm_cuda {
@@ -20,11 +20,16 @@ typedef struct bm_cuda {
     bm_cuda_fail_fn fail;
     cudaStream_t stream;
     cudaDeviceProp chip;
+    struct bm_cuda_graphs *graphs;          /* what was recorded: graph.cu */
     bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
 } bm_cuda;
 
 /* Keeps the first failure; what follows does nothing until sync(). */
 bool bm_cuda_check(bm_cuda *c, cudaError_t e, const char *what);
+
+bool bm_cuda_replay(bm_backend *b, const void *owner, int M);
+void bm_cuda_recorded(bm_backend *b);
+void bm_cuda_forget(bm_backend *b, const void *owner);      /* NULL: everything */
 
 void bm_cuda_embed(bm_backend *b, const bm_op_embed *a);
 void bm_cuda_norm(bm_backend *b, const bm_op_norm *a);

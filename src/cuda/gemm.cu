@@ -1,12 +1,25 @@
 /* gemm.cu - matrix products.  Room: cuda.  In: weights as stored, f32 activations; out: f32.
  *
- * A warp makes one column of outputs for up to ROWS rows: lane l sums elements [8 (l + 32 s), + 8) for s = 0, 1, ...,
- * then a fixed tree over lanes.  The order does not depend on the number of rows: the law holds bit for bit. */
+ * No order of sums depends on the number of rows: the law holds bit for bit.
+ * dots, any type: a warp makes one column of outputs for up to ROWS rows; lane l sums elements [8 (l + 32 s), + 8) for s = 0,
+ *   1, ..., then a fixed tree over lanes.
+ * tiles, bf16 weights and activations: tensor cores, 16 columns of outputs by 8 rows; warp w sums steps w, w + 8, ... of 32
+ *   elements, then warps in order.  A lane's eight elements lie together in memory: which of a step's elements meet in one
+ *   product does not matter as long as both sides agree. */
 #include "cuda/weights.cuh"
+#include <cuda_bf16.h>
 
 enum { WARPS = 8, ROWS = 8 };
 
-template <int TYPE, int MT> __global__ void __launch_bounds__(32 * WARPS) products(const __grid_constant__ bm_product p) {
+__device__ static void put(const bm_product &p, int e, int i, int n, float v) {
+    const size_t row = (size_t)(p.to ? p.to[i] : i);
+    float *y = p.y + row * p.ldy + n;
+    if (p.bias) v += p.bias[(size_t)e * p.bias_stride + n];
+    if (p.scale) v *= p.scale[row];
+    *y = p.accumulate ? *y + v : v;
+}
+
+template <int TYPE, int MT> __global__ void __launch_bounds__(32 * WARPS) dots(const __grid_constant__ bm_product p) {
     const int e = blockIdx.z, lane = threadIdx.x % 32, n = (int)(blockIdx.x * WARPS + threadIdx.x / 32);
     const int begin = p.first ? p.first[e] : 0, end = p.first ? p.first[e + 1] : p.M;
     const int i0 = begin + (int)blockIdx.y * MT;
@@ -29,31 +42,109 @@ template <int TYPE, int MT> __global__ void __launch_bounds__(32 * WARPS) produc
         for (int i = 0; i < MT; i++) {
             weights8<BM_F32>((const uint8_t *)x[i], k, left, x_aligned && left >= 8, xv);
 #pragma unroll
-            for (int j = 0; j < 8; j++) sum[i] = fmaf(wv[j], p.rounded ? rounded_bf16(xv[j]) : xv[j], sum[i]);
+            for (int j = 0; j < 8; j++) sum[i] = fmaf(wv[j], xv[j], sum[i]);
         }
     }
 #pragma unroll
     for (int i = 0; i < MT; i++) {
-        float v = warp_sum(sum[i]);
-        if (lane || i0 + i >= end) continue;
-        const size_t row = (size_t)(p.to ? p.to[i0 + i] : i0 + i);
-        if (p.bias) v += p.bias[(size_t)e * p.bias_stride + n];
-        if (p.scale) v *= p.scale[row];
-        float *y = p.y + row * p.ldy + n;
-        *y = p.accumulate ? *y + v : v;
+        const float v = warp_sum(sum[i]);
+        if (!lane && i0 + i < end) put(p, e, i0 + i, n, v);
     }
+}
+
+/* Eight elements of bf16 at k; a row that is not aligned, or ends before, element by element. */
+__device__ static uint4 eight(const uint8_t *row, int k, int K, bool aligned) {
+    if (aligned && k + 8 <= K) return __ldg((const uint4 *)(row + 2 * (size_t)k));
+    uint32_t v[4] = {};
+    for (int i = 0; i < 8 && k + i < K; i++) v[i / 2] |= (uint32_t)((const uint16_t *)row)[k + i] << 16 * (i % 2);
+    return make_uint4(v[0], v[1], v[2], v[3]);
+}
+/* The same of f32 activations, rounded. */
+__device__ static uint4 eight_rounded(const float *row, int k, int K, bool aligned) {
+    alignas(16) float x[8];
+    uint32_t v[4];
+    weights8<BM_F32>((const uint8_t *)row, k, K - k, aligned && k + 8 <= K, x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+        v[i] = *(const uint32_t *)&pair;
+    }
+    return make_uint4(v[0], v[1], v[2], v[3]);
+}
+__device__ static void multiply(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+enum { AHEAD = 4 };         /* steps whose weights are on their way together */
+
+/* Columns [16 blockIdx.x, + 16) for 8 NT rows of a group. */
+template <int NT> __global__ void __launch_bounds__(32 * WARPS) tiles(const __grid_constant__ bm_product p) {
+    __shared__ float part[WARPS][8 * NT][16 + 1];
+    const int e = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, n0 = 16 * (int)blockIdx.x;
+    const int begin = p.first ? p.first[e] : 0, end = p.first ? p.first[e + 1] : p.M, i0 = begin + (int)blockIdx.y * 8 * NT;
+    if (i0 >= end) return;
+    const int rows = end - i0 < 8 * NT ? end - i0 : 8 * NT, nt = (rows + 7) / 8;
+    const bool w_aligned = ((uintptr_t)p.w[e] | p.w_stride) % 16 == 0, x_aligned = ((uintptr_t)p.x | p.ldx * 4) % 16 == 0;
+    const uint8_t *w[2];
+    const float *x[NT];
+    float c[NT][4] = {};
+    for (int h = 0; h < 2; h++) w[h] = p.w[e] + (size_t)(n0 + g + 8 * h < p.N ? n0 + g + 8 * h : p.N - 1) * p.w_stride;
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        const int i = 8 * j + g < rows ? i0 + 8 * j + g : -1;
+        x[j] = i < 0 ? NULL : p.x + (size_t)(p.from ? p.from[i] : i) * p.ldx;
+    }
+    for (int k0 = 32 * warp; k0 < p.K; k0 += 32 * WARPS * AHEAD) {
+        uint4 a[AHEAD][2];
+#pragma unroll
+        for (int s = 0; s < AHEAD; s++)
+            for (int h = 0; h < 2; h++) {
+                const int k = k0 + 32 * WARPS * s + 8 * (lane % 4);
+                a[s][h] = k < p.K ? eight(w[h], k, p.K, w_aligned) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+        for (int s = 0; s < AHEAD; s++) {
+            const int k = k0 + 32 * WARPS * s + 8 * (lane % 4);
+            if (k - 8 * (lane % 4) >= p.K) break;
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                if (j >= nt) break;
+                const uint4 b = x[j] && k < p.K ? eight_rounded(x[j], k, p.K, x_aligned) : make_uint4(0, 0, 0, 0);
+                multiply(c[j], a[s][0].x, a[s][1].x, a[s][0].y, a[s][1].y, b.x, b.y);
+                multiply(c[j], a[s][0].z, a[s][1].z, a[s][0].w, a[s][1].w, b.z, b.w);
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+        for (int v = 0; v < 4; v++) part[warp][8 * j + 2 * (lane % 4) + v % 2][g + 8 * (v / 2)] = c[j][v];
+    __syncthreads();
+    for (int t = threadIdx.x; t < 16 * rows; t += 32 * WARPS) {
+        float v = 0;
+        for (int s = 0; s < WARPS; s++) v += part[s][t / 16][t % 16];
+        if (n0 + t % 16 < p.N) put(p, e, i0 + t / 16, n0 + t % 16, v);
+    }
+}
+
+static void launch_tiles(bm_cuda *c, const bm_product *p) {
+    const int nt = p->M <= 8 ? 1 : p->M <= 16 ? 2 : 4;
+    const dim3 grid(blocks_of((size_t)p->N, 16), blocks_of((size_t)p->M, 8 * (size_t)nt), p->X);
+    if (nt == 1) tiles<1><<<grid, 32 * WARPS, 0, c->stream>>>(*p);
+    else if (nt == 2) tiles<2><<<grid, 32 * WARPS, 0, c->stream>>>(*p);
+    else tiles<4><<<grid, 32 * WARPS, 0, c->stream>>>(*p);
 }
 
 template <int TYPE> static void launch(bm_cuda *c, const bm_product *p) {
     const dim3 few(blocks_of(p->N, WARPS), p->M, p->X), many(few.x, blocks_of(p->M, ROWS), p->X);
-    if (p->M <= 2) products<TYPE, 1><<<few, 32 * WARPS, 0, c->stream>>>(*p);
-    else products<TYPE, ROWS><<<many, 32 * WARPS, 0, c->stream>>>(*p);
+    if (p->M <= 2) dots<TYPE, 1><<<few, 32 * WARPS, 0, c->stream>>>(*p);
+    else dots<TYPE, ROWS><<<many, 32 * WARPS, 0, c->stream>>>(*p);
 }
 
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type) {
     if (c->failed || !p->M) return;
 #define DO(TYPE) launch<TYPE>(c, p)
-    BM_CUDA_TYPES(type, DO)
+    if (p->rounded) launch_tiles(c, p);
+    else BM_CUDA_TYPES(type, DO)
 #undef DO
     bm_cuda_check(c, cudaGetLastError(), "a matrix product");
 }

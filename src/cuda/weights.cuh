@@ -8,11 +8,6 @@ __device__ inline float f16_at(const uint8_t *p) {      /* blocks need no alignm
     return __half2float(__ushort_as_half(*(const uint16_t *)p));
 }
 __device__ inline float bf16_at(uint32_t bits) { return __uint_as_float(bits << 16); }
-__device__ inline float rounded_bf16(float x) {
-    const uint32_t b = __float_as_uint(x);
-    if ((b & 0x7fffffff) > 0x7f800000) return x;
-    return __uint_as_float((b + 0x7fff + (b >> 16 & 1)) & 0xffff0000);
-}
 
 /* Scale and offset of 6 bits of part p (0..7) of a K block. */
 __device__ inline void scales_at(const uint8_t *scale, int p, int *s, int *t) {

@@ -161,6 +161,13 @@ struct bm_backend {
     /* Seconds the calling thread waited for the others since the last call; counted while on. */
     double (*waited)(bm_backend *b, bool on);
 
+    /* Operations that come again with the same arguments, for `owner` and of M rows each of a sequence of its own.
+     * replay: does them as they were recorded, or says false and records what follows up to recorded().  forget: before
+     * the owner's memory goes.  All NULL where a backend gains nothing by it. */
+    bool (*replay)  (bm_backend *b, const void *owner, int M);
+    void (*recorded)(bm_backend *b);
+    void (*forget)  (bm_backend *b, const void *owner);
+
     void (*embed)  (bm_backend *b, const bm_op_embed *a);
     void (*norm)   (bm_backend *b, const bm_op_norm *a);
     void (*linear) (bm_backend *b, const bm_op_linear *a);
