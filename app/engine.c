@@ -76,7 +76,9 @@ int app_engine_tokenizer(app_engine *e, const char *path) {
 }
 
 int app_engine_session(app_engine *e, int arith, int slots) {
-    bm_session_options o = {.slots = slots, .arith = (bm_arith)arith};
+    const size_t ids = e->tokenizer ? bm_tokenizer_size(e->tokenizer) : 0;
+    const bool fits = ids <= (size_t)bm_model_config(e->model)->n_vocab;       /* else a stream says so */
+    bm_session_options o = {.slots = slots, .arith = (bm_arith)arith, .ids = fits ? (int)ids : 0};
     bm_status s = bm_session_open(&e->session, e->model, &o);
     return s ? app_failed(s) : APP_OK;
 }

@@ -284,6 +284,7 @@ typedef struct bm_session_options {
     int slots;                      /* independent sequences; 0: 1 */
     int chunk;                      /* rows computed together; 0: 512.  Changes speed, never a bit of the result */
     bm_arith arith;
+    int ids;                        /* BM_WANT_BEST chooses among ids below it; 0: all */
 } bm_session_options;
 BM_API bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_options *opt);
 BM_API void      bm_session_close(bm_session *s);
@@ -291,12 +292,13 @@ BM_API void      bm_session_close(bm_session *s);
 /* Called for each row whose logits were asked for: logits (V), of the token after tokens[index].
  * Return anything but BM_OK to stop. */
 typedef bm_status (*bm_logits_fn)(void *user, size_t index, const float *logits);
-typedef enum bm_want { BM_WANT_NONE, BM_WANT_LAST, BM_WANT_ALL } bm_want;
+typedef enum bm_want { BM_WANT_NONE, BM_WANT_LAST, BM_WANT_ALL, BM_WANT_BEST } bm_want;
 
 typedef struct bm_input {           /* tokens to feed to one slot */
     int slot;
     const bm_token *tokens; size_t n;
-    bm_want want;                   /* LAST: read with bm_logits.  ALL: every row goes to fn */
+    bm_want want;                   /* LAST: read with bm_logits.  ALL: every row goes to fn.  BEST: read with bm_best; a
+                                     * greedy step without logits leaving the device */
     bm_logits_fn fn; void *user;
 } bm_input;
 /* Feeds n inputs of distinct slots, any lengths, no padding: prefill, decode and anything between.
@@ -304,6 +306,8 @@ typedef struct bm_input {           /* tokens to feed to one slot */
  * fn, BM_EDEVICE) the slots named here are reset to the empty text. */
 BM_API bm_status    bm_forward(bm_session *s, const bm_input *in, int n);
 BM_API const float *bm_logits(const bm_session *s, int slot);   /* (V) after the last token fed; NULL unless asked for */
+/* The likeliest next token, the lowest id of equal ones; -1 unless asked for, or where no logit is above -inf. */
+BM_API bm_token     bm_best(const bm_session *s, int slot);
 /* nll (n-1): -ln p(tokens[i+1] | what the slot held, tokens[0..i]); feeds the first n-1 tokens. */
 BM_API bm_status    bm_score(bm_session *s, int slot, const bm_token *tokens, size_t n, float *nll);
 

@@ -220,6 +220,38 @@ static void test_rows(void **state) {
         }
 }
 
+/* Few rows and many, whole ids and a part, ties, -0 beside 0, NaN, rows of nothing else; into memory of both sides. */
+static void test_best(void **state) {
+    static const struct { int M, V, ld; } size[] = { { 1, 50304, 50304 }, { 3, 1, 2 }, { 9, 700, 703 }, { 64, 513, 513 }, { 65, 8000, 8192 } };
+    (void)state;
+    for (int i = 0; i < 5; i++) {
+        const int rows = size[i].M, V = size[i].V, ld = size[i].ld;
+        twin l = random_twin((size_t)(rows * ld), 1);
+        bm_token *want = calloc((size_t)rows, sizeof *want), *got;
+        OK(gpu->alloc_host(gpu, &got, (size_t)rows * sizeof *got, "a test"));
+        for (int r = 0; r < rows; r++) {
+            float *row = l.host + r * ld;
+            if (V < ld) row[V] = 9;                         /* not among the ids that count */
+            for (int k = 0; k < V && r % 4 > 1; k++) row[k] = r % 4 == 2 ? NAN : -INFINITY;
+            if (r % 4 == 2) row[V / 2] = -3e38f;
+            if (r % 4 == 1) row[V / 3] = row[V - 1] = INFINITY;
+            for (int k = 0; k < V && r % 8 == 4; k++) row[k] = k % 3 == 1 ? 0 : -0.0f;
+        }
+        gpu->put(gpu, l.at, l.host, l.n * sizeof(float));
+        cpu->best(cpu, &(bm_op_best){ .M = rows, .V = V, .ld = ld, .logits = l.host, .best = want });
+        for (int round = 0; round < 2; round++) {           /* the first leaves nothing behind */
+            gpu->best(gpu, &(bm_op_best){ .M = rows, .V = V, .ld = ld, .logits = l.at, .best = got });
+            OK(gpu->sync(gpu));
+            for (int r = 0; r < rows; r++)
+                if (got[r] != want[r]) fail_msg("best of row %d of %d: found %d, expected %d", r, rows, (int)got[r], (int)want[r]);
+            memset(got, 0, (size_t)rows * sizeof *got);
+        }
+        gpu->release_host(gpu, got);
+        free(want);
+        end(&l);
+    }
+}
+
 static void test_attention(void **state) {
     enum { H = 4, G = 2, E = 24, WINDOW = 11, WIDTH = (H + 2 * G) * E };
     (void)state;
@@ -253,10 +285,11 @@ static void test_memory(void **state) {
 
 int main(void) {
     const struct CMUnitTest test[] = { cmocka_unit_test(test_linear), cmocka_unit_test(test_conv_scan), cmocka_unit_test(test_experts),
-                                       cmocka_unit_test(test_rows), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory) };
+                                       cmocka_unit_test(test_rows), cmocka_unit_test(test_best), cmocka_unit_test(test_attention),
+                                       cmocka_unit_test(test_memory) };
     const bm_status s = bm_backend_open_cuda(&gpu, 0);
     if (s == BM_ENOSUPPORT) {
-        printf("%s: 6 skipped\n", bm_error());
+        printf("%s: 7 skipped\n", bm_error());
         return 0;
     }
     assert_int_equal(s, BM_OK);

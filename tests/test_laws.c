@@ -146,6 +146,47 @@ static void score(law *w) {
     law_close(w);
 }
 
+static bm_token largest(const float *l, int n) {
+    int best = 0;
+    for (int v = 1; v < n; v++) if (l[v] > l[best]) best = v;
+    return best;
+}
+
+/* The best token is that of the logits, a text at once, token by token and beside others; of the session's ids only. */
+static void best(law *w) {
+    enum { IDS = 60, STEPS = 12 };
+    law_open(w, 2, MOST, 48);
+    bm_session *s;
+    bm_input in[MOST];
+    bm_token next[MOST];
+    OK(bm_session_open(&s, w->r.m, &(bm_session_options){ .slots = MOST, .chunk = 16, .arith = w->arith, .ids = IDS }));
+    for (int i = 0; i < MOST; i++) in[i] = (bm_input){ .slot = i, .tokens = w->ids + i, .n = (size_t)(1 + 9 * i) };
+    for (int step = 0; step < STEPS; step++) {
+        for (int i = 0; i < MOST; i++) in[i].want = BM_WANT_LAST;
+        OK(bm_forward(w->r.s, in, MOST));
+        assert_int_equal(bm_best(w->r.s, 1), -1);
+        for (int i = 0; i < MOST; i++) in[i].want = step % 3 == 1 && i == 2 ? BM_WANT_NONE : step % 3 == 2 && i ? BM_WANT_LAST : BM_WANT_BEST;
+        OK(bm_forward(s, in, MOST));
+        for (int i = 0; i < MOST; i++) {
+            const float *l = bm_logits(w->r.s, i);
+            next[i] = largest(l, IDS);
+            assert_int_equal(bm_best(s, i), in[i].want == BM_WANT_BEST ? next[i] : -1);
+            assert_int_equal(bm_logits(s, i) != NULL, in[i].want == BM_WANT_LAST);
+            if (bm_logits(s, i)) assert_memory_equal(l, bm_logits(s, i), sizeof *l * (size_t)w->r.V);
+            in[i].tokens = &next[i];
+            in[i].n = 1;
+        }
+    }
+    OK(bm_state_copy(s, 3, 0));
+    assert_int_equal(bm_best(s, 3), bm_best(s, 0));
+    OK(bm_state_set(s, 0, NULL));
+    assert_int_equal(bm_best(s, 0), -1);
+    assert_int_equal(bm_best(s, MOST), -1);
+    bm_session_close(s);
+    assert_int_equal(bm_session_open(&s, w->r.m, &(bm_session_options){ .ids = w->r.V + 1 }), BM_EARG);
+    law_close(w);
+}
+
 static void every(void (*fn)(law *)) {
     for (int t = 0; t < BM_DTYPE_COUNT; t++)
         for (int a = BM_ARITH_NATIVE; a <= BM_ARITH_F32; a++) fn(&(law){ .type = (bm_dtype)t, .arith = (bm_arith)a });
@@ -154,6 +195,7 @@ static void test_chunking(void **state) { (void)state; every(chunking); }
 static void test_batch(void **state) { (void)state; every(batch); }
 static void test_restored(void **state) { (void)state; every(restored); }
 static void test_score(void **state) { (void)state; every(score); }
+static void test_best(void **state) { (void)state; every(best); }
 
 /* A failing reader, a wrong id: the slot is empty, or untouched. */
 static bm_status refuse(void *user, size_t index, const float *logits) {
@@ -191,7 +233,7 @@ static void test_failures(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_chunking), cmocka_unit_test(test_batch),    cmocka_unit_test(test_restored),
-        cmocka_unit_test(test_score),    cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_score),    cmocka_unit_test(test_best),     cmocka_unit_test(test_failures),
     };
     return cmocka_run_group_tests_name("laws", tests, NULL, NULL);
 }

@@ -247,16 +247,17 @@ bm_status bm_learner_step(bm_learner *l, const bm_micro *b, bool back);
 struct bm_session {
     const bm_model *m;
     bm_backend *be;
-    int slots, chunk;
+    int slots, chunk, head_rows, ids;
     bm_arith arith;
     size_t *state_at;           /* (layers) floats into a slot's state */
-    bm_pass pass;               /* memory of one chunk of rows, and the states of all slots */
+    bm_pass pass;               /* memory of one chunk of rows, and the states of all slots; its tokens lie in host memory */
     bm_acts acts;               /* what all layers share */
-    float *head_in, *head_out, *head_loss;  /* (H,D) (H,V) (H) for H rows at a time */
-    bm_token *head_target;
-    float *logits; bool *has_logits;        /* host: (S,V) (S) */
-    int32_t *host;                          /* host: token (M) | start (M+1) | slot (M) of a chunk */
-    struct bm_feed *feeds;                  /* (S) */
+    float *head_in, *head_out, *head_loss;  /* (H,D) (H,V) (H) for H = head_rows at a time */
+    bm_token *head_target, *head_best;      /* (H); head_best is host memory */
+    float *logits; bool *has_logits;        /* host: (S,V), NULL until wanted, (S) */
+    bm_token *best;                         /* (S) host */
+    int32_t *start, *slot; int sent;        /* (M+1) (M) host: as the device has them of `sent` sequences */
+    struct bm_feed *feeds; struct bm_wanted *wanted;    /* (S) (M) */
 };
 
 /* ---- profile.c: where the time goes ----------------------------------------------------------------- */
@@ -274,6 +275,9 @@ bm_status bm_sampling_check(const bm_sampling *p, int n_vocab);
 bm_status bm_sampler_open(bm_sampler **out, const bm_sampling *p, int n_vocab);    /* copies p */
 void bm_sampler_close(bm_sampler *s);
 const bm_sampling *bm_sampler_settings(const bm_sampler *s);
+/* Whether pick always gives the largest logit. */
+bool bm_sampler_greedy(const bm_sampler *s);
+bm_status bm_sampler_none(void);            /* the failure of a pick from nothing */
 uint64_t bm_sampler_counter(const bm_sampler *s);
 void bm_sampler_set_counter(bm_sampler *s, uint64_t n);
 /* recent: the last tokens, for the penalties; allowed (V) or NULL. */
