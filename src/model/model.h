@@ -256,7 +256,7 @@ struct bm_session {
     bm_token *head_target, *head_best;      /* (H); head_best is host memory */
     float *logits; bool *has_logits;        /* host: (S,V), NULL until wanted, (S) */
     bm_token *best;                         /* (S) host */
-    int32_t *start, *slot; int sent;        /* (M+1) (M) host: as the device has them of `sent` sequences */
+    int32_t *start, *slot; bool sent;       /* (M+1) (M) host; sent: the device has the same */
     struct bm_feed *feeds; struct bm_wanted *wanted;    /* (S) (M) */
 };
 

@@ -179,7 +179,7 @@ static bool wants(const feed *f, size_t index) {
  * which it returns how many are wanted.  Where rows begin and whose they are goes to the device when it is news. */
 static int pack(bm_session *s, feed *f, int n) {
     bm_pass *p = &s->pass;
-    bool news = false;
+    bool news = !s->sent;
     int W = 0;
     p->M = p->Q = 0;
     for (int i = 0; i < n && p->M < s->chunk; i++) {
@@ -196,9 +196,9 @@ static int pack(bm_session *s, feed *f, int n) {
         p->M += (int)take;
         f[i].fed += take;
     }
-    if (!p->M || (!news && p->Q == s->sent && s->start[p->Q] == p->M)) return W;
+    if (!p->M || (!news && s->start[p->Q] == p->M)) return W;
     s->start[p->Q] = p->M;
-    s->sent = p->Q;
+    s->sent = true;
     s->be->put(s->be, p->start, s->start, (size_t)(p->Q + 1) * sizeof *s->start);
     s->be->put(s->be, p->slot, s->slot, (size_t)p->Q * sizeof *s->slot);
     return W;
@@ -236,7 +236,7 @@ static bm_status run(bm_session *s, feed *f, int n) {
         const int W = pack(s, f, n);
         if (!s->pass.M) break;
         st = compute(s, W);
-        if (st) s->sent = 0;
+        if (st) s->sent = false;
         bm_profile_mark(&s->pass, BM_STAGE_HEAD);
     }
     if (st) s->be->sync(s->be);         /* a reader stopped while the device went on */
