@@ -160,6 +160,8 @@ static void best(law *w) {
     bm_input in[MOST];
     bm_token next[MOST];
     OK(bm_session_open(&s, w->r.m, &(bm_session_options){ .slots = MOST, .chunk = 16, .arith = w->arith, .ids = IDS }));
+    char *state = malloc(2 * bm_state_bytes(s));
+    assert_non_null(state);
     for (int i = 0; i < MOST; i++) in[i] = (bm_input){ .slot = i, .tokens = w->ids + i, .n = (size_t)(1 + 9 * i) };
     for (int step = 0; step < STEPS; step++) {
         for (int i = 0; i < MOST; i++) in[i].want = BM_WANT_LAST;
@@ -186,11 +188,23 @@ static void best(law *w) {
         assert_int_equal(bm_best(s, i % MOST), largest(bm_logits(w->r.s, i % MOST), IDS));
         next[i % MOST] = bm_best(s, i % MOST);
     }
+    for (size_t n = 1; n < 3; n++) {                    /* as many rows in all, other lengths */
+        for (int i = 0; i < 2; i++) in[i] = (bm_input){ .slot = i, .tokens = w->ids, .n = i ? 3 - n : n, .want = BM_WANT_LAST };
+        for (int i = 0; i < 2; i++) OK(bm_forward(w->r.s, &in[i], 1));
+        in[0].want = in[1].want = BM_WANT_BEST;
+        OK(bm_forward(s, in, 2));
+        for (int i = 0; i < 2; i++) {
+            OK(bm_state_get(w->r.s, i, state));
+            OK(bm_state_get(s, i, state + bm_state_bytes(s)));
+            assert_memory_equal(state, state + bm_state_bytes(s), bm_state_bytes(s));
+        }
+    }
     OK(bm_state_copy(s, 3, 0));
     assert_int_equal(bm_best(s, 3), bm_best(s, 0));
     OK(bm_state_set(s, 0, NULL));
     assert_int_equal(bm_best(s, 0), -1);
     assert_int_equal(bm_best(s, MOST), -1);
+    free(state);
     bm_session_close(s);
     assert_int_equal(bm_session_open(&s, w->r.m, &(bm_session_options){ .ids = w->r.V + 1 }), BM_EARG);
     law_close(w);
