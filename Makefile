@@ -39,7 +39,7 @@ APP_OBJ := $(APP_SRC:%.c=$B/%.o)
 SIMD_SAN = $(if $(findstring undefined,$(SAN)),-fno-sanitize=undefined)
 JOBS    := -j$(shell nproc) --no-print-directory
 
-.PHONY: all demo check deps bench fuzz install clean
+.PHONY: all demo check deps bench fuzz install clean FORCE
 # ranks by MPI: an object the command opens when mpirun or srun started it
 MPICC := $(if $(SAN),,$(shell command -v mpicc))
 # NVIDIA GPUs: another such object, for these chips and as PTX for what comes after them
@@ -56,6 +56,14 @@ $B/%.o: %.c
 	$(CC) $(ALL_CFLAGS) $(FLAGS_$(patsubst src/cpu/kernels_%.c,%,$<)) $(if $(filter src/cpu/kernels_%,$<),$(FUZZ_KERNELS)) \
 	  $(if $(filter src/cpu/kernels_avx% src/cpu/kernels_neon%,$<),$(SIMD_SAN)) \
 	  -MMD -MP -c $< -o $@
+# what bench measured, as git describes it: a header that changes only when that does
+COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+$B/commit.h: FORCE
+	@mkdir -p $(@D)
+	@echo '#define BENCH_COMMIT "$(COMMIT)"' | cmp -s - $@ || echo '#define BENCH_COMMIT "$(COMMIT)"' >$@
+FORCE:
+$B/app/bench_report.o: ALL_CFLAGS += -I$B
+$B/app/bench_report.o: $B/commit.h
 $B/libblackmamba.a: $(LIB_OBJ)
 	@rm -f $@
 	$(AR) rcs $@ $^

@@ -142,6 +142,7 @@ typedef struct bm_model bm_model;
  * process may use (BM_THREADS overrides). */
 BM_API bm_status   bm_device_open(bm_device **out, const char *name, int threads);
 BM_API const char *bm_device_name(const bm_device *d);      /* "cpu avx512, 2 threads" */
+BM_API const char *bm_device_version(const bm_device *d);   /* of what drives it: "CUDA 13.0, driver for 13.0"; "" for a processor */
 BM_API int         bm_device_threads(const bm_device *d);
 BM_API void        bm_device_close(bm_device *d);
 /* Reading bandwidth in bytes a second over `bytes` of memory (>= 1 GiB for a useful number),
@@ -334,6 +335,7 @@ typedef struct bm_times {
     uint64_t chunks;                /* times the rows of a chunk went through all layers */
     uint64_t moe_layers;            /* of those, MoE layers passed, and */
     uint64_t experts;               /* distinct experts that got rows, summed over them */
+    uint64_t layer_experts[BM_MAX_LAYERS];  /* the same for each layer */
     uint64_t weight_bytes;          /* weights that had to be read: once a chunk, of experts those that got rows */
 } bm_times;
 BM_API bm_status bm_session_profile(bm_session *s, bool on);    /* starts from zero; off forgets */

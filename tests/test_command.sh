@@ -167,6 +167,11 @@ test_bench() {
     fails 2 "measures no model" bench -m "$tiny" --bandwidth
     fails 2 "measures no model" bench --preset mamba-130m --kernels
     fails 2 "expected one of them" bench --bandwidth --kernels
+    same "several prompts" "$(bm bench -m "$tiny" -r 1 --prompt 8,20 --gen 4 --batch 2 --json - |
+        jq -c '[.prompt, (.prefill[] | .n, (.tok_s > 0)), .batch[0].n, (.batch[0].experts_by_layer | length), .device[:3],
+            (.commit | length > 0)]')" '[8,8,true,20,true,2,2,"cpu",true]'
+    fails 2 "--prompt: found 'x'" bench -m "$tiny" --prompt 8,x
+    fails 2 "--batch: found '1025'" bench -m "$tiny" --batch 1025
     fails 2 "--batch: found '0'" bench -m "$tiny" --batch 1,0
     fails 2 "--batch: found 'x'" bench -m "$tiny" --batch x
     fails 2 "--batch: found ''" bench -m "$tiny" --batch 1,

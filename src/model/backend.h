@@ -143,7 +143,7 @@ typedef struct bm_op_adamw {    /* AdamW (arXiv 1711.05101), bias-corrected; n e
 
 typedef struct bm_backend bm_backend;
 struct bm_backend {
-    char name[64];                                              /* "cpu avx512, 2 threads" */
+    char name[64], version[64];                                 /* "cpu avx512, 2 threads"; of a driver, or empty */
     int  threads;
     bool reads_host;                                            /* weights may stay where a file is mapped */
     bm_status (*alloc)(bm_backend *b, void *out, size_t bytes, const char *what);   /* zeroed */

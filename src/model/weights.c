@@ -58,6 +58,7 @@ void bm_device_close(bm_device *d) {
 }
 
 const char *bm_device_name(const bm_device *d) { return d->be->name; }
+const char *bm_device_version(const bm_device *d) { return d->be->version; }
 int bm_device_threads(const bm_device *d) { return d->be->threads; }
 
 bm_status bm_device_bandwidth(bm_device *d, size_t bytes, int repeats, double *out) {
