@@ -98,17 +98,20 @@ LEVELS := $(foreach l,scalar $(filter-out $(lastword $(ISA_$(ARCH))),$(ISA_$(ARC
 .PHONY: tests
 # what central differences judge, in the build whose float is a double
 F64_TESTS := test_gradients
-tests: all $(TESTS:%=$B/tests/%) $(REPLAY:%=$B/tests/fuzz/%)
+tests: all $(TESTS:%=$B/tests/%) $(REPLAY:%=$B/tests/fuzz/%) $(if $(NVCC),$B/tests/trouble.so)
+$B/tests/trouble.so: tests/trouble.cu
+	@mkdir -p $(@D)
+	$(NVCC) -shared -Xcompiler -fPIC -gencode arch=compute_80,code=compute_80 -o $@ $<
 check: deps
 	@$(MAKE) $(JOBS) tests
 	@$(MAKE) $(JOBS) F64=1 B=$B-f64 all $(F64_TESTS:%=$B-f64/tests/%)
-	@tools/check $B layers $(TESTS) $(F64_TESTS:%=f64:%) $(LEVELS) $(REPLAY) test_command.sh test_kill.sh test_ranks.sh
+	@tools/check $B layers $(TESTS) $(F64_TESTS:%=f64:%) $(LEVELS) $(REPLAY) test_command.sh test_cuda.sh test_kill.sh test_ranks.sh
 
 # On a machine with a GPU: each operation against the CPU, then whole models.
 .PHONY: check-cuda
 check-cuda:
 	@$(MAKE) $(JOBS) tests
-	@tools/check $B test_cuda cuda:test_golden cuda:test_laws
+	@tools/check $B test_cuda test_cuda.sh cuda:test_golden cuda:test_laws cuda:test_stream
 
 # Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
 # allocator, so not that one), what uses threads under TSan.

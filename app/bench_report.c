@@ -50,8 +50,11 @@ static void print_head(const bench_result *r) {
     print_machine(&r->machine);
     printf("model      %s, %s, arithmetic %s; medians of %d round%s\n", r->model, bm_dtype_name(r->type),
            arith_name(r->arith), r->rounds, r->rounds == 1 ? "" : "s");
-    printf("memory     %.0f MB at most, %.0f MB of it not the file's\n", 1e-6 * r->peak_memory,
-           1e-6 * r->anonymous_memory);
+    if (r->machine.gpu)
+        printf("memory     %.0f MB of the GPU for weights, %.0f MB for states and work space\n", 1e-6 * (double)r->info.weight_bytes,
+               1e-6 * (double)r->session_bytes);
+    else
+        printf("memory     %.0f MB at most, %.0f MB of it not the file's\n", 1e-6 * r->peak_memory, 1e-6 * r->anonymous_memory);
     printf("bandwidth  %.2f GB/s, %.2f to %.2f\n", 1e-9 * w.median, 1e-9 * w.min, 1e-9 * w.max);
     printf("peak       %.0f GFLOP/s in products of this model, %.0f in f32\n", 1e-9 * peak, 1e-9 * f32);
 }
@@ -227,6 +230,7 @@ int bench_json(const bench_result *r, const char *path) {
         json_rate(o, "decode_", decode);
         json_rate(o, "prefill_", prefill);
         json_long(o, r, prefill);
+        json_object_set_new(o, "session_bytes", json_integer((json_int_t)r->session_bytes));
         json_object_set_new(o, "prefill", json_lines(r, BENCH_PREFILL));
         json_object_set_new(o, "batch", json_lines(r, BENCH_BATCH));
     }

@@ -231,7 +231,8 @@ static int session_open(bench *b, int texts, int longest) {
     const int most = longest > texts ? longest : texts;
     const bm_session_options p = {.slots = texts, .arith = (bm_arith)o.arith,
                                   .chunk = !b->gpu ? 0 : most < GPU_PIECE ? most : GPU_PIECE};
-    bm_status s = bm_session_open(&b->e.session, b->e.model, &p);
+    bm_status s = bm_session_bytes(b->e.model, &p, &b->r.session_bytes);
+    if (!s) s = bm_session_open(&b->e.session, b->e.model, &p);
     return s ? app_failed(s) : APP_OK;
 }
 

@@ -67,6 +67,13 @@ int app_engine_open(app_engine *e, const char *path, const char *device, int thr
     if (code) return code;
     bm_status s = bm_device_open(&e->device, device, threads);
     if (!s) s = bm_model_open(&e->model, e->device, e->path);
+    if (s == BM_EMEMORY && !strcmp(device, "auto") && e->device && strncmp(bm_device_name(e->device), "cpu", 3)) {
+        fprintf(stderr, "blackmamba: warning: the CPU goes on: %s\n", bm_error());
+        bm_device_close(e->device);
+        e->device = NULL;
+        s = bm_device_open(&e->device, "cpu", threads);
+        if (!s) s = bm_model_open(&e->model, e->device, e->path);
+    }
     return s ? app_failed(s) : APP_OK;
 }
 

@@ -164,7 +164,9 @@ typedef struct bm_kernel_time {
 /* fn gets each as it is measured and may not call the device; false stops with BM_ECANCELLED. */
 BM_API bm_status   bm_device_kernels(bm_device *d, bool (*fn)(void *user, const bm_kernel_time *t), void *user);
 
-/* path: a folder (config.json with pytorch_model.bin, model.safetensors or a sharded
+/* A model that lies on a GPU is refused (BM_EMEMORY) before anything is copied where it and a session of one text
+ * would not fit.
+ * path: a folder (config.json with pytorch_model.bin, model.safetensors or a sharded
  * model.safetensors.index.json) or a .gguf file.  GGUF and safetensors are used as mapped. */
 BM_API bm_status        bm_model_open(bm_model **out, bm_device *d, const char *path);
 BM_API const bm_config *bm_model_config(const bm_model *m);
@@ -289,6 +291,8 @@ typedef struct bm_session_options {
 } bm_session_options;
 BM_API bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_options *opt);
 BM_API void      bm_session_close(bm_session *s);
+/* Bytes that a session holds where the model lies: states, and work space for one chunk of rows. */
+BM_API bm_status bm_session_bytes(const bm_model *m, const bm_session_options *opt, uint64_t *out);
 
 /* Called for each row whose logits were asked for: logits (V), of the token after tokens[index].
  * Return anything but BM_OK to stop. */

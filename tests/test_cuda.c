@@ -2,7 +2,10 @@
  * type of weights; both sums are in f32, in another order.  Whole models: make check-cuda. */
 #include "lib_kernels.h"
 #include "lib_golden.h"
+#include "lib_scratch.h"
+#include "model/model.h"
 #include <math.h>
+#include <unistd.h>
 
 static bm_backend *gpu, *cpu;
 
@@ -283,13 +286,40 @@ static void test_memory(void **state) {
     linear_case(BM_F32, 1, 8, 8, false);
 }
 
+/* What a model and a session take is told beforehand, within 5%; what never fits is refused before it is copied. */
+static void test_told(void **state) {
+    bm_config c;
+    bm_device *d;
+    bm_model *m;
+    bm_session *s;
+    uint64_t session;
+    const char *path = scratch_path("told.gguf");
+    const bm_session_options o = { .slots = 100, .chunk = 2048 };
+    (void)state;
+    OK(bm_config_preset(&c, "mamba-130m"));
+    OK(bm_init(&c, 1, BM_BF16, path, NULL, NULL, NULL));
+    OK(bm_device_open(&d, "cuda:0", 0));
+    const uint64_t before = gpu->left(gpu);
+    OK(bm_model_open(&m, d, path));
+    OK(bm_session_bytes(m, &o, &session));
+    OK(bm_session_open(&s, m, &o));
+    const double took = (double)(before - gpu->left(gpu)), told = (double)(m->taken + session);
+    if (fabs(told / took - 1) > 0.05) fail_msg("told %.0f bytes, found %.0f taken", told, took);
+    assert_int_equal(bm_fits(gpu, (uint64_t)1 << 44, "a test", "less"), BM_EMEMORY);
+    assert_non_null(strstr(bm_error(), "a test needs 17592186 MB"));
+    bm_session_close(s);
+    bm_model_close(m);
+    bm_device_close(d);
+    unlink(path);
+}
+
 int main(void) {
     const struct CMUnitTest test[] = { cmocka_unit_test(test_linear), cmocka_unit_test(test_conv_scan), cmocka_unit_test(test_experts),
                                        cmocka_unit_test(test_rows), cmocka_unit_test(test_best), cmocka_unit_test(test_attention),
-                                       cmocka_unit_test(test_memory) };
+                                       cmocka_unit_test(test_memory), cmocka_unit_test(test_told) };
     const bm_status s = bm_backend_open_cuda(&gpu, 0);
     if (s == BM_ENOSUPPORT) {
-        printf("%s: 7 skipped\n", bm_error());
+        printf("%s: 8 skipped\n", bm_error());
         return 0;
     }
     assert_int_equal(s, BM_OK);

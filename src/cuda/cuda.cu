@@ -70,6 +70,11 @@ static void cuda_zero(bm_backend *b, void *dst, size_t n) {
     if (!c->failed) bm_cuda_check(c, cudaMemsetAsync(dst, 0, n, c->stream), "clearing memory");
 }
 
+static uint64_t cuda_left(bm_backend *b) {
+    size_t left = 0, all = 0;
+    bm_cuda_check(cuda_of(b), cudaMemGetInfo(&left, &all), "asking for free memory");
+    return left;
+}
 static bm_status cuda_reserve(bm_backend *, int, int) { return BM_OK; }
 static size_t cuda_reserved(bm_backend *) { return 0; }
 static double cuda_waited(bm_backend *, bool) { return 0; }
@@ -120,6 +125,8 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     bm_backend *b = &c->door;
     c->fail = fail;
     b->threads = 1;
+    b->grain = (size_t)2 << 20;
+    b->left = cuda_left;
     b->alloc = cuda_alloc, b->release = cuda_release;
     b->alloc_host = cuda_alloc_host, b->release_host = cuda_release_host, b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
     b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = cuda_reserve;

@@ -146,6 +146,8 @@ struct bm_backend {
     char name[64], version[64];                                 /* "cpu avx512, 2 threads"; of a driver, or empty */
     int  threads;
     bool reads_host;                                            /* weights may stay where a file is mapped */
+    size_t grain;                                               /* bytes that large allocations are multiples of; 0: any */
+    uint64_t (*left)(bm_backend *b);                            /* bytes of its own memory that are free; NULL: it has none */
     bm_status (*alloc)(bm_backend *b, void *out, size_t bytes, const char *what);   /* zeroed */
     void  (*release)(bm_backend *b, void *p);
     /* Memory of this process, zeroed, that operations reach too; put and get need not wait for it to be copied. */

@@ -107,8 +107,12 @@ struct bm_model {
     bm_source *source;
     bm_weights w;
     void **owned; size_t n_owned, cap_owned;        /* backend memory to release */
-    uint64_t weight_bytes;
+    uint64_t weight_bytes, taken;           /* in files; of the device's memory where files are not read in place */
 };
+/* What an allocation takes of the device's memory. */
+uint64_t bm_taken(const bm_backend *be, uint64_t bytes);
+/* BM_EMEMORY where a device with memory of its own has less left than `need` bytes for `what`. */
+bm_status bm_fits(bm_backend *be, uint64_t need, const char *what, const char *instead);
 /* Bound to configuration, names, types, shapes and 4 KiB of each part. */
 bm_status bm_model_hash(const bm_model *m, uint64_t out[2]);
 

@@ -20,7 +20,8 @@ typedef struct bm_wanted { feed *f; size_t index; int row; } wanted;
 
 /* ---- open, close ---------------------------------------------------------------------------------- */
 
-static bm_status work_alloc(bm_session *s) {
+/* Allocates the device's part of a session, or only adds up what it will take. */
+static bm_status work_alloc(bm_session *s, uint64_t *bytes) {
     const bm_config *c = &s->m->config;
     const size_t M = (size_t)s->chunk, D = (size_t)c->d_model, V = (size_t)c->n_vocab, k = (size_t)c->top_k;
     const size_t H = (size_t)s->head_rows;
@@ -34,14 +35,25 @@ static bm_status work_alloc(bm_session *s) {
         { &a->first, k * (w.X + 1) }, { &s->head_in, H * D }, { &s->head_out, H * V }, { &s->head_loss, H },
         { &s->head_target, H }, { &p->state, (size_t)s->slots * p->stride },
     };
-    for (size_t i = 0; i < sizeof want / sizeof *want; i++)
-        BM_TRY(s->be->alloc(s->be, want[i].out, want[i].n * sizeof(float), "a session"));
-    BM_TRY(s->be->alloc_host(s->be, &p->token, M * sizeof *p->token, "a session"));
-    BM_TRY(s->be->alloc_host(s->be, &s->head_best, H * sizeof *s->head_best, "a session"));
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        const size_t n = want[i].n * sizeof(float);
+        if (bytes) *bytes += bm_taken(s->be, n);
+        else BM_TRY(s->be->alloc(s->be, want[i].out, n, "a session"));
+    }
+    return BM_OK;
+}
+
+static bm_status work_open(bm_session *s) {
+    const bm_config *c = &s->m->config;
+    bm_pass *p = &s->pass;
+    bm_acts *a = &s->acts;
+    BM_TRY(work_alloc(s, NULL));
+    BM_TRY(s->be->alloc_host(s->be, &p->token, (size_t)s->chunk * sizeof *p->token, "a session"));
+    BM_TRY(s->be->alloc_host(s->be, &s->head_best, (size_t)s->head_rows * sizeof *s->head_best, "a session"));
     a->y = a->u;
     a->ffn_norm = a->norm;
     for (int l = 0; l < c->n_layers; l++) p->acts[l] = *a;
-    return s->be->reserve(s->be, s->chunk > s->head_rows ? s->chunk : s->head_rows, (int)w.most);
+    return s->be->reserve(s->be, s->chunk > s->head_rows ? s->chunk : s->head_rows, (int)bm_config_widths(c).most);
 }
 
 static void work_free(bm_session *s) {
@@ -60,10 +72,9 @@ static void work_free(bm_session *s) {
 static bm_status session_init(bm_session *s) {
     const bm_config *c = &s->m->config;
     const size_t layers = (size_t)c->n_layers;
-    s->pass = (bm_pass){ .be = s->be, .config = c, .w = &s->m->w, .arith = s->arith };
     BM_TRY(bm_alloc(&s->state_at, sizeof *s->state_at * layers, "a session"));
     BM_TRY(bm_alloc(&s->pass.acts, sizeof *s->pass.acts * layers, "a session"));
-    s->pass.stride = bm_state_floats(c, s->state_at);
+    bm_state_floats(c, s->state_at);
     s->pass.state_at = s->state_at;
     BM_TRY(bm_alloc(&s->start, sizeof *s->start * ((size_t)s->chunk + 1), "a session"));
     BM_TRY(bm_alloc(&s->slot, sizeof *s->slot * (size_t)s->chunk, "a session"));
@@ -72,28 +83,42 @@ static bm_status session_init(bm_session *s) {
     BM_TRY(bm_alloc(&s->has_logits, sizeof *s->has_logits * (size_t)s->slots, "a session"));
     BM_TRY(bm_alloc(&s->best, sizeof *s->best * (size_t)s->slots, "a session"));
     for (int i = 0; i < s->slots; i++) s->best[i] = -1;
-    return work_alloc(s);
+    return work_open(s);
 }
 
-bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_options *opt) {
-    *out = NULL;
+/* What options ask for; no memory yet. */
+static bm_status session_plan(bm_session *s, const bm_model *m, const bm_session_options *opt) {
     const bm_session_options o = opt ? *opt : (bm_session_options){ 0 };
     if (o.slots < 0 || o.slots > MAX_SLOTS) return bm_fail(BM_EARG, "slots: found %d, expected 1 to %d", o.slots, MAX_SLOTS);
     if (o.chunk < 0 || o.chunk > MAX_CHUNK) return bm_fail(BM_EARG, "chunk: found %d, expected 1 to %d", o.chunk, MAX_CHUNK);
     if (o.ids < 0 || o.ids > m->config.n_vocab)
         return bm_fail(BM_EARG, "ids: found %d, expected 1 to %d", o.ids, m->config.n_vocab);
     if ((unsigned)o.arith > BM_ARITH_F32) return bm_fail(BM_EARG, "arith: found %d, expected f32 or native", (int)o.arith);
-    bm_session *s;
-    BM_TRY(bm_alloc(&s, sizeof *s, "a session"));
-    s->m = m;
-    s->be = m->be;
-    s->slots = o.slots ? o.slots : 1;
-    s->chunk = o.chunk ? o.chunk : 512;
+    *s = (bm_session){ .m = m, .be = m->be, .slots = o.slots ? o.slots : 1, .chunk = o.chunk ? o.chunk : 512, .arith = o.arith,
+                       .ids = o.ids ? o.ids : m->config.n_vocab };
     s->head_rows = m->be->reads_host ? HEAD_ROWS : s->chunk < HEAD_ROWS_GPU ? s->chunk : HEAD_ROWS_GPU;
-    s->ids = o.ids ? o.ids : m->config.n_vocab;
-    s->arith = o.arith;
+    s->pass = (bm_pass){ .be = s->be, .config = &m->config, .w = &m->w, .arith = s->arith,
+                         .stride = bm_state_floats(&m->config, NULL) };
+    return BM_OK;
+}
+
+bm_status bm_session_bytes(const bm_model *m, const bm_session_options *opt, uint64_t *out) {
+    bm_session s;
+    *out = 0;
+    BM_TRY(session_plan(&s, m, opt));
+    return work_alloc(&s, out);
+}
+
+bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_options *opt) {
+    *out = NULL;
+    bm_session *s;
+    uint64_t bytes;
+    BM_TRY(bm_session_bytes(m, opt, &bytes));
+    BM_TRY(bm_alloc(&s, sizeof *s, "a session"));
+    session_plan(s, m, opt);
     pthread_mutex_lock(&m->device->lock);
-    const bm_status st = session_init(s);
+    bm_status st = bm_fits(s->be, bytes, "a session", "fewer texts or rows at once");
+    if (!st) st = session_init(s);
     pthread_mutex_unlock(&m->device->lock);
     if (st) bm_session_close(s);
     else *out = s;

@@ -32,7 +32,7 @@ static bm_status backend_open(bm_backend **out, const char *name, int threads) {
     if (strcmp(name, "auto"))
         return bm_fail(BM_ENOSUPPORT, "device: found '%.40s', expected auto, cpu, cpu: and a level, or cuda: and a number", name);
     if (bm_backend_open_cuda(out, 0) == BM_OK) return BM_OK;
-    bm_log(1, "the CPU goes on: %s", bm_error());
+    bm_log(0, "the CPU goes on: %s", bm_error());
     return bm_backend_open_cpu(out, threads);
 }
 
@@ -75,6 +75,23 @@ bm_status bm_device_peak(bm_device *d, bm_arith arith, bm_dtype type, double *ou
     const bm_status s = d->be->peak(d->be, arith, type, out);
     pthread_mutex_unlock(&d->lock);
     return s;
+}
+
+/* ---- memory of a device ---------------------------------------------------------------------------- */
+
+uint64_t bm_taken(const bm_backend *be, uint64_t bytes) {
+    const uint64_t grain = bytes < be->grain / 2 ? 512 : be->grain;
+    return grain ? (bytes + grain - 1) / grain * grain : bytes;
+}
+
+bm_status bm_fits(bm_backend *be, uint64_t need, const char *what, const char *instead) {
+    if (!be->left) return BM_OK;
+    const uint64_t left = be->left(be);
+    BM_TRY(be->sync(be));
+    bm_log(1, "%s: %s needs %.0f MB of its memory, %.0f MB are free", be->name, what, 1e-6 * (double)need, 1e-6 * (double)left);
+    if (need <= left) return BM_OK;
+    return bm_fail(BM_EMEMORY, "%s: %s needs %.0f MB of its memory, found %.0f MB free; take %s, or the CPU", be->name, what,
+                   1e-6 * (double)need, 1e-6 * (double)left, instead);
 }
 
 /* ---- loading ------------------------------------------------------------------------------------ */
@@ -206,13 +223,27 @@ void bm_weights_free(bm_weights *w, const bm_config *c) {
     w->layer = NULL;
 }
 
+/* Before anything is copied: whether the weights and a session of one text find room. */
+static bm_status fits(bm_model *m, const bm_entry **entry, bm_layout layout) {
+    uint64_t session;
+    bm_file_tensor t;
+    size_t i = 0;
+    for (bm_walk w = bm_params_walk(&m->config, layout); bm_walk_next(&w, &t); i++) {
+        const uint64_t n = (uint64_t)t.first.rows * (uint64_t)t.first.cols * (uint64_t)t.n_parts;
+        m->taken += bm_taken(m->be, t.first.param->flags & BM_P_MATRIX ? entry[i]->bytes : n * sizeof(float));
+    }
+    BM_TRY(bm_session_bytes(m, NULL, &session));
+    return bm_fits(m->be, m->taken + session, "the model with a session of one text", "a smaller model or type");
+}
+
 static bm_status load(bm_model *m) {
     const bm_layout layout = bm_layout_of(&m->config, bm_source_format(m->source));
     const bm_entry **entry;
     size_t n, i = 0;
     bm_file_tensor t;
     BM_TRY(bm_params_match(&m->config, m->source, &entry, &n));
-    bm_status s = bm_weights_alloc(&m->w, &m->config);
+    bm_status s = fits(m, entry, layout);
+    if (!s) s = bm_weights_alloc(&m->w, &m->config);
     for (bm_walk w = bm_params_walk(&m->config, layout); !s && bm_walk_next(&w, &t); i++) {
         const bool matrix = t.first.param->flags & BM_P_MATRIX;
         s = matrix ? load_matrix(m, &t, entry[i]) : load_small(m, layout, &t, entry[i]);
