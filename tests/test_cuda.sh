@@ -22,7 +22,7 @@ ends() {
     shift 2
     while [[ $1 != -- ]]; do setting+=("$1"); shift; done
     shift
-    env "${setting[@]}" timeout 60 "$program" run -p "Once upon a time" --temp 0 "$@" </dev/null >"$work/out" 2>"$work/err"
+    timeout 60 env "${setting[@]}" "$program" run -p "Once upon a time" --temp 0 "$@" </dev/null >"$work/out" 2>"$work/err"
     found=$?
     if [[ $found != "$code" ]]; then bad "${setting[*]} $*: exit code $found, expected $code: $(tail -3 "$work/err")"
     elif [[ $(grep -cE -- "$words" "$work/err") != 1 ]]; then bad "${setting[*]} $*: not one line with '$words' in: $(tail -3 "$work/err")"
@@ -43,9 +43,10 @@ int cuInit(unsigned flags) { return (int)flags; }
 int cuDriverGetVersion(int *version) { *version = 11040; return 0; }
 C
     cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o "$work/libcuda.so.1" "$work/driver.c" || bad "a stand-in for the driver"
+    stand_in=$work${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     old="cuda: found a driver for CUDA 11\.4, expected one for [0-9.]+ or later"
-    ends 1 "^blackmamba: $old" LD_LIBRARY_PATH="$work" -- -n 3 --device cuda:0
-    ends 0 "^blackmamba: warning: the CPU goes on: $old" LD_LIBRARY_PATH="$work" -- -n 3 --device auto
+    ends 1 "^blackmamba: $old" LD_LIBRARY_PATH="$stand_in" -- -n 3 --device cuda:0
+    ends 0 "^blackmamba: warning: the CPU goes on: $old" LD_LIBRARY_PATH="$stand_in" -- -n 3 --device auto
 fi
 
 if ! timeout 60 "$program" run -p x -n 1 --device cuda:0 </dev/null >"$work/out" 2>"$work/err"; then
