@@ -49,6 +49,7 @@ typedef struct bench_result {
     int arith, prompt, gen, rounds;
     bm_info info;
     uint64_t session_bytes;                     /* states and work space */
+    bm_page_times pages;
     double peak_memory, anonymous_memory;       /* bytes, after every line ran once */
     double memory_first, memory_last;           /* resident after the first and the last tokens of a long prompt */
     bench_series bandwidth, peak, peak_f32;

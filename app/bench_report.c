@@ -44,6 +44,12 @@ static void print_machine(const bench_machine *m) {
            m->threads == 1 ? "" : "s", m->pages, m->cache[0] / 1024, m->cache[1] / 1024, m->cache[2] / 1024);
 }
 
+/* Of the experts chosen in all lines, those that were on the device. */
+static double hit_rate(const bench_result *r) {
+    const double all = (double)(r->pages.hits + r->pages.misses);
+    return all > 0 ? (double)r->pages.hits / all : 0;
+}
+
 static void print_head(const bench_result *r) {
     const bench_summary w = bench_summarize(&r->bandwidth);
     const double peak = bench_summarize(&r->peak).median, f32 = bench_summarize(&r->peak_f32).median;
@@ -51,10 +57,13 @@ static void print_head(const bench_result *r) {
     printf("model      %s, %s, arithmetic %s; medians of %d round%s\n", r->model, bm_dtype_name(r->type),
            arith_name(r->arith), r->rounds, r->rounds == 1 ? "" : "s");
     if (r->machine.gpu)
-        printf("memory     %.0f MB of the GPU for weights, %.0f MB for states and work space\n", 1e-6 * (double)r->info.weight_bytes,
+        printf("memory     %.0f MB of weights, %.0f MB of states and work space\n", 1e-6 * (double)r->info.weight_bytes,
                1e-6 * (double)r->session_bytes);
     else
         printf("memory     %.0f MB at most, %.0f MB of it not the file's\n", 1e-6 * r->peak_memory, 1e-6 * r->anonymous_memory);
+    if (r->pages.pages)
+        printf("experts    %d on the GPU in %.0f MB, %.1f%% of those chosen were there\n", r->pages.pages,
+               1e-6 * (double)r->pages.bytes, 100 * hit_rate(r));
     printf("bandwidth  %.2f GB/s, %.2f to %.2f\n", 1e-9 * w.median, 1e-9 * w.min, 1e-9 * w.max);
     printf("peak       %.0f GFLOP/s in products of this model, %.0f in f32\n", 1e-9 * peak, 1e-9 * f32);
 }
@@ -215,7 +224,8 @@ int bench_json(const bench_result *r, const char *path) {
     const double rate = bench_summarize(&decode->rate).median, speed = bench_summarize(&prefill->rate).median;
     json_t *o = json_pack(
         "{s:s, s:s, s:s, s:o, s:s, s:s, s:s, s:i, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:o, s:o, s:o, s:o}",
-        "version", bm_version(), "commit", BENCH_COMMIT, "device", r->machine.device, "machine", json_machine(&r->machine), "model", r->model, "type",
+        "version", bm_version(), "commit", BENCH_COMMIT, "device", r->machine.device, "machine",
+        json_machine(&r->machine), "model", r->model, "type",
         bm_dtype_name(r->type), "arith", arith_name(r->arith), "prompt", r->prompt, "gen", r->gen, "rounds", r->rounds,
         "bandwidth_gb_s",
         app_json_real(1e-9 * w.median), "bandwidth_gb_s_min", app_json_real(1e-9 * w.min), "bandwidth_gb_s_max",
@@ -231,6 +241,9 @@ int bench_json(const bench_result *r, const char *path) {
         json_rate(o, "prefill_", prefill);
         json_long(o, r, prefill);
         json_object_set_new(o, "session_bytes", json_integer((json_int_t)r->session_bytes));
+        if (r->pages.pages)
+            json_object_set_new(o, "pages", json_pack("{s:i, s:I, s:o}", "n", r->pages.pages, "bytes", (json_int_t)r->pages.bytes,
+                                                      "hit_rate", app_json_real(hit_rate(r))));
         json_object_set_new(o, "prefill", json_lines(r, BENCH_PREFILL));
         json_object_set_new(o, "batch", json_lines(r, BENCH_BATCH));
     }

@@ -11,7 +11,7 @@
 
 static struct {
     const char *model, *device, *preset, *prompt, *batch, *json, *csv;
-    int type, gen, rounds, threads, arith;
+    int type, gen, rounds, threads, arith, vram;
     bool type_given, gen_given, bandwidth, kernels;
 } o = {.device = "cpu", .type = BM_BF16, .prompt = "512", .gen = 128, .rounds = 5, .batch = "1,4,16,32"};
 
@@ -30,6 +30,7 @@ static const app_option options[] = {
     {0, "kernels", NULL, NULL, APP_FLAG, &o.kernels, 0, 0, NULL,
      "only each operation by itself, at each instruction set of this machine"},
     APP_DEVICE(&o.device),
+    APP_VRAM(&o.vram),
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "native"),
     {0, "json", NULL, "FILE", APP_TEXT, &o.json, 0, 0, NULL, "write one JSON object; -: instead of the table"},
@@ -195,7 +196,8 @@ static int lines_add(bench_result *r, bench_kind kind, const char *option, const
         const size_t length = strcspn(p, ",");
         snprintf(word, sizeof word, "%.*s", (int)(length < 15 ? length : 15), p);
         if (!app_number_int(word, &n) || n < 1 || n > most)
-            return app_usage(&app_bench, "--%s: found '%s', expected numbers from 1 to %d with commas between", option, word, most);
+            return app_usage(&app_bench, "--%s: found '%s', expected numbers from 1 to %d with commas between", option, word,
+                             most);
         if (r->n_lines == BENCH_LINES)
             return app_usage(&app_bench, "--%s: found more than %d lines to measure, expected fewer", option, BENCH_LINES);
         const bool batch = kind == BENCH_BATCH;
@@ -230,18 +232,24 @@ static void lines_fit(bench *b) {
 static int session_open(bench *b, int texts, int longest) {
     const int most = longest > texts ? longest : texts;
     const bm_session_options p = {.slots = texts, .arith = (bm_arith)o.arith,
-                                  .chunk = !b->gpu ? 0 : most < GPU_PIECE ? most : GPU_PIECE};
+                                  .chunk = !b->gpu || o.vram ? 0 : most < GPU_PIECE ? most : GPU_PIECE};
     bm_status s = bm_session_bytes(b->e.model, &p, &b->r.session_bytes);
     if (!s) s = bm_session_open(&b->e.session, b->e.model, &p);
     return s ? app_failed(s) : APP_OK;
 }
 
+static int most_texts(const bench_result *r) {
+    int n = 1;
+    for (int i = 0; i < r->n_lines; i++) if (r->line[i].n > n) n = r->line[i].n;
+    return n;
+}
+
 /* Ids without pattern, so that the experts are used as by a mixed text. */
 static int ids_make(bench *b) {
-    int texts = 1, longest = 512;
+    const int texts = most_texts(&b->r);
+    int longest = 512;
     for (int i = 0; i < b->r.n_lines; i++) {
         const bench_line *l = &b->r.line[i];
-        if (l->n > texts) texts = l->n;
         if (l->kind == BENCH_PREFILL && l->steps > longest) longest = l->steps;
     }
     size_t n = (size_t)(longest > o.gen ? longest : o.gen) + 1 + (size_t)texts * BATCH_STEPS;
@@ -298,7 +306,7 @@ static int preset_open(bench *b) {
     app_progress progress = app_progress_start("making weights", true);
     bm_status s = bm_init(&c, 0, (bm_dtype)o.type, path, NULL, app_progress_step, &progress);
     app_progress_end(&progress);
-    code = s ? app_failed(s) : app_engine_open(&b->e, path, o.device, o.threads);
+    code = s ? app_failed(s) : app_engine_open_within(&b->e, path, o.device, o.threads, o.vram, most_texts(&b->r));
     unlink(path);
     rmdir(folder);
     return code;
@@ -322,6 +330,7 @@ static int lines_run(bench *b) {
     bench_machine_ask(&b->r.machine, b->e.device);
     b->timed = true;
     for (int i = 0; !s && i < o.rounds; i++) s = round_run(b);
+    bm_model_pages(b->e.model, &b->r.pages);
     return s ? app_failed(s) : APP_OK;
 }
 
@@ -332,7 +341,7 @@ static int model_run(void) {
     int code = lines_make(r);
     if (code) return code;
     app_catch_interrupts();
-    code = o.preset ? preset_open(&b) : app_engine_open(&b.e, o.model, o.device, o.threads);
+    code = o.preset ? preset_open(&b) : app_engine_open_within(&b.e, o.model, o.device, o.threads, o.vram, most_texts(r));
     if (!code) {
         bm_model_info(b.e.model, &r->info);
         r->type = type_of(b.e.model, &r->info);

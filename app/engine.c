@@ -60,12 +60,18 @@ int app_config_read(bm_config *out, const char *preset) {
 }
 
 int app_engine_open(app_engine *e, const char *path, const char *device, int threads) {
+    return app_engine_open_within(e, path, device, threads, 0, 1);
+}
+
+int app_engine_open_within(app_engine *e, const char *path, const char *device, int threads, int vram, int slots) {
+    const bm_session_options plan = {.slots = slots};
     memset(e, 0, sizeof *e);
     int code = APP_OK;
     if (!path) code = app_bundled_model(&e->path);
     else if (!(e->path = strdup(path))) code = app_error("out of memory for a path");
     if (code) return code;
     bm_status s = bm_device_open(&e->device, device, threads);
+    if (!s) s = bm_device_limit(e->device, 1000000 * (uint64_t)vram, &plan);
     if (!s) s = bm_model_open(&e->model, e->device, e->path);
     if (s == BM_EMEMORY && !strcmp(device, "auto") && e->device && strncmp(bm_device_name(e->device), "cpu", 3)) {
         fprintf(stderr, "blackmamba: warning: the CPU goes on: %s\n", bm_error());

@@ -142,7 +142,7 @@ typedef struct bm_model bm_model;
  * process may use (BM_THREADS overrides). */
 BM_API bm_status   bm_device_open(bm_device **out, const char *name, int threads);
 BM_API const char *bm_device_name(const bm_device *d);      /* "cpu avx512, 2 threads" */
-BM_API const char *bm_device_version(const bm_device *d);   /* of what drives it: "CUDA 13.0, driver for 13.0"; "" for a processor */
+BM_API const char *bm_device_version(const bm_device *d);   /* "CUDA 13.0, driver for 13.0"; "" for a processor */
 BM_API int         bm_device_threads(const bm_device *d);
 BM_API void        bm_device_close(bm_device *d);
 /* Reading bandwidth in bytes a second over `bytes` of memory (>= 1 GiB for a useful number),
@@ -285,12 +285,21 @@ typedef struct bm_session bm_session;
 
 typedef struct bm_session_options {
     int slots;                      /* independent sequences; 0: 1 */
-    int chunk;                      /* rows computed together; 0: 512.  Changes speed, never a bit of the result */
+    int chunk;                      /* rows computed together; 0: 512, 64 within a limit of memory.  Changes speed, never a bit of the result */
     bm_arith arith;
     int ids;                        /* BM_WANT_BEST chooses among ids below it; 0: all */
 } bm_session_options;
 BM_API bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_options *opt);
 BM_API void      bm_session_close(bm_session *s);
+/* Models opened on d from now on take at most so many bytes of a GPU's memory together with a session of `plan` (NULL:
+ * one text): experts stay in host memory and are copied in as they are chosen, the least recently used making room.
+ * BM_EMEMORY, when a model is opened, where not even the experts of one layer fit.  0: no limit. */
+BM_API bm_status bm_device_limit(bm_device *d, uint64_t bytes, const bm_session_options *plan);
+typedef struct bm_page_times {
+    int pages; uint64_t bytes;      /* experts there is room for, and the room; 0 without a limit */
+    uint64_t hits, misses;          /* chosen experts that were there, or were copied in */
+} bm_page_times;
+BM_API void      bm_model_pages(const bm_model *m, bm_page_times *out);
 /* Bytes that a session holds where the model lies: states, and work space for one chunk of rows. */
 BM_API bm_status bm_session_bytes(const bm_model *m, const bm_session_options *opt, uint64_t *out);
 

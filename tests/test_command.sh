@@ -46,6 +46,8 @@ test_usage() {
     fails 2 "did you mean 'run'" runn
     fails 2 "unknown option '--tmep'; did you mean --temp" run --tmep 1
     fails 2 "unknown option '-Z'" run -Z
+    fails 2 "--vram: found '-1'" run --vram -1
+    fails 1 "expected one with memory of its own" run -p x --vram 100
     fails 2 "--temp: found 'nan'" run --temp nan
     fails 2 "--temp: found '0x1p3'" run --temp=0x1p3
     fails 2 "-n: found '99999999999'" run -n 99999999999

@@ -30,6 +30,24 @@ ends() {
     else good; fi
 }
 
+# Within a limit: the same ids, fewer experts on the GPU, and how many of the chosen were there.
+limits() {
+    local model=$work/moe.gguf whole
+    cat >"$work/moe.json" <<'JSON'
+{"num_layers": 8, "hidden_size": 512, "state_size": 16, "conv_dimension": 4, "vocab_size": 512, "expansion_factor": 2,
+ "mamba_moe_layers": ["r", "8", "r", "8", "r", "8", "r", "8"], "ffn_hidden_size": 2048, "add_bias_linear": false, "swiglu": true,
+ "max_sequence_length": 64}
+JSON
+    echo "1 2 3 4 5 6 7" >"$work/ids"
+    timeout 60 "$program" init --preset "$work/moe.json" "$model" >/dev/null 2>&1 || bad "init"
+    whole=$(timeout 60 "$program" run -m "$model" --tokens "$work/ids" -n 60 --temp 0 --device cuda 2>/dev/null)
+    timeout 60 "$program" run -m "$model" --tokens "$work/ids" -n 60 --temp 0 --device cuda --vram 110 >"$work/out" 2>"$work/err"
+    if [[ $(wc -w <<<"$whole") = 60 && $whole == "$(cat "$work/out")" ]]; then good; else bad "other ids within a limit: $(tail -1 "$work/err")"; fi
+    if grep -qE '^experts +([89]|[12][0-9]) on the GPU in [0-9]+ MB, [0-9.]+% of those chosen were there' "$work/err"; then good
+    else bad "pages: $(tail -4 "$work/err")"; fi
+    ends 1 "limit: found 20 MB, expected at least [0-9]+ MB" -- -m "$model" --tokenizer models/starter.gguf -n 3 --device cuda --vram 20
+}
+
 nothing="cuda: (found no|blackmamba-cuda.so does not open)"
 ends 1 "^blackmamba: $nothing" CUDA_VISIBLE_DEVICES= -- -n 3 --device cuda
 ends 0 "^blackmamba: warning: the CPU goes on: $nothing" CUDA_VISIBLE_DEVICES= -- -n 3 --device auto
@@ -57,6 +75,7 @@ else
     ends 1 "^blackmamba: cuda:0.*$short" LD_PRELOAD="$trouble" BM_TEST_LEAVE=20 -- -n 3 --device cuda
     ends 0 "the CPU goes on: cuda:0.*$short" LD_PRELOAD="$trouble" BM_TEST_LEAVE=20 -- -n 3 --device auto
     ends 1 "^blackmamba: cuda:0" LD_PRELOAD="$trouble" BM_TEST_TRAP=4000 -- -n 1000000 --ignore-eos --device cuda
+    limits
 fi
 echo "$passed passed, $failed failed, $skipped skipped"
 ((failed == 0))

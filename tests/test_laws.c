@@ -210,6 +210,51 @@ static void best(law *w) {
     law_close(w);
 }
 
+/* Experts copied in as they are chosen change no bit; the fewest pages that do are those of one layer. */
+static void pages(law *w) {
+    enum { EXPERTS = 4, ALL = 4 + 3 };
+    bm_page_times t, none;
+    law_open(w, 2, 1, 48);
+    all_logits(w->r.s, 0, w->ids, T, w->want);
+    bm_model_pages(w->r.m, &none);
+    assert_true(!none.pages && !none.hits);
+    bm_session_close(w->r.s);
+    bm_model_close(w->r.m);
+    uint64_t session, last = 0;
+    const bm_session_options o = { .arith = w->arith };
+    for (int n = EXPERTS; n <= ALL; n++) {
+        w->r.d->limit = 1;              /* too small for anything, so that the sentence tells what would do */
+        assert_int_equal(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)), BM_EMEMORY);
+        assert_non_null(strstr(bm_error(), "limit: found 0 MB"));
+        w->r.d->limit = (uint64_t)1 << 40;
+        OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+        bm_model_pages(w->r.m, &t);
+        assert_int_equal(t.pages, ALL);
+        OK(bm_session_bytes(w->r.m, NULL, &session));
+        const uint64_t page = t.bytes / ALL, rest = w->r.m->taken - bm_taken(w->r.m->be, t.bytes);
+        bm_model_close(w->r.m);
+        w->r.d->limit = rest + session + w->r.d->be->grain + (uint64_t)n * page + 1;
+        OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+        assert_true(w->r.m->taken + session <= w->r.d->limit);
+        OK(bm_session_open(&w->r.s, w->r.m, &o));
+        all_logits(w->r.s, 0, w->ids, 100, w->got);
+        for (size_t i = 100; i < T; i++) all_logits(w->r.s, 0, w->ids + i, 1, w->got + i * (size_t)w->r.V);
+        same(w, "experts in pages");
+        bm_model_pages(w->r.m, &t);
+        assert_int_equal(t.pages, n);
+        assert_true(t.hits && t.misses >= ALL - 1 && (n > EXPERTS || t.misses > ALL) && (n < ALL || t.misses <= ALL));
+        assert_true(!last || t.misses <= last);
+        last = t.misses;
+        bm_session_close(w->r.s);
+        assert_int_equal(bm_session_open(&w->r.s, w->r.m, &(bm_session_options){ .slots = 4000 }), BM_EMEMORY);
+        bm_model_close(w->r.m);
+    }
+    w->r.d->limit = 0;
+    OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+    OK(bm_session_open(&w->r.s, w->r.m, NULL));
+    law_close(w);
+}
+
 static void every(void (*fn)(law *)) {
     for (int t = 0; t < BM_DTYPE_COUNT; t++)
         for (int a = BM_ARITH_NATIVE; a <= BM_ARITH_F32; a++) fn(&(law){ .type = (bm_dtype)t, .arith = (bm_arith)a });
@@ -219,6 +264,7 @@ static void test_batch(void **state) { (void)state; every(batch); }
 static void test_restored(void **state) { (void)state; every(restored); }
 static void test_score(void **state) { (void)state; every(score); }
 static void test_best(void **state) { (void)state; every(best); }
+static void test_pages(void **state) { (void)state; every(pages); }
 
 /* A failing reader, a wrong id: the slot is empty, or untouched. */
 static bm_status refuse(void *user, size_t index, const float *logits) {
@@ -256,7 +302,8 @@ static void test_failures(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_chunking), cmocka_unit_test(test_batch),    cmocka_unit_test(test_restored),
-        cmocka_unit_test(test_score),    cmocka_unit_test(test_best),     cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_score),    cmocka_unit_test(test_best),     cmocka_unit_test(test_pages),
+        cmocka_unit_test(test_failures),
     };
     return cmocka_run_group_tests_name("laws", tests, NULL, NULL);
 }

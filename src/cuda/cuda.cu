@@ -47,8 +47,8 @@ static bm_status cuda_alloc_host(bm_backend *b, void *out, size_t bytes, const c
     *(void **)out = NULL;
     if (e) {
         cudaGetLastError();
-        return cuda_of(b)->fail(e == cudaErrorMemoryAllocation ? BM_EMEMORY : BM_EDEVICE, "%s: %zu bytes of pinned memory for %s: %s",
-                                b->name, bytes, what, cudaGetErrorString(e));
+        return cuda_of(b)->fail(e == cudaErrorMemoryAllocation ? BM_EMEMORY : BM_EDEVICE,
+                                "%s: %zu bytes of pinned memory for %s: %s", b->name, bytes, what, cudaGetErrorString(e));
     }
     *(void **)out = memset(p, 0, bytes);
     return BM_OK;
@@ -57,14 +57,14 @@ static void cuda_release_host(bm_backend *b, void *p) {
     bm_cuda_check(cuda_of(b), cudaStreamSynchronize(cuda_of(b)->stream), "waiting for the GPU");
     cudaFreeHost(p);
 }
-static void move(bm_backend *b, void *dst, const void *src, size_t bytes, cudaMemcpyKind kind) {
+static void move(bm_backend *b, void *dst, const void *src, size_t bytes) {
     bm_cuda *c = cuda_of(b);
-    if (!c->failed && bytes) bm_cuda_check(c, cudaMemcpyAsync(dst, src, bytes, kind, c->stream), "copying");
+    if (!c->failed && bytes) bm_cuda_check(c, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, c->stream), "copying");
 }
 /* Other memory than alloc_host's: put returns when the bytes were taken, get when they are there. */
-static void cuda_put(bm_backend *b, void *dst, const void *host, size_t n) { move(b, dst, host, n, cudaMemcpyHostToDevice); }
-static void cuda_get(bm_backend *b, void *host, const void *src, size_t n) { move(b, host, src, n, cudaMemcpyDeviceToHost); }
-static void cuda_copy(bm_backend *b, void *dst, const void *src, size_t n) { move(b, dst, src, n, cudaMemcpyDeviceToDevice); }
+static void cuda_put(bm_backend *b, void *dst, const void *host, size_t n) { move(b, dst, host, n); }
+static void cuda_get(bm_backend *b, void *host, const void *src, size_t n) { move(b, host, src, n); }
+static void cuda_copy(bm_backend *b, void *dst, const void *src, size_t n) { move(b, dst, src, n); }
 static void cuda_zero(bm_backend *b, void *dst, size_t n) {
     bm_cuda *c = cuda_of(b);
     if (!c->failed) bm_cuda_check(c, cudaMemsetAsync(dst, 0, n, c->stream), "clearing memory");
@@ -128,7 +128,8 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     b->grain = (size_t)2 << 20;
     b->left = cuda_left;
     b->alloc = cuda_alloc, b->release = cuda_release;
-    b->alloc_host = cuda_alloc_host, b->release_host = cuda_release_host, b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
+    b->alloc_host = cuda_alloc_host, b->release_host = cuda_release_host;
+    b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
     b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = cuda_reserve;
     b->reserved = cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
     b->embed = bm_cuda_embed, b->norm = bm_cuda_norm, b->linear = bm_cuda_linear, b->conv = bm_cuda_conv;

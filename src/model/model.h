@@ -98,7 +98,11 @@ void *bm_weights_field(bm_weights *w, const bm_part *p);
 bm_status bm_weights_alloc(bm_weights *w, const bm_config *c);
 void bm_weights_free(bm_weights *w, const bm_config *c);
 
-struct bm_device { bm_backend *be; pthread_mutex_t lock; };
+struct bm_device {
+    bm_backend *be;
+    pthread_mutex_t lock;
+    uint64_t limit; bm_session_options plan;        /* of memory for a model and that session; 0: none */
+};
 
 struct bm_model {
     bm_config config;
@@ -108,7 +112,20 @@ struct bm_model {
     bm_weights w;
     void **owned; size_t n_owned, cap_owned;        /* backend memory to release */
     uint64_t weight_bytes, taken;           /* in files; of the device's memory where files are not read in place */
+    struct bm_pages *pages;                 /* NULL: every expert lies on the device */
 };
+
+/* ---- pages.c: experts in host memory, copied in as they are chosen ---------------------------------------- */
+
+typedef struct bm_pages bm_pages;
+/* n >= the experts of any layer; closing releases what bm_pages_host gave.  page_bytes: bm_page_part() of each matrix. */
+bm_status bm_pages_open(bm_pages **out, const bm_model *m, uint64_t page_bytes, int n);
+void bm_pages_close(bm_pages *p);
+bm_status bm_pages_host(bm_pages *p, void *out, size_t bytes, const char *what);    /* memory for experts' matrices */
+static inline uint64_t bm_page_part(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+struct bm_expert_door *bm_pages_door(bm_pages *p);      /* NULL without pages */
+bm_status bm_pages_failed(bm_pages *p);                 /* what the door could not say, once */
+
 /* What an allocation takes of the device's memory. */
 uint64_t bm_taken(const bm_backend *be, uint64_t bytes);
 /* BM_EMEMORY where a device with memory of its own has less left than `need` bytes for `what`. */

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { HEAD_ROWS = 64, HEAD_ROWS_GPU = 1024, MAX_SLOTS = 4096, MAX_CHUNK = 8192 };
+enum { HEAD_ROWS = 64, HEAD_ROWS_GPU = 1024, MAX_SLOTS = 4096, MAX_CHUNK = 8192, CHUNK = 512, CHUNK_LIMITED = 64 };
 
 /* An input on its way: what of it was fed, and where scores go. */
 typedef struct bm_feed {
@@ -94,11 +94,12 @@ static bm_status session_plan(bm_session *s, const bm_model *m, const bm_session
     if (o.ids < 0 || o.ids > m->config.n_vocab)
         return bm_fail(BM_EARG, "ids: found %d, expected 1 to %d", o.ids, m->config.n_vocab);
     if ((unsigned)o.arith > BM_ARITH_F32) return bm_fail(BM_EARG, "arith: found %d, expected f32 or native", (int)o.arith);
-    *s = (bm_session){ .m = m, .be = m->be, .slots = o.slots ? o.slots : 1, .chunk = o.chunk ? o.chunk : 512, .arith = o.arith,
+    *s = (bm_session){ .m = m, .be = m->be, .slots = o.slots ? o.slots : 1, .arith = o.arith,
                        .ids = o.ids ? o.ids : m->config.n_vocab };
+    s->chunk = o.chunk ? o.chunk : m->device->limit ? CHUNK_LIMITED : CHUNK;
     s->head_rows = m->be->reads_host ? HEAD_ROWS : s->chunk < HEAD_ROWS_GPU ? s->chunk : HEAD_ROWS_GPU;
     s->pass = (bm_pass){ .be = s->be, .config = &m->config, .w = &m->w, .arith = s->arith,
-                         .stride = bm_state_floats(&m->config, NULL) };
+                         .stride = bm_state_floats(&m->config, NULL), .experts = bm_pages_door(m->pages) };
     return BM_OK;
 }
 
@@ -118,6 +119,9 @@ bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_
     session_plan(s, m, opt);
     pthread_mutex_lock(&m->device->lock);
     bm_status st = bm_fits(s->be, bytes, "a session", "fewer texts or rows at once");
+    if (!st && m->pages && m->taken + bytes > m->device->limit)
+        st = bm_fail(BM_EMEMORY, "a session of %d texts needs %.0f MB, found %.0f MB of the limit left; plan it with the limit", s->slots,
+                     1e-6 * (double)bytes, 1e-6 * (double)(m->device->limit - m->taken));
     if (!st) st = session_init(s);
     pthread_mutex_unlock(&m->device->lock);
     if (st) bm_session_close(s);
@@ -235,7 +239,7 @@ static bm_status compute(bm_session *s, int W) {
     const bm_pass *p = &s->pass;
     const wanted *w = s->wanted;
     bm_backend *be = s->be;
-    const bool again = be->replay && !p->profile && p->M == p->Q && W == p->M && W <= s->head_rows && !w->f->nll;
+    const bool again = be->replay && !p->profile && !p->experts && p->M == p->Q && W == p->M && W <= s->head_rows && !w->f->nll;
     if (!again || !be->replay(be, s, p->M)) {
         bm_forward_layers(p);
         if (again) {
@@ -244,6 +248,7 @@ static bm_status compute(bm_session *s, int W) {
         }
     }
     if (again) return hand_out(s, w, W);
+    BM_TRY(bm_pages_failed(s->m->pages));
     for (int at = 0, n; at < W; at += n) {
         bool best = false;
         n = W - at < s->head_rows ? W - at : s->head_rows;

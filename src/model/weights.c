@@ -57,6 +57,14 @@ void bm_device_close(bm_device *d) {
     free(d);
 }
 
+bm_status bm_device_limit(bm_device *d, uint64_t bytes, const bm_session_options *plan) {
+    if (bytes && d->be->reads_host)
+        return bm_fail(BM_ENOSUPPORT, "limit: found device %s, expected one with memory of its own", d->be->name);
+    d->limit = bytes;
+    d->plan = plan ? *plan : (bm_session_options){ 0 };
+    return BM_OK;
+}
+
 const char *bm_device_name(const bm_device *d) { return d->be->name; }
 const char *bm_device_version(const bm_device *d) { return d->be->version; }
 int bm_device_threads(const bm_device *d) { return d->be->threads; }
@@ -159,9 +167,21 @@ static bm_status host_bytes(const bm_source *s, const bm_entry *e, void **temp, 
     return st;
 }
 
+/* Matrices of experts that come to the device as they are chosen. */
+static bool paged(const bm_model *m, const bm_file_tensor *t) {
+    const int flags = BM_P_EXPERT | BM_P_MATRIX;
+    return m->device->limit && (t->first.param->flags & flags) == flags && m->config.layer[t->first.layer].ffn == BM_FFN_MOE;
+}
+
 static bm_status load_matrix(bm_model *m, const bm_file_tensor *t, const bm_entry *e) {
     const void *data = e->data;
-    if (!data || !m->be->reads_host) {
+    if (paged(m, t) && !m->be->reads_host) {
+        void *mine;
+        BM_TRY(bm_pages_host(m->pages, &mine, e->bytes, e->name));
+        if (data) memcpy(mine, data, e->bytes);
+        else BM_TRY(bm_source_read(m->source, e, mine));
+        data = mine;
+    } else if (!data || !m->be->reads_host) {
         void *mine;
         BM_TRY(own(m, &mine, e->bytes, e->name));
         if (m->be->reads_host) BM_TRY(bm_source_read(m->source, e, mine));
@@ -223,17 +243,43 @@ void bm_weights_free(bm_weights *w, const bm_config *c) {
     w->layer = NULL;
 }
 
-/* Before anything is copied: whether the weights and a session of one text find room. */
-static bm_status fits(bm_model *m, const bm_entry **entry, bm_layout layout) {
-    uint64_t session;
+/* As many pages as the limit leaves room for beside the session and everything but experts. */
+static bm_status pages_plan(bm_model *m, uint64_t session, const uint64_t *layer, int *n, uint64_t *page) {
+    const uint64_t limit = m->device->limit, least = bm_config_widths(&m->config).X;
+    uint64_t all = 0, room = 0;
+    *page = 0;
+    for (int l = 0; l < m->config.n_layers; l++) {
+        if (layer[l]) all += (uint64_t)m->config.layer[l].n_experts;
+        if (layer[l] > *page) *page = layer[l];
+    }
+    if (limit > m->taken + session + m->be->grain && *page) room = (limit - m->taken - session - m->be->grain) / *page;
+    if (*page && room < least)
+        return bm_fail(BM_EMEMORY, "limit: found %.0f MB, expected at least %.0f MB: %.0f for the session, %.0f for %llu experts, "
+                       "the rest for what is no expert", 1e-6 * (double)limit,
+                       1e-6 * (double)(m->taken + session + least * *page + m->be->grain), 1e-6 * (double)session,
+                       1e-6 * (double)(least * *page), (unsigned long long)least);
+    *n = (int)(room < all ? room : all);
+    m->taken += bm_taken(m->be, *page * (uint64_t)*n);
+    return BM_OK;
+}
+
+/* Before anything is copied: whether the weights and a session of one text find room, and the pages where they shall
+ * have less than they would take. */
+static bm_status plan(bm_model *m, const bm_entry **entry, bm_layout layout) {
+    uint64_t session, page, layer[BM_MAX_LAYERS] = { 0 };
     bm_file_tensor t;
     size_t i = 0;
+    int n = 0;
     for (bm_walk w = bm_params_walk(&m->config, layout); bm_walk_next(&w, &t); i++) {
-        const uint64_t n = (uint64_t)t.first.rows * (uint64_t)t.first.cols * (uint64_t)t.n_parts;
-        m->taken += bm_taken(m->be, t.first.param->flags & BM_P_MATRIX ? entry[i]->bytes : n * sizeof(float));
+        const uint64_t count = (uint64_t)t.first.rows * (uint64_t)t.first.cols;
+        const bool matrix = t.first.param->flags & BM_P_MATRIX;
+        if (!paged(m, &t)) m->taken += bm_taken(m->be, matrix ? entry[i]->bytes : count * (uint64_t)t.n_parts * sizeof(float));
+        else if (!t.first.expert) layer[t.first.layer] += (t.joined ? 2 : 1) * bm_page_part(bm_dtype_bytes(entry[i]->type, count));
     }
-    BM_TRY(bm_session_bytes(m, NULL, &session));
-    return bm_fits(m->be, m->taken + session, "the model with a session of one text", "a smaller model or type");
+    BM_TRY(bm_session_bytes(m, m->device->limit ? &m->device->plan : NULL, &session));
+    if (m->device->limit) BM_TRY(pages_plan(m, session, layer, &n, &page));
+    BM_TRY(bm_fits(m->be, m->taken + session, "the model with a session of one text", "a smaller model or type"));
+    return n ? bm_pages_open(&m->pages, m, page, n) : BM_OK;
 }
 
 static bm_status load(bm_model *m) {
@@ -242,7 +288,7 @@ static bm_status load(bm_model *m) {
     size_t n, i = 0;
     bm_file_tensor t;
     BM_TRY(bm_params_match(&m->config, m->source, &entry, &n));
-    bm_status s = fits(m, entry, layout);
+    bm_status s = plan(m, entry, layout);
     if (!s) s = bm_weights_alloc(&m->w, &m->config);
     for (bm_walk w = bm_params_walk(&m->config, layout); !s && bm_walk_next(&w, &t); i++) {
         const bool matrix = t.first.param->flags & BM_P_MATRIX;
@@ -274,6 +320,7 @@ void bm_model_close(bm_model *m) {
     if (!m) return;
     pthread_mutex_lock(&m->device->lock);
     for (size_t i = 0; i < m->n_owned; i++) m->be->release(m->be, m->owned[i]);
+    bm_pages_close(m->pages);
     pthread_mutex_unlock(&m->device->lock);
     free(m->owned);
     bm_weights_free(&m->w, &m->config);
