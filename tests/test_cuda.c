@@ -225,7 +225,8 @@ static void test_rows(void **state) {
 
 /* Few rows and many, whole ids and a part, ties, -0 beside 0, NaN, rows of nothing else; into memory of both sides. */
 static void test_best(void **state) {
-    static const struct { int M, V, ld; } size[] = { { 1, 50304, 50304 }, { 3, 1, 2 }, { 9, 700, 703 }, { 64, 513, 513 }, { 65, 8000, 8192 } };
+    static const struct { int M, V, ld; } size[] = { { 1, 50304, 50304 }, { 3, 1, 2 }, { 9, 700, 703 }, { 64, 513, 513 },
+                                                      { 65, 8000, 8192 } };
     (void)state;
     for (int i = 0; i < 5; i++) {
         const int rows = size[i].M, V = size[i].V, ld = size[i].ld;
@@ -246,7 +247,7 @@ static void test_best(void **state) {
             gpu->best(gpu, &(bm_op_best){ .M = rows, .V = V, .ld = ld, .logits = l.at, .best = got });
             OK(gpu->sync(gpu));
             for (int r = 0; r < rows; r++)
-                if (got[r] != want[r]) fail_msg("best of row %d of %d: found %d, expected %d", r, rows, (int)got[r], (int)want[r]);
+                if (got[r] != want[r]) fail_msg("best of row %d of %d: found %d, expected %d", r, rows, got[r], want[r]);
             memset(got, 0, (size_t)rows * sizeof *got);
         }
         gpu->release_host(gpu, got);

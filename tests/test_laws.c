@@ -167,7 +167,8 @@ static void best(law *w) {
         for (int i = 0; i < MOST; i++) in[i].want = BM_WANT_LAST;
         OK(bm_forward(w->r.s, in, MOST));
         assert_int_equal(bm_best(w->r.s, 1), -1);
-        for (int i = 0; i < MOST; i++) in[i].want = step % 3 == 1 && i == 2 ? BM_WANT_NONE : step % 3 == 2 && i ? BM_WANT_LAST : BM_WANT_BEST;
+        for (int i = 0; i < MOST; i++)
+            in[i].want = step % 3 == 1 && i == 2 ? BM_WANT_NONE : step % 3 == 2 && i ? BM_WANT_LAST : BM_WANT_BEST;
         OK(bm_forward(s, in, MOST));
         for (int i = 0; i < MOST; i++) {
             const float *l = bm_logits(w->r.s, i);

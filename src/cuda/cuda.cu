@@ -134,7 +134,8 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     b->reserved = cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
     b->embed = bm_cuda_embed, b->norm = bm_cuda_norm, b->linear = bm_cuda_linear, b->conv = bm_cuda_conv;
     b->scan = bm_cuda_scan, b->route = bm_cuda_route, b->experts = bm_cuda_experts, b->loss = bm_cuda_loss;
-    b->attention = bm_cuda_attention, b->best = bm_cuda_best, b->replay = bm_cuda_replay, b->recorded = bm_cuda_recorded, b->forget = bm_cuda_forget;
+    b->attention = bm_cuda_attention, b->best = bm_cuda_best;
+    b->replay = bm_cuda_replay, b->recorded = bm_cuda_recorded, b->forget = bm_cuda_forget;
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);

@@ -120,8 +120,8 @@ bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_
     pthread_mutex_lock(&m->device->lock);
     bm_status st = bm_fits(s->be, bytes, "a session", "fewer texts or rows at once");
     if (!st && m->pages && m->taken + bytes > m->device->limit)
-        st = bm_fail(BM_EMEMORY, "a session of %d texts needs %.0f MB, found %.0f MB of the limit left; plan it with the limit", s->slots,
-                     1e-6 * (double)bytes, 1e-6 * (double)(m->device->limit - m->taken));
+        st = bm_fail(BM_EMEMORY, "a session of %d texts needs %.0f MB, found %.0f MB of the limit left; plan it with the limit",
+                     s->slots, 1e-6 * (double)bytes, 1e-6 * (double)(m->device->limit - m->taken));
     if (!st) st = session_init(s);
     pthread_mutex_unlock(&m->device->lock);
     if (st) bm_session_close(s);

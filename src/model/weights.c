@@ -254,8 +254,8 @@ static bm_status pages_plan(bm_model *m, uint64_t session, const uint64_t *layer
     }
     if (limit > m->taken + session + m->be->grain && *page) room = (limit - m->taken - session - m->be->grain) / *page;
     if (*page && room < least)
-        return bm_fail(BM_EMEMORY, "limit: found %.0f MB, expected at least %.0f MB: %.0f for the session, %.0f for %llu experts, "
-                       "the rest for what is no expert", 1e-6 * (double)limit,
+        return bm_fail(BM_EMEMORY, "limit: found %.0f MB, expected at least %.0f MB: %.0f for the session, %.0f for %llu "
+                       "experts, the rest for what is no expert", 1e-6 * (double)limit,
                        1e-6 * (double)(m->taken + session + least * *page + m->be->grain), 1e-6 * (double)session,
                        1e-6 * (double)(least * *page), (unsigned long long)least);
     *n = (int)(room < all ? room : all);
@@ -274,7 +274,8 @@ static bm_status plan(bm_model *m, const bm_entry **entry, bm_layout layout) {
         const uint64_t count = (uint64_t)t.first.rows * (uint64_t)t.first.cols;
         const bool matrix = t.first.param->flags & BM_P_MATRIX;
         if (!paged(m, &t)) m->taken += bm_taken(m->be, matrix ? entry[i]->bytes : count * (uint64_t)t.n_parts * sizeof(float));
-        else if (!t.first.expert) layer[t.first.layer] += (t.joined ? 2 : 1) * bm_page_part(bm_dtype_bytes(entry[i]->type, count));
+        else if (!t.first.expert)
+            layer[t.first.layer] += (t.joined ? 2 : 1) * bm_page_part(bm_dtype_bytes(entry[i]->type, count));
     }
     BM_TRY(bm_session_bytes(m, m->device->limit ? &m->device->plan : NULL, &session));
     if (m->device->limit) BM_TRY(pages_plan(m, session, layer, &n, &page));
