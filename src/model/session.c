@@ -175,17 +175,26 @@ static bm_status score(bm_session *s, const wanted *w, int n) {
     return be->sync(be);
 }
 
+/* How many rows, from the first on, have places for their logits side by side. */
+static int side_by_side(const wanted *w, int n) {
+    int m = 1;
+    while (m < n && w->f->in->want == BM_WANT_LAST && w[m].f->in->want == BM_WANT_LAST &&
+           w[m].f->in->slot == w->f->in->slot + m) m++;
+    return m;
+}
+
 /* What is in head_out and head_best, to whoever wanted it. */
 static bm_status hand_out(bm_session *s, const wanted *w, int n) {
     const size_t V = (size_t)s->m->config.n_vocab;
     bm_backend *be = s->be;
     if (w->f->nll) return score(s, w, n);
-    for (int i = 0; i < n; i++) {
+    for (int i = 0, m; i < n; i += m) {
         const bm_input *in = w[i].f->in;
+        m = side_by_side(w + i, n - i);
         if (in->want == BM_WANT_BEST) continue;
         float *at = s->logits + (size_t)in->slot * V;
-        be->get(be, at, s->head_out + (size_t)i * V, V * sizeof *at);
-        s->has_logits[in->slot] = true;
+        be->get(be, at, s->head_out + (size_t)i * V, (size_t)m * V * sizeof *at);
+        for (int k = 0; k < m; k++) s->has_logits[in->slot + k] = true;
         if (in->want != BM_WANT_ALL) continue;
         BM_TRY(be->sync(be));
         const bm_status st = in->fn(in->user, w[i].index, at);

@@ -104,9 +104,16 @@ bm_status bm_fits(bm_backend *be, uint64_t need, const char *what, const char *i
 
 /* ---- loading ------------------------------------------------------------------------------------ */
 
+/* From the one block there is where allocations are coarse, else an allocation of its own. */
 static bm_status own(bm_model *m, void *out, size_t bytes, const char *what) {
     void *p;
     memset(out, 0, sizeof p);
+    if (m->block && m->used + bytes <= m->block_bytes) {
+        p = m->block + m->used;
+        m->used += bm_page_part(bytes);
+        memcpy(out, &p, sizeof p);
+        return BM_OK;
+    }
     BM_TRY(bm_grow(&m->owned, &m->cap_owned, m->n_owned + 1, sizeof *m->owned, "a list of tensors"));
     BM_TRY(m->be->alloc(m->be, &p, bytes, what));
     m->owned[m->n_owned++] = p;
@@ -263,23 +270,28 @@ static bm_status pages_plan(bm_model *m, uint64_t session, const uint64_t *layer
     return BM_OK;
 }
 
-/* Before anything is copied: whether the weights and a session of one text find room, and the pages where they shall
- * have less than they would take. */
+/* Before anything is copied: whether weights and a session find room, memory for them, and pages where they shall have
+ * less than they would take. */
 static bm_status plan(bm_model *m, const bm_entry **entry, bm_layout layout) {
-    uint64_t session, page, layer[BM_MAX_LAYERS] = { 0 };
+    uint64_t session, page, block = 0, layer[BM_MAX_LAYERS] = { 0 };
     bm_file_tensor t;
     size_t i = 0;
     int n = 0;
     for (bm_walk w = bm_params_walk(&m->config, layout); bm_walk_next(&w, &t); i++) {
         const uint64_t count = (uint64_t)t.first.rows * (uint64_t)t.first.cols;
-        const bool matrix = t.first.param->flags & BM_P_MATRIX;
-        if (!paged(m, &t)) m->taken += bm_taken(m->be, matrix ? entry[i]->bytes : count * (uint64_t)t.n_parts * sizeof(float));
+        const uint64_t parts = (uint64_t)t.n_parts, wide = count * parts * sizeof(float);
+        if (!paged(m, &t)) block += bm_page_part(t.first.param->flags & BM_P_MATRIX ? entry[i]->bytes : wide) + 256 * parts;
         else if (!t.first.expert)
             layer[t.first.layer] += (t.joined ? 2 : 1) * bm_page_part(bm_dtype_bytes(entry[i]->type, count));
     }
+    m->taken = bm_taken(m->be, block);
     BM_TRY(bm_session_bytes(m, m->device->limit ? &m->device->plan : NULL, &session));
     if (m->device->limit) BM_TRY(pages_plan(m, session, layer, &n, &page));
-    BM_TRY(bm_fits(m->be, m->taken + session, "the model with a session of one text", "a smaller model or type"));
+    BM_TRY(bm_fits(m->be, m->taken + session, "the model with a session", "a smaller model or type"));
+    if (m->be->grain) {
+        BM_TRY(own(m, &m->block, block, "weights"));
+        m->block_bytes = block;
+    }
     return n ? bm_pages_open(&m->pages, m, page, n) : BM_OK;
 }
 
