@@ -71,9 +71,10 @@ int app_engine_open_within(app_engine *e, const char *path, const char *device, 
     else if (!(e->path = strdup(path))) code = app_error("out of memory for a path");
     if (code) return code;
     bm_status s = bm_device_open(&e->device, device, threads);
-    if (!s) s = bm_device_limit(e->device, 1000000 * (uint64_t)vram, &plan);
+    const bool automatic = !strcmp(device, "auto"), gpu = !s && strncmp(bm_device_name(e->device), "cpu", 3);
+    if (!s && (gpu || !automatic)) s = bm_device_limit(e->device, 1000000 * (uint64_t)vram, &plan);
     if (!s) s = bm_model_open(&e->model, e->device, e->path);
-    if (s == BM_EMEMORY && !strcmp(device, "auto") && e->device && strncmp(bm_device_name(e->device), "cpu", 3)) {
+    if (s == BM_EMEMORY && automatic && gpu) {
         fprintf(stderr, "blackmamba: warning: the CPU goes on: %s\n", bm_error());
         bm_device_close(e->device);
         e->device = NULL;

@@ -53,6 +53,7 @@ JSON
 nothing="cuda: (found no|blackmamba-cuda.so does not open)"
 ends 1 "^blackmamba: $nothing" CUDA_VISIBLE_DEVICES= -- -n 3 --device cuda
 ends 0 "^blackmamba: warning: the CPU goes on: $nothing" CUDA_VISIBLE_DEVICES= -- -n 3 --device auto
+ends 0 "^blackmamba: warning: the CPU goes on: $nothing" CUDA_VISIBLE_DEVICES= -- -n 3 --device auto --vram 100
 ends 1 "device: found 'cuda:x'" -- -n 3 --device cuda:x
 
 if [[ ! -e $(dirname "$program")/blackmamba-cuda.so ]] || ! command -v cc >/dev/null; then
