@@ -211,49 +211,103 @@ static void best(law *w) {
     law_close(w);
 }
 
-/* Experts copied in as they are chosen change no bit; the fewest pages that do are those of one layer. */
-static void pages(law *w) {
-    enum { EXPERTS = 4, ALL = 4 + 3 };
-    bm_page_times t, none;
-    law_open(w, 2, 1, 48);
-    all_logits(w->r.s, 0, w->ids, T, w->want);
-    bm_model_pages(w->r.m, &none);
-    assert_true(!none.pages && !none.hits);
+enum { EXPERTS = 4, ALL = 4 + 3 };     /* of the first MoE layer of a tiny model, and of both */
+
+/* The model again, with room for n experts. */
+static void open_limited(law *w, int n) {
+    bm_page_times t;
+    uint64_t session;
+    w->r.d->limit = (uint64_t)1 << 40;
+    OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+    OK(bm_session_bytes(w->r.m, NULL, &session));
+    bm_model_pages(w->r.m, &t);
+    assert_int_equal(t.pages, ALL);
+    w->r.d->limit = w->r.m->taken - bm_taken(w->r.m->be, t.bytes) + session + w->r.d->be->grain + (uint64_t)n * (t.bytes / ALL) + 1;
+    bm_model_close(w->r.m);
+    OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+    assert_true(w->r.m->taken + session <= w->r.d->limit);
+    bm_model_pages(w->r.m, &t);
+    assert_int_equal(t.pages, n);
+    OK(bm_session_open(&w->r.s, w->r.m, &(bm_session_options){ .arith = w->arith }));
+}
+static void close_model(law *w) {
     bm_session_close(w->r.s);
     bm_model_close(w->r.m);
-    uint64_t session, last = 0;
-    const bm_session_options o = { .arith = w->arith };
+}
+/* Back to a law that can be closed. */
+static void open_unlimited(law *w) {
+    w->r.d->limit = 0;
+    OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+    OK(bm_session_open(&w->r.s, w->r.m, NULL));
+}
+
+/* Experts copied in as they are chosen change no bit; the fewest pages that do are those of one layer. */
+static void pages(law *w) {
+    bm_page_times t;
+    uint64_t last = 0;
+    law_open(w, 2, 1, 48);
+    all_logits(w->r.s, 0, w->ids, T, w->want);
+    bm_model_pages(w->r.m, &t);
+    assert_true(!t.pages && !t.hits);
+    close_model(w);
+    w->r.d->limit = 1;
+    assert_int_equal(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)), BM_EMEMORY);
+    assert_non_null(strstr(bm_error(), "limit: found 0 MB"));
     for (int n = EXPERTS; n <= ALL; n++) {
-        w->r.d->limit = 1;              /* too small for anything, so that the sentence tells what would do */
-        assert_int_equal(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)), BM_EMEMORY);
-        assert_non_null(strstr(bm_error(), "limit: found 0 MB"));
-        w->r.d->limit = (uint64_t)1 << 40;
-        OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
-        bm_model_pages(w->r.m, &t);
-        assert_int_equal(t.pages, ALL);
-        OK(bm_session_bytes(w->r.m, NULL, &session));
-        const uint64_t page = t.bytes / ALL, rest = w->r.m->taken - bm_taken(w->r.m->be, t.bytes);
-        bm_model_close(w->r.m);
-        w->r.d->limit = rest + session + w->r.d->be->grain + (uint64_t)n * page + 1;
-        OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
-        assert_true(w->r.m->taken + session <= w->r.d->limit);
-        OK(bm_session_open(&w->r.s, w->r.m, &o));
+        open_limited(w, n);
         all_logits(w->r.s, 0, w->ids, 100, w->got);
         for (size_t i = 100; i < T; i++) all_logits(w->r.s, 0, w->ids + i, 1, w->got + i * (size_t)w->r.V);
         same(w, "experts in pages");
         bm_model_pages(w->r.m, &t);
-        assert_int_equal(t.pages, n);
         assert_true(t.hits && t.misses >= ALL - 1 && (n > EXPERTS || t.misses > ALL) && (n < ALL || t.misses <= ALL));
         assert_true(!last || t.misses <= last);
         last = t.misses;
-        bm_session_close(w->r.s);
-        assert_int_equal(bm_session_open(&w->r.s, w->r.m, &(bm_session_options){ .slots = 4000 }), BM_EMEMORY);
-        bm_model_close(w->r.m);
+        bm_session *other;
+        assert_int_equal(bm_session_open(&other, w->r.m, &(bm_session_options){ .slots = 4000 }), BM_EMEMORY);
+        close_model(w);
     }
-    w->r.d->limit = 0;
-    OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
-    OK(bm_session_open(&w->r.s, w->r.m, NULL));
+    open_unlimited(w);
     law_close(w);
+}
+
+/* One row through expert e of a layer. */
+static void choose(law *w, int layer, int e) {
+    const int X = w->r.m->config.layer[layer].n_experts;
+    const bm_layer *l = &w->r.m->w.layer[layer];
+    int32_t expert = e, order = 0, first[EXPERTS + 1];
+    float gate = 1, x[64] = { 0 }, y[64], hidden[2 * 256];
+    for (int i = 0; i <= X; i++) first[i] = i > e;
+    const bm_op_route route = { .M = 1, .X = X, .k = 1, .expert = &expert, .order = &order, .first = first, .gate = &gate };
+    const bm_op_experts op = { .M = 1, .D = 64, .F = 256, .X = X, .arith = BM_ARITH_F32, .route = &route, .gate = l->gate,
+                               .up = l->up, .down = l->down, .x = x, .hidden = hidden, .y = y };
+    bm_expert_door *door = bm_pages_door(w->r.m->pages);
+    door->forward(door, w->r.m->be, layer, &op);
+    OK(bm_pages_failed(w->r.m->pages));
+}
+/* The expert used longest ago makes room, not the one that came first. */
+static void test_oldest(void **state) {
+    (void)state;
+    law w = { .type = BM_F32, .arith = BM_ARITH_F32 };
+    bm_page_times t;
+    law_open(&w, 1, 1, 16);
+    if (w.r.d->be->reads_host) {            /* the operation's arrays are this function's */
+        close_model(&w);
+        open_limited(&w, EXPERTS);
+        for (int e = 0; e < EXPERTS; e++) choose(&w, 1, e);
+        choose(&w, 1, 0);
+        choose(&w, 2, 0);                   /* over expert 1 */
+        choose(&w, 1, 0);
+        choose(&w, 1, 2);
+        bm_model_pages(w.r.m, &t);
+        assert_int_equal(t.misses, EXPERTS + 1);
+        choose(&w, 1, 1);
+        bm_model_pages(w.r.m, &t);
+        assert_int_equal(t.misses, EXPERTS + 2);
+        assert_int_equal(t.hits, 3);
+        close_model(&w);
+        open_unlimited(&w);
+    }
+    law_close(&w);
 }
 
 static void every(void (*fn)(law *)) {
@@ -304,7 +358,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_chunking), cmocka_unit_test(test_batch),    cmocka_unit_test(test_restored),
         cmocka_unit_test(test_score),    cmocka_unit_test(test_best),     cmocka_unit_test(test_pages),
-        cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_oldest),   cmocka_unit_test(test_failures),
     };
     return cmocka_run_group_tests_name("laws", tests, NULL, NULL);
 }
