@@ -39,7 +39,7 @@ APP_OBJ := $(APP_SRC:%.c=$B/%.o)
 SIMD_SAN = $(if $(findstring undefined,$(SAN)),-fno-sanitize=undefined)
 JOBS    := -j$(shell nproc) --no-print-directory
 
-.PHONY: all demo check deps bench fuzz install clean
+.PHONY: all demo check deps bench fuzz install clean FORCE
 # ranks by MPI: an object the command opens when mpirun or srun started it
 MPICC := $(if $(SAN),,$(shell command -v mpicc))
 # NVIDIA GPUs: another such object, for these chips and as PTX for what comes after them
@@ -56,6 +56,14 @@ $B/%.o: %.c
 	$(CC) $(ALL_CFLAGS) $(FLAGS_$(patsubst src/cpu/kernels_%.c,%,$<)) $(if $(filter src/cpu/kernels_%,$<),$(FUZZ_KERNELS)) \
 	  $(if $(filter src/cpu/kernels_avx% src/cpu/kernels_neon%,$<),$(SIMD_SAN)) \
 	  -MMD -MP -c $< -o $@
+# what bench measured, as git describes it: a header that changes only when that does
+COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+$B/commit.h: FORCE
+	@mkdir -p $(@D)
+	@echo '#define BENCH_COMMIT "$(COMMIT)"' | cmp -s - $@ || echo '#define BENCH_COMMIT "$(COMMIT)"' >$@
+FORCE:
+$B/app/bench_report.o: ALL_CFLAGS += -I$B
+$B/app/bench_report.o: $B/commit.h
 $B/libblackmamba.a: $(LIB_OBJ)
 	@rm -f $@
 	$(AR) rcs $@ $^
@@ -90,17 +98,20 @@ LEVELS := $(foreach l,scalar $(filter-out $(lastword $(ISA_$(ARCH))),$(ISA_$(ARC
 .PHONY: tests
 # what central differences judge, in the build whose float is a double
 F64_TESTS := test_gradients
-tests: all $(TESTS:%=$B/tests/%) $(REPLAY:%=$B/tests/fuzz/%)
+tests: all $(TESTS:%=$B/tests/%) $(REPLAY:%=$B/tests/fuzz/%) $(if $(NVCC),$B/tests/trouble.so)
+$B/tests/trouble.so: tests/trouble.cu
+	@mkdir -p $(@D)
+	$(NVCC) -shared -Xcompiler -fPIC -gencode arch=compute_80,code=compute_80 -o $@ $<
 check: deps
 	@$(MAKE) $(JOBS) tests
 	@$(MAKE) $(JOBS) F64=1 B=$B-f64 all $(F64_TESTS:%=$B-f64/tests/%)
-	@tools/check $B layers $(TESTS) $(F64_TESTS:%=f64:%) $(LEVELS) $(REPLAY) test_command.sh test_kill.sh test_ranks.sh
+	@tools/check $B layers $(TESTS) $(F64_TESTS:%=f64:%) $(LEVELS) $(REPLAY) test_command.sh test_cuda.sh test_kill.sh test_ranks.sh
 
 # On a machine with a GPU: each operation against the CPU, then whole models.
 .PHONY: check-cuda
 check-cuda:
 	@$(MAKE) $(JOBS) tests
-	@tools/check $B test_cuda cuda:test_golden cuda:test_laws
+	@tools/check $B test_cuda test_cuda.sh cuda:test_golden cuda:test_laws cuda:test_stream
 
 # Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
 # allocator, so not that one), what uses threads under TSan.

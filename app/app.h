@@ -56,6 +56,8 @@ extern const app_command app_run, app_tokenize, app_logits, app_perplexity, app_
     "tokenizer.json, or a folder or .gguf that holds one"}
 #define APP_DEVICE(to) {0, "device", NULL, "NAME", APP_TEXT, to, 0, 0, NULL, \
     "cpu, cpu: and an instruction set, cuda: and a number, or auto: a GPU if there is one (cpu)"}
+#define APP_VRAM(to) {0, "vram", NULL, "MB", APP_INT, to, 0, 1 << 24, NULL, \
+    "memory of the GPU to use at most: experts stay in host memory and are copied in as they are chosen; 0: no limit (0)"}
 #define APP_THREADS(to) {'t', "threads", NULL, "N", APP_INT, to, 0, 1024, NULL, \
     "threads; 0: one per processor (0)"}
 #define APP_ARITH(to, standard) {0, "arith", NULL, "native|f32", APP_CHOICE, to, 0, 0, NULL, \
@@ -117,6 +119,8 @@ typedef struct app_engine {
 } app_engine;
 /* path NULL: the bundled model */
 int  app_engine_open(app_engine *e, const char *path, const char *device, int threads);
+/* The same within so many megabytes of a GPU's memory for the model and a session of that many texts; 0: no limit. */
+int  app_engine_open_within(app_engine *e, const char *path, const char *device, int threads, int vram, int slots);
 int  app_engine_tokenizer(app_engine *e, const char *path);             /* path NULL: the model's own */
 int  app_engine_session(app_engine *e, int arith, int slots);
 void app_engine_close(app_engine *e);

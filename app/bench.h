@@ -6,7 +6,7 @@
 #define BM_APP_BENCH_H
 #include "app.h"
 
-enum { BENCH_ROUNDS = 99, BENCH_BATCHES = 16 };
+enum { BENCH_ROUNDS = 99, BENCH_LINES = 32 };
 
 /* ---- bench_machine.c ------------------------------------------------------------------- */
 
@@ -14,6 +14,8 @@ typedef struct bench_machine {
     char cpu[96], level[16], pages[24];         /* "AMD EPYC"; "avx512"; "4 KiB" or "huge": most of the memory */
     int threads;
     long cache[3];                              /* bytes of the first level (data), second, third; 0: unknown */
+    bool gpu;
+    char device[64], driver[24], cuda[16];      /* as the library names it; of a GPU's driver and runtime, else "" */
 } bench_machine;
 void bench_machine_ask(bench_machine *m, const bm_device *d);
 /* A size in bytes of /proc/self/status ("VmHWM:"); 0 when it cannot be told. */
@@ -32,6 +34,7 @@ typedef struct bench_line {
     bench_kind kind;
     int n, steps;                               /* texts at once; calls of bm_forward timed (prefill: tokens) */
     double bytes, ops;                          /* weights read and operations done in a pass */
+    double moved;                               /* on a GPU also states, read and written */
     bm_times times;                             /* of one pass, not among the timed ones */
     bench_series rate, fraction;                /* tokens a second; of what the roof of the same round allows */
     bench_series first, last;                   /* seconds a token of the first and the last tokens of a long prompt */
@@ -45,10 +48,12 @@ typedef struct bench_result {
     bm_dtype type;                              /* of most weights */
     int arith, prompt, gen, rounds;
     bm_info info;
+    uint64_t session_bytes;                     /* states and work space */
+    bm_page_times pages;
     double peak_memory, anonymous_memory;       /* bytes, after every line ran once */
     double memory_first, memory_last;           /* resident after the first and the last tokens of a long prompt */
     bench_series bandwidth, peak, peak_f32;
-    bench_line line[2 + BENCH_BATCHES];
+    bench_line line[BENCH_LINES];               /* decode, at least one prefill, batches */
     int n_lines;
 } bench_result;
 

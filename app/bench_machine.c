@@ -43,6 +43,20 @@ static void ask_caches(bench_machine *m) {
     }
 }
 
+/* The driver's own version where the system tells it, else the CUDA it is for. */
+static void ask_gpu(bench_machine *m, const bm_device *d) {
+    char line[256] = "", word[24];
+    int n = 0;
+    m->gpu = sscanf(bm_device_name(d), "cuda:%*d, %63[^\n]", m->cpu) == 1;
+    if (!m->gpu) return;
+    snprintf(m->level, sizeof m->level, "cuda");
+    sscanf(bm_device_version(d), "CUDA %15[^,], driver %23[^\n]", m->cuda, m->driver);
+    if (line_of("/sys/module/nvidia/version", "", m->driver, sizeof m->driver)) return;
+    line_of("/proc/driver/nvidia/version", "NVRM version", line, sizeof line);
+    for (const char *p = line; sscanf(p, "%23s%n", word, &n) == 1; p += n)
+        if (word[0] >= '0' && word[0] <= '9' && strchr(word, '.')) snprintf(m->driver, sizeof m->driver, "%s", word);
+}
+
 void bench_machine_ask(bench_machine *m, const bm_device *d) {
     static const char *const huge[3] = {"AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:"};
     struct utsname u;
@@ -51,7 +65,8 @@ void bench_machine_ask(bench_machine *m, const bm_device *d) {
     if (!line_of("/proc/cpuinfo", "model name", m->cpu, sizeof m->cpu) && uname(&u) == 0)
         snprintf(m->cpu, sizeof m->cpu, "%.60s", u.machine);
     sscanf(bm_device_name(d), "cpu %15[^,]", m->level);
-    if (sscanf(bm_device_name(d), "cuda:%*d, %63[^\n]", m->cpu) == 1) snprintf(m->level, sizeof m->level, "cuda");
+    snprintf(m->device, sizeof m->device, "%s", bm_device_name(d));
+    ask_gpu(m, d);
     ask_caches(m);
     for (int i = 0; i < 3; i++) large += kilobytes("/proc/self/smaps_rollup", huge[i]);
     if (large > 0.5 * bench_memory("VmRSS:")) snprintf(m->pages, sizeof m->pages, "huge");

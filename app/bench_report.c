@@ -3,6 +3,7 @@
  * In: series of a bench_result.  Out: standard output or a file.  Rates are GB/s and GFLOP/s, 1e9 of
  * each; fractions are 0 to 1. */
 #include "bench.h"
+#include "commit.h"
 #include <errno.h>
 #include <math.h>
 #include <string.h>
@@ -37,8 +38,16 @@ static double stage_share(const bench_line *l, double seconds) {
 /* ---- table ----------------------------------------------------------------------------- */
 
 static void print_machine(const bench_machine *m) {
+    if (m->gpu) printf("device     %s, driver %s, CUDA %s, this program %s\n", m->cpu, m->driver, m->cuda, BENCH_COMMIT);
+    if (m->gpu) return;
     printf("machine    %s, %s, %d thread%s, pages of %s, caches %ld / %ld / %ld KiB\n", m->cpu, m->level, m->threads,
            m->threads == 1 ? "" : "s", m->pages, m->cache[0] / 1024, m->cache[1] / 1024, m->cache[2] / 1024);
+}
+
+/* Of the experts chosen in all lines, those that were on the device. */
+static double hit_rate(const bench_result *r) {
+    const double all = (double)(r->pages.hits + r->pages.misses);
+    return all > 0 ? (double)r->pages.hits / all : 0;
 }
 
 static void print_head(const bench_result *r) {
@@ -47,8 +56,14 @@ static void print_head(const bench_result *r) {
     print_machine(&r->machine);
     printf("model      %s, %s, arithmetic %s; medians of %d round%s\n", r->model, bm_dtype_name(r->type),
            arith_name(r->arith), r->rounds, r->rounds == 1 ? "" : "s");
-    printf("memory     %.0f MB at most, %.0f MB of it not the file's\n", 1e-6 * r->peak_memory,
-           1e-6 * r->anonymous_memory);
+    if (r->machine.gpu)
+        printf("memory     %.0f MB of weights, %.0f MB of states and work space\n", 1e-6 * (double)r->info.weight_bytes,
+               1e-6 * (double)r->session_bytes);
+    else
+        printf("memory     %.0f MB at most, %.0f MB of it not the file's\n", 1e-6 * r->peak_memory, 1e-6 * r->anonymous_memory);
+    if (r->pages.pages)
+        printf("experts    %d on the GPU in %.0f MB, %.1f%% of those chosen were there\n", r->pages.pages,
+               1e-6 * (double)r->pages.bytes, 100 * hit_rate(r));
     printf("bandwidth  %.2f GB/s, %.2f to %.2f\n", 1e-9 * w.median, 1e-9 * w.min, 1e-9 * w.max);
     printf("peak       %.0f GFLOP/s in products of this model, %.0f in f32\n", 1e-9 * peak, 1e-9 * f32);
 }
@@ -58,6 +73,25 @@ static void print_long(const bench_result *r, const bench_line *l) {
     const double a = bench_summarize(&l->first).median, b = bench_summarize(&l->last).median;
     printf("\nlong text  %.1f us a token in the first 2048, %.1f in the last (%+.1f%%); resident memory %+.1f MB "
            "between\n", 1e6 * a, 1e6 * b, 100 * (b / a - 1), 1e-6 * (r->memory_last - r->memory_first));
+}
+
+/* Shares of the time, or on a GPU microseconds of a step: there the marks between stages cost some themselves. */
+static void print_stages(const bench_result *r) {
+    const bool gpu = r->machine.gpu;
+    char name[32];
+    printf("\n%-14s", gpu ? "us a step" : "% of the time");
+    for (int k = 0; k < BM_STAGE_COUNT; k++) printf(" %11s", bm_stage_name((bm_stage)k));
+    printf(gpu ? "\n" : " %11s\n", "(waiting)");
+    for (int i = 0; i < r->n_lines; i++) {
+        const bench_line *l = &r->line[i];
+        const double chunks = l->times.chunks ? (double)l->times.chunks : 1;
+        line_name(name, l);
+        printf("%-14s", name);
+        for (int k = 0; k < BM_STAGE_COUNT; k++)
+            printf(" %11.1f", gpu ? 1e6 * l->times.stage[k] / chunks : 100 * stage_share(l, l->times.stage[k]));
+        if (gpu) putchar('\n');
+        else printf(" %11.1f\n", 100 * stage_share(l, l->times.waiting));
+    }
 }
 
 void bench_print(const bench_result *r) {
@@ -75,16 +109,7 @@ void bench_print(const bench_result *r) {
         if (l->times.moe_layers) printf(" %8.2f\n", experts(l));
         else printf(" %8s\n", "-");
     }
-    printf("\n%-14s", "% of the time");
-    for (int k = 0; k < BM_STAGE_COUNT; k++) printf(" %11s", bm_stage_name((bm_stage)k));
-    printf(" %11s\n", "(waiting)");
-    for (int i = 0; i < r->n_lines; i++) {
-        const bench_line *l = &r->line[i];
-        line_name(name, l);
-        printf("%-14s", name);
-        for (int k = 0; k < BM_STAGE_COUNT; k++) printf(" %11.1f", 100 * stage_share(l, l->times.stage[k]));
-        printf(" %11.1f\n", 100 * stage_share(l, l->times.waiting));
-    }
+    print_stages(r);
     for (int i = 0; i < r->n_lines; i++) print_long(r, &r->line[i]);
 }
 
@@ -120,9 +145,12 @@ void bench_kernel_print(const bench_kernels *k, size_t i) {
 /* ---- JSON ------------------------------------------------------------------------------ */
 
 static json_t *json_machine(const bench_machine *m) {
-    return json_pack("{s:s, s:s, s:i, s:s, s:[I, I, I]}", "cpu", m->cpu, "level", m->level, "threads", m->threads,
-                     "pages", m->pages, "caches", (json_int_t)m->cache[0], (json_int_t)m->cache[1],
-                     (json_int_t)m->cache[2]);
+    json_t *o = json_pack("{s:s, s:s, s:i, s:s, s:[I, I, I]}", "cpu", m->cpu, "level", m->level, "threads", m->threads,
+                          "pages", m->pages, "caches", (json_int_t)m->cache[0], (json_int_t)m->cache[1],
+                          (json_int_t)m->cache[2]);
+    if (o && m->gpu) json_object_set_new(o, "driver", json_string(m->driver));
+    if (o && m->gpu) json_object_set_new(o, "cuda", json_string(m->cuda));
+    return o;
 }
 
 static json_t *json_stages(const bench_line *l) {
@@ -158,12 +186,29 @@ static void json_rate(json_t *to, const char *prefix, const bench_line *l) {
     }
 }
 
-static json_t *json_batch(const bench_result *r, const bench_line *l) {
-    json_t *o = json_pack("{s:i, s:o, s:o, s:o, s:o}", "n", l->n, "roof_tok_s", app_json_real(roof(r, l)),
-                          "experts_per_layer", app_json_real(experts(l)), "bytes_per_token",
-                          app_json_real(l->bytes / tokens(l)), "stages", json_stages(l));
+/* Distinct experts that got rows in a step: the mean of each MoE layer. */
+static json_t *json_experts(const bench_line *l) {
+    json_t *o = json_array();
+    for (int k = 0; o && k < BM_MAX_LAYERS; k++)
+        if (l->times.layer_experts[k])
+            json_array_append_new(o, app_json_real((double)l->times.layer_experts[k] / (double)l->times.chunks));
+    return o;
+}
+
+/* A batch or a prefill: n texts, or one of n tokens. */
+static json_t *json_line(const bench_result *r, const bench_line *l) {
+    json_t *o = json_pack("{s:i, s:o, s:o, s:o, s:o, s:o}", "n", l->kind == BENCH_BATCH ? l->n : l->steps, "roof_tok_s",
+                          app_json_real(roof(r, l)), "experts_per_layer", app_json_real(experts(l)), "experts_by_layer",
+                          json_experts(l), "bytes_per_token", app_json_real(l->bytes / tokens(l)), "stages", json_stages(l));
     if (o) json_rate(o, "", l);
     return o;
+}
+
+static json_t *json_lines(const bench_result *r, bench_kind kind) {
+    json_t *all = json_array();
+    for (int i = 0; all && i < r->n_lines; i++)
+        if (r->line[i].kind == kind) json_array_append_new(all, json_line(r, &r->line[i]));
+    return all;
 }
 
 static void json_long(json_t *o, const bench_result *r, const bench_line *l) {
@@ -178,8 +223,9 @@ int bench_json(const bench_result *r, const char *path) {
     const bench_summary w = bench_summarize(&r->bandwidth), p = bench_summarize(&r->peak);
     const double rate = bench_summarize(&decode->rate).median, speed = bench_summarize(&prefill->rate).median;
     json_t *o = json_pack(
-        "{s:s, s:o, s:s, s:s, s:s, s:i, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:o, s:o, s:o, s:o}",
-        "version", bm_version(), "machine", json_machine(&r->machine), "model", r->model, "type",
+        "{s:s, s:s, s:s, s:o, s:s, s:s, s:s, s:i, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:o, s:o, s:o, s:o}",
+        "version", bm_version(), "commit", BENCH_COMMIT, "device", r->machine.device, "machine",
+        json_machine(&r->machine), "model", r->model, "type",
         bm_dtype_name(r->type), "arith", arith_name(r->arith), "prompt", r->prompt, "gen", r->gen, "rounds", r->rounds,
         "bandwidth_gb_s",
         app_json_real(1e-9 * w.median), "bandwidth_gb_s_min", app_json_real(1e-9 * w.min), "bandwidth_gb_s_max",
@@ -190,15 +236,16 @@ int bench_json(const bench_result *r, const char *path) {
         app_json_real(1e-9 * speed * prefill->ops / tokens(prefill)), "stages", json_pack("{s:o, s:o}", "decode",
         json_stages(decode), "prefill", json_stages(prefill)), "peak_memory_bytes", app_json_real(r->peak_memory),
         "anonymous_memory_bytes", app_json_real(r->anonymous_memory));
-    json_t *batch = json_array();
-    for (int i = 2; batch && i < r->n_lines; i++) json_array_append_new(batch, json_batch(r, &r->line[i]));
     if (o) {
         json_rate(o, "decode_", decode);
         json_rate(o, "prefill_", prefill);
         json_long(o, r, prefill);
-        json_object_set_new(o, "batch", batch);
-    } else {
-        json_decref(batch);
+        json_object_set_new(o, "session_bytes", json_integer((json_int_t)r->session_bytes));
+        if (r->pages.pages)
+            json_object_set_new(o, "pages", json_pack("{s:i, s:I, s:o}", "n", r->pages.pages, "bytes", (json_int_t)r->pages.bytes,
+                                                      "hit_rate", app_json_real(hit_rate(r))));
+        json_object_set_new(o, "prefill", json_lines(r, BENCH_PREFILL));
+        json_object_set_new(o, "batch", json_lines(r, BENCH_BATCH));
     }
     return json_write(o, path);
 }
@@ -254,7 +301,25 @@ static void csv_machine(FILE *f, const bench_machine *m) {
     fprintf(f, ",%s,%d,%s,", m->level, m->threads, m->pages);
 }
 
+/* work, batch: decode and how many texts at once, or prefill and how many tokens. */
+static int csv_gpu(const bench_result *r, const char *path) {
+    FILE *f = csv_open(path);
+    if (!f) return APP_FAILED;
+    fputs("model,type,work,batch,tok_s,roof_tok_s,fraction,copy_gb_s,product_tflops,commit,driver,cuda\n", f);
+    for (int i = 0; i < r->n_lines; i++) {
+        const bench_line *l = &r->line[i];
+        const bool prefill = l->kind == BENCH_PREFILL;
+        csv_text(f, r->model);
+        fprintf(f, ",%s,%s,%d,%.1f,%.1f,%.4f", bm_dtype_name(r->type), prefill ? "prefill" : "decode", prefill ? l->steps : l->n,
+                bench_summarize(&l->rate).median, roof(r, l), bench_summarize(&l->fraction).median);
+        fprintf(f, ",%.1f,%.1f,%s,%s,%s\n", 1e-9 * bench_summarize(&r->bandwidth).median,
+                1e-12 * bench_summarize(&r->peak).median, BENCH_COMMIT, r->machine.driver, r->machine.cuda);
+    }
+    return csv_close(f, path);
+}
+
 int bench_csv(const bench_result *r, const char *path) {
+    if (r->machine.gpu) return csv_gpu(r, path);
     FILE *f = csv_open(path);
     if (!f) return APP_FAILED;
     fputs("machine,level,threads,pages,version,model,type,arith,line,tokens,tok_s,tok_s_min,tok_s_max,"

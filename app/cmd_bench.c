@@ -10,36 +10,37 @@
 #include <unistd.h>
 
 static struct {
-    const char *model, *device, *preset, *batch, *json, *csv;
-    int type, prompt, gen, rounds, threads, arith;
-    bool type_given, bandwidth, kernels;
-} o = {.device = "cpu", .type = BM_BF16, .prompt = 512, .gen = 128, .rounds = 5, .batch = "1,4,16,32"};
+    const char *model, *device, *preset, *prompt, *batch, *json, *csv;
+    int type, gen, rounds, threads, arith, vram;
+    bool type_given, gen_given, bandwidth, kernels;
+} o = {.device = "cpu", .type = BM_BF16, .prompt = "512", .gen = 128, .rounds = 5, .batch = "1,4,16,32"};
 
 static const app_option options[] = {
     APP_MODEL(&o.model),
     {0, "preset", NULL, "NAME|FILE", APP_TEXT, &o.preset, 0, 0, NULL,
      "random weights of this configuration, made in memory for the time of the run; as for init"},
     {0, "type", NULL, APP_DTYPES, APP_CHOICE, &o.type, 0, 0, &o.type_given, "type of their matrices (bf16)"},
-    {0, "prompt", NULL, "N", APP_INT, &o.prompt, 1, 1 << 24, NULL, "tokens of prefill in a round (512)"},
-    {0, "gen", NULL, "N", APP_INT, &o.gen, 1, 1 << 20, NULL, "tokens of decode in a round (128)"},
+    {0, "prompt", NULL, "N,N,...", APP_TEXT, &o.prompt, 0, 0, NULL, "tokens of prefill in a round (512)"},
+    {0, "gen", NULL, "N", APP_INT, &o.gen, 1, 1 << 20, &o.gen_given, "tokens of decode in a round (128; 256 on a GPU)"},
     {0, "batch", NULL, "N,N,...", APP_TEXT, &o.batch, 0, 0, NULL,
-     "texts decoded at once, up to 32 tokens each; 0: none (1,4,16,32)"},
+     "texts decoded at once, up to 32 tokens each (on a GPU as many as --gen says); 0: none (1,4,16,32)"},
     {'r', "rounds", NULL, "N", APP_INT, &o.rounds, 1, BENCH_ROUNDS, NULL, "rounds; the medians are reported (5)"},
     {0, "bandwidth", NULL, NULL, APP_FLAG, &o.bandwidth, 0, 0, NULL,
      "only the bandwidth of reading memory, over 1 GiB"},
     {0, "kernels", NULL, NULL, APP_FLAG, &o.kernels, 0, 0, NULL,
      "only each operation by itself, at each instruction set of this machine"},
     APP_DEVICE(&o.device),
+    APP_VRAM(&o.vram),
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "native"),
     {0, "json", NULL, "FILE", APP_TEXT, &o.json, 0, 0, NULL, "write one JSON object; -: instead of the table"},
     {0, "csv", NULL, "FILE", APP_TEXT, &o.csv, 0, 0, NULL,
-     "write lines for bench/MACHINE.csv; -: instead of the table"},
+     "write lines for bench/MACHINE.csv, on a GPU with columns of their own; -: instead of the table"},
     {0},
 };
 
 static const size_t WINDOW = (size_t)1 << 30;
-enum { MOST_TEXTS = 1024, BATCH_STEPS = 32, PIECE = 2048 };
+enum { MOST_TEXTS = 1024, MOST_PROMPT = 1 << 24, BATCH_STEPS = 32, PIECE = 2048, GPU_PIECE = 8192, GPU_STEPS = 256 };
 
 static bool table_wanted(void) { return !((o.json && !strcmp(o.json, "-")) || (o.csv && !strcmp(o.csv, "-"))); }
 
@@ -64,7 +65,9 @@ typedef struct bench {
     app_engine e;
     bench_result r;
     bm_token *ids;              /* of text i from i on */
-    bm_input *in;               /* one for each text of the largest batch */
+    bm_input *in; bm_token *next;       /* one for each text of the largest batch */
+    bool gpu;                   /* each text is fed the token it gave */
+    int piece;                  /* tokens of a long prompt fed at once */
     bool timed;                 /* this pass counts */
 } bench;
 
@@ -77,11 +80,12 @@ static bm_status feed(bench *b, int from, int n, bool last) {
 /* Seconds of n tokens at once; a prompt of more than two pieces is fed in pieces, the odd one second. */
 static bm_status prefill_pass(bench *b, bench_line *l, int n, double *seconds) {
     bm_status s = bm_state_set(b->e.session, 0, NULL);
-    const bool pieces = n > 2 * PIECE;
+    const int piece = b->piece;
+    const bool pieces = n > 2 * piece;
     const double start = app_seconds();
     double mark = start;
     for (int at = 0; !s && at < n; ) {
-        const int odd = n % PIECE, take = !pieces ? n : at == PIECE && odd ? odd : PIECE;
+        const int odd = n % piece, take = !pieces ? n : at == piece && odd ? odd : piece;
         mark = app_seconds();
         s = feed(b, at, take, at + take == n);
         const double spent = app_seconds() - mark;
@@ -97,22 +101,25 @@ static bm_status prefill_pass(bench *b, bench_line *l, int n, double *seconds) {
     return s;
 }
 
-/* Seconds of so many steps of n texts, a token each; the step before them is not counted. */
+/* Seconds of so many steps of n texts, a token each; the step before them is not counted.  A processor is given tokens
+ * without pattern and asked for logits; a GPU chooses the tokens, which is part of the time. */
 static bm_status decode_pass(bench *b, const bench_line *l, double *seconds) {
     bm_status s = BM_OK;
     double start = 0;
     bm_times forget;
     for (int i = 0; !s && i < l->n; i++) {
         s = bm_state_set(b->e.session, i, NULL);
-        b->in[i] = (bm_input){.slot = i, .n = 1, .want = BM_WANT_LAST};
+        b->in[i] = (bm_input){.slot = i, .tokens = &b->next[i], .n = 1, .want = b->gpu ? BM_WANT_BEST : BM_WANT_LAST};
+        b->next[i] = b->ids[i * BATCH_STEPS];
     }
     for (int step = -1; !s && step < l->steps; step++) {
         if (step == 0) {
             bm_session_times(b->e.session, &forget);
             start = app_seconds();
         }
-        for (int i = 0; i < l->n; i++) b->in[i].tokens = b->ids + 1 + step + i * BATCH_STEPS;
+        for (int i = 0; !b->gpu && i < l->n; i++) b->next[i] = b->ids[1 + step + i * BATCH_STEPS];
         s = app_interrupt() ? BM_ECANCELLED : bm_forward(b->e.session, b->in, l->n);
+        for (int i = 0; !s && b->gpu && i < l->n; i++) b->next[i] = bm_best(b->e.session, i);
     }
     *seconds = app_seconds() - start;
     return s;
@@ -120,7 +127,7 @@ static bm_status decode_pass(bench *b, const bench_line *l, double *seconds) {
 
 double bench_roof_seconds(const bench_line *l, double bandwidth, double peak) {
     if (l->kind == BENCH_PREFILL) return l->ops / peak;
-    const double reading = l->bytes / bandwidth, computing = l->kind == BENCH_BATCH ? l->ops / peak : 0;
+    const double reading = (l->bytes + l->moved) / bandwidth, computing = l->kind == BENCH_BATCH ? l->ops / peak : 0;
     return reading > computing ? reading : computing;
 }
 
@@ -130,7 +137,7 @@ static double tokens_of(const bench_line *l) { return l->kind == BENCH_PREFILL ?
 static bm_status line_profile(bench *b, bench_line *l) {
     const bm_config *c = bm_model_config(b->e.model);
     const double head = 2.0 * c->d_model * c->n_vocab, token = (double)b->r.info.flops_per_token;
-    const int part = l->steps < PIECE ? l->steps : PIECE;       /* of a long prompt the beginning */
+    const int part = l->steps < b->piece ? l->steps : b->piece;     /* of a long prompt the beginning */
     double seconds, share = 1;
     bm_times t;
     bm_session_times(b->e.session, &t);
@@ -138,6 +145,7 @@ static bm_status line_profile(bench *b, bench_line *l) {
     if (l->kind == BENCH_PREFILL) share = (double)l->steps / part;
     bm_session_times(b->e.session, &l->times);
     l->bytes = share * (double)l->times.weight_bytes;
+    if (b->gpu) l->moved = 2 * tokens_of(l) * (double)b->r.info.state_bytes;
     l->ops = tokens_of(l) * token - (l->kind == BENCH_PREFILL ? (l->steps - 1) * head : 0);
     return s;
 }
@@ -180,41 +188,81 @@ static bm_status round_run(bench *b) {
 
 /* ---- a model --------------------------------------------------------------------------- */
 
-static int lines_make(bench_result *r) {
-    r->line[r->n_lines++] = (bench_line){.kind = BENCH_DECODE, .n = 1, .steps = o.gen};
-    r->line[r->n_lines++] = (bench_line){.kind = BENCH_PREFILL, .n = 1, .steps = o.prompt};
-    if (strcmp(o.batch, "0") == 0) return APP_OK;
-    for (const char *p = o.batch; ; p++) {
+/* A line of that kind for each number of a list. */
+static int lines_add(bench_result *r, bench_kind kind, const char *option, const char *list, int most) {
+    for (const char *p = list; ; p++) {
         char word[16];
         long long n = 0;
         const size_t length = strcspn(p, ",");
         snprintf(word, sizeof word, "%.*s", (int)(length < 15 ? length : 15), p);
-        if (!app_number_int(word, &n) || n < 1 || n > MOST_TEXTS)
-            return app_usage(&app_bench, "--batch: found '%s', expected numbers from 1 to %d with commas between", word,
-                             MOST_TEXTS);
-        if (r->n_lines == 2 + BENCH_BATCHES)
-            return app_usage(&app_bench, "--batch: found more than %d numbers, expected fewer", BENCH_BATCHES);
-        const int steps = o.gen < BATCH_STEPS ? o.gen : BATCH_STEPS;
-        r->line[r->n_lines++] = (bench_line){.kind = BENCH_BATCH, .n = (int)n, .steps = steps};
+        if (!app_number_int(word, &n) || n < 1 || n > most)
+            return app_usage(&app_bench, "--%s: found '%s', expected numbers from 1 to %d with commas between", option, word,
+                             most);
+        if (r->n_lines == BENCH_LINES)
+            return app_usage(&app_bench, "--%s: found more than %d lines to measure, expected fewer", option, BENCH_LINES);
+        const bool batch = kind == BENCH_BATCH;
+        r->line[r->n_lines++] = (bench_line){.kind = kind, .n = batch ? (int)n : 1, .steps = batch ? BATCH_STEPS : (int)n};
         p += length;
         if (!*p) return APP_OK;
     }
 }
 
+static int lines_make(bench_result *r) {
+    r->line[r->n_lines++] = (bench_line){.kind = BENCH_DECODE, .n = 1};
+    int code = lines_add(r, BENCH_PREFILL, "prompt", o.prompt, MOST_PROMPT);
+    if (!code && strcmp(o.batch, "0")) code = lines_add(r, BENCH_BATCH, "batch", o.batch, MOST_TEXTS);
+    r->prompt = r->line[1].steps;
+    return code;
+}
+
+/* What depends on the device: how many tokens a pass decodes, how many rows go through at once. */
+static void lines_fit(bench *b) {
+    bench_machine_ask(&b->r.machine, b->e.device);
+    b->gpu = b->r.machine.gpu;
+    b->piece = b->gpu ? GPU_PIECE : PIECE;
+    if (b->gpu && !o.gen_given) o.gen = GPU_STEPS;
+    b->r.gen = o.gen;
+    for (int i = 0; i < b->r.n_lines; i++) {
+        bench_line *l = &b->r.line[i];
+        if (l->kind == BENCH_DECODE) l->steps = o.gen;
+        if (l->kind == BENCH_BATCH) l->steps = b->gpu || o.gen < BATCH_STEPS ? o.gen : BATCH_STEPS;
+    }
+}
+
+static int session_open(bench *b, int texts, int longest) {
+    const int most = longest > texts ? longest : texts;
+    const bm_session_options p = {.slots = texts, .arith = (bm_arith)o.arith,
+                                  .chunk = !b->gpu || o.vram ? 0 : most < GPU_PIECE ? most : GPU_PIECE};
+    bm_status s = bm_session_bytes(b->e.model, &p, &b->r.session_bytes);
+    if (!s) s = bm_session_open(&b->e.session, b->e.model, &p);
+    return s ? app_failed(s) : APP_OK;
+}
+
+static int most_texts(const bench_result *r) {
+    int n = 1;
+    for (int i = 0; i < r->n_lines; i++) if (r->line[i].n > n) n = r->line[i].n;
+    return n;
+}
+
 /* Ids without pattern, so that the experts are used as by a mixed text. */
 static int ids_make(bench *b) {
-    int texts = 1;
-    for (int i = 0; i < b->r.n_lines; i++) if (b->r.line[i].n > texts) texts = b->r.line[i].n;
-    size_t n = (size_t)(o.prompt > o.gen ? o.prompt : o.gen) + 1 + (size_t)texts * BATCH_STEPS;
+    const int texts = most_texts(&b->r);
+    int longest = 512;
+    for (int i = 0; i < b->r.n_lines; i++) {
+        const bench_line *l = &b->r.line[i];
+        if (l->kind == BENCH_PREFILL && l->steps > longest) longest = l->steps;
+    }
+    size_t n = (size_t)(longest > o.gen ? longest : o.gen) + 1 + (size_t)texts * BATCH_STEPS;
     uint32_t x = 1, V = (uint32_t)bm_model_config(b->e.model)->n_vocab;
     b->ids = malloc(n * sizeof *b->ids);
     b->in = calloc((size_t)texts, sizeof *b->in);
-    if (!b->ids || !b->in) return app_error("out of memory: %zu ids", n);
+    b->next = calloc((size_t)texts, sizeof *b->next);
+    if (!b->ids || !b->in || !b->next) return app_error("out of memory: %zu ids", n);
     for (size_t i = 0; i < n; i++) {
         x = x * 1664525u + 1013904223u;
         b->ids[i] = (bm_token)((x >> 8) % V);
     }
-    return app_engine_session(&b->e, o.arith, texts);
+    return session_open(b, texts, longest);
 }
 
 /* The type of most weights. */
@@ -258,7 +306,7 @@ static int preset_open(bench *b) {
     app_progress progress = app_progress_start("making weights", true);
     bm_status s = bm_init(&c, 0, (bm_dtype)o.type, path, NULL, app_progress_step, &progress);
     app_progress_end(&progress);
-    code = s ? app_failed(s) : app_engine_open(&b->e, path, o.device, o.threads);
+    code = s ? app_failed(s) : app_engine_open_within(&b->e, path, o.device, o.threads, o.vram, most_texts(&b->r));
     unlink(path);
     rmdir(folder);
     return code;
@@ -273,7 +321,7 @@ static int report(const bench_result *r) {
 }
 
 static int lines_run(bench *b) {
-    bm_status s = feed(b, 0, o.prompt < 512 ? o.prompt : 512, false);      /* every page of the file once */
+    bm_status s = feed(b, 0, b->r.prompt < 512 ? b->r.prompt : 512, false);      /* every page of the file once */
     if (!s) s = bm_session_profile(b->e.session, true);
     for (int i = 0; !s && i < b->r.n_lines; i++) s = line_profile(b, &b->r.line[i]);
     if (!s) s = bm_session_profile(b->e.session, false);
@@ -282,21 +330,23 @@ static int lines_run(bench *b) {
     bench_machine_ask(&b->r.machine, b->e.device);
     b->timed = true;
     for (int i = 0; !s && i < o.rounds; i++) s = round_run(b);
+    bm_model_pages(b->e.model, &b->r.pages);
     return s ? app_failed(s) : APP_OK;
 }
 
 static int model_run(void) {
     static bench b;
     bench_result *r = &b.r;
-    *r = (bench_result){.arith = o.arith, .prompt = o.prompt, .gen = o.gen, .rounds = o.rounds};
+    *r = (bench_result){.arith = o.arith, .rounds = o.rounds};
     int code = lines_make(r);
     if (code) return code;
     app_catch_interrupts();
-    code = o.preset ? preset_open(&b) : app_engine_open(&b.e, o.model, o.device, o.threads);
+    code = o.preset ? preset_open(&b) : app_engine_open_within(&b.e, o.model, o.device, o.threads, o.vram, most_texts(r));
     if (!code) {
         bm_model_info(b.e.model, &r->info);
         r->type = type_of(b.e.model, &r->info);
         name_of(r->model, sizeof r->model, o.preset ? o.preset : b.e.path);
+        lines_fit(&b);
         code = ids_make(&b);
     }
     if (!code) code = lines_run(&b);
@@ -304,6 +354,7 @@ static int model_run(void) {
     app_engine_close(&b.e);
     free(b.ids);
     free(b.in);
+    free(b.next);
     return code;
 }
 
@@ -398,7 +449,7 @@ static int run(char **operand) {
 }
 
 const app_command app_bench = {
-    "bench", "[-m MODEL | --preset NAME|FILE [--type TYPE] | --bandwidth | --kernels] [--prompt N] [--gen N] "
+    "bench", "[-m MODEL | --preset NAME|FILE [--type TYPE] | --bandwidth | --kernels] [--prompt N,N,...] [--gen N] "
     "[--batch N,N,...] [-r N] [-t N] [--arith native|f32] [--json FILE] [--csv FILE]",
     "Measures the speed of a model and of this machine.",
     "Decode reads every weight a token uses once, so its roof is the bandwidth of reading memory over these bytes; a "

@@ -73,7 +73,7 @@ static void config_print(const bm_config *c) {
     printf("%-24s%d tokens (nothing stops at it)\n", "trained length", (int)c->max_len);
 }
 
-static void info_print(const bm_info *i) {
+static void info_print(const bm_info *i, uint64_t session) {
     putchar('\n');
     row_count("parameters", i->parameters, "");
     row_count("  one token uses", i->parameters_per_token, "");
@@ -82,7 +82,7 @@ static void info_print(const bm_info *i) {
     row_bytes("weights", i->weight_bytes, "");
     row_bytes("  read for one token", i->weight_bytes_per_token, "");
     row_bytes("state of one text", i->state_bytes, ", whatever its length");
-    row_bytes("memory needed", i->weight_bytes + i->state_bytes, " for weights and one text, working space apart");
+    row_bytes("memory needed", i->weight_bytes + session, " for weights, one text and working space");
 }
 
 static bm_status tensors_print(const bm_model *m, uint64_t n) {
@@ -141,14 +141,14 @@ static json_t *tensors_json(const bm_model *m, uint64_t n) {
     return all;
 }
 
-static int print_json(const app_engine *e, const bm_info *i) {
-    json_t *object = json_pack("{s:s, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "path", e->path, "format",
+static int print_json(const app_engine *e, const bm_info *i, uint64_t session) {
+    json_t *object = json_pack("{s:s, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "path", e->path, "format",
         bm_model_format(e->model), "config", config_json(bm_model_config(e->model)), "parameters",
             (json_int_t)i->parameters,
         "parameters_per_token", (json_int_t)i->parameters_per_token, "flops_per_token", (json_int_t)i->flops_per_token,
         "weight_bytes", (json_int_t)i->weight_bytes, "weight_bytes_per_token", (json_int_t)i->weight_bytes_per_token,
-        "state_bytes", (json_int_t)i->state_bytes, "memory_bytes", (json_int_t)(i->weight_bytes + i->state_bytes),
-        "n_tensors", (json_int_t)i->tensors);
+        "state_bytes", (json_int_t)i->state_bytes, "memory_bytes", (json_int_t)(i->weight_bytes + session),
+        "session_bytes", (json_int_t)session, "n_tensors", (json_int_t)i->tensors);
     if (object && o.tensors && json_object_set_new(object, "tensors", tensors_json(e->model, i->tensors)))
         json_decref(object), object = NULL;
     return app_print_json(object);
@@ -157,17 +157,18 @@ static int print_json(const app_engine *e, const bm_info *i) {
 static int run(char **operand) {
     app_engine e = {0};
     bm_info info;
+    uint64_t session;
     int code = app_engine_open(&e, operand[0], "cpu", 1);
     if (code) goto out;
     bm_model_info(e.model, &info);
-    if (o.json) {
-        code = print_json(&e, &info);
-        goto out;
-    }
+    bm_status s = bm_session_bytes(e.model, NULL, &session);
+    if (s) code = app_failed(s);
+    else if (o.json) code = print_json(&e, &info, session);
+    if (code || o.json) goto out;
     printf("%-24s%s, %s\n", "model", e.path, bm_model_format(e.model));
     config_print(bm_model_config(e.model));
-    info_print(&info);
-    bm_status s = o.tensors ? tensors_print(e.model, info.tensors) : BM_OK;
+    info_print(&info, session);
+    s = o.tensors ? tensors_print(e.model, info.tensors) : BM_OK;
     if (s) code = app_failed(s);
 out:
     app_engine_close(&e);

@@ -13,7 +13,7 @@ enum { LENGTH = 256, TURN_LENGTH = 128 };       /* tokens written when -n is not
 
 static struct {
     const char *model, *device, *tokenizer, *prompt, *file, *tokens, *session;
-    int n, threads, arith, top_k, window;
+    int n, threads, arith, vram, top_k, window;
     float temperature, top_p, min_p, typical, repeat, presence, frequency;
     uint64_t seed;
     app_texts bias, stops;
@@ -61,6 +61,7 @@ static const app_option options[] = {
     {0, "echo", NULL, NULL, APP_FLAG, &o.echo, 0, 0, NULL, "print the prompt too"},
     APP_TOKENIZER(&o.tokenizer),
     APP_DEVICE(&o.device),
+    APP_VRAM(&o.vram),
     APP_THREADS(&o.threads),
     APP_ARITH(&o.arith, "native"),
     {0, "json", NULL, NULL, APP_FLAG, &o.json, 0, 0, NULL,
@@ -172,13 +173,17 @@ static int prompt_add(const app_engine *e, bm_stream *s, const prompt *p, app_tu
 
 static double per_second(size_t n, double s) { return s > 0 ? (double)n / s : 0; }
 
-static void report(const app_turn *t, size_t added) {
+static void report(const app_engine *e, const app_turn *t, size_t added) {
+    bm_page_times p;
     size_t decoded = t->n_sampled ? t->n_sampled - 1 : 0;
     if (isatty(STDOUT_FILENO) && t->last && t->last != '\n' && !t->ids) putchar('\n'), fflush(stdout);
     fprintf(stderr, "\nprompt   %7zu tokens %8.2f s %9.1f tokens/s\n", added, t->prompt_s,
             per_second(added, t->prompt_s));
     fprintf(stderr, "written  %7zu tokens %8.2f s %9.1f tokens/s\n", t->n_sampled, t->write_s,
             per_second(decoded, t->write_s));
+    bm_model_pages(e->model, &p);
+    if (p.pages) fprintf(stderr, "experts  %7d on the GPU in %.0f MB, %.1f%% of those chosen were there\n", p.pages,
+                         1e-6 * (double)p.bytes, 100 * (double)p.hits / (double)(p.hits + p.misses));
     fprintf(stderr, "first token after %.2f s, ended by %s, ", t->first_s, t->finish);
     if (o.seed_unknown) fputs("seed of the session\n", stderr);
     else fprintf(stderr, "seed %llu\n", (unsigned long long)o.seed);
@@ -200,7 +205,7 @@ static int report_json(const app_turn *t, size_t added) {
 /* ---- the command ----------------------------------------------------------------------- */
 
 static int open_all(app_engine *e, bool interactive) {
-    int code = app_engine_open(e, o.model, o.device, o.threads);
+    int code = app_engine_open_within(e, o.model, o.device, o.threads, o.vram, interactive ? APP_BRANCHES : 1);
     if (code) return code;
     if (!o.tokens || o.tokenizer) code = app_engine_tokenizer(e, o.tokenizer);
     else if (bm_tokenizer_open(&e->tokenizer, e->path)) e->tokenizer = NULL;    /* ids do without one */
@@ -227,7 +232,7 @@ static int write_text(const app_engine *e, bm_stream *s, const prompt *p) {
     if (!code) code = app_generate(s, &t);
     if (!code) {
         if (o.json) code = report_json(&t, added);
-        else report(&t, added);
+        else report(e, &t, added);
     }
     if (!code && o.session) {
         bm_status st = bm_stream_turn(s);

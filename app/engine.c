@@ -60,13 +60,27 @@ int app_config_read(bm_config *out, const char *preset) {
 }
 
 int app_engine_open(app_engine *e, const char *path, const char *device, int threads) {
+    return app_engine_open_within(e, path, device, threads, 0, 1);
+}
+
+int app_engine_open_within(app_engine *e, const char *path, const char *device, int threads, int vram, int slots) {
+    const bm_session_options plan = {.slots = slots};
     memset(e, 0, sizeof *e);
     int code = APP_OK;
     if (!path) code = app_bundled_model(&e->path);
     else if (!(e->path = strdup(path))) code = app_error("out of memory for a path");
     if (code) return code;
     bm_status s = bm_device_open(&e->device, device, threads);
+    const bool automatic = !strcmp(device, "auto"), gpu = !s && strncmp(bm_device_name(e->device), "cpu", 3);
+    if (!s && (gpu || !automatic)) s = bm_device_limit(e->device, 1000000 * (uint64_t)vram, &plan);
     if (!s) s = bm_model_open(&e->model, e->device, e->path);
+    if (s == BM_EMEMORY && automatic && gpu) {
+        fprintf(stderr, "blackmamba: warning: the CPU goes on: %s\n", bm_error());
+        bm_device_close(e->device);
+        e->device = NULL;
+        s = bm_device_open(&e->device, "cpu", threads);
+        if (!s) s = bm_model_open(&e->model, e->device, e->path);
+    }
     return s ? app_failed(s) : APP_OK;
 }
 
@@ -76,7 +90,9 @@ int app_engine_tokenizer(app_engine *e, const char *path) {
 }
 
 int app_engine_session(app_engine *e, int arith, int slots) {
-    bm_session_options o = {.slots = slots, .arith = (bm_arith)arith};
+    const size_t ids = e->tokenizer ? bm_tokenizer_size(e->tokenizer) : 0;
+    const bool fits = ids <= (size_t)bm_model_config(e->model)->n_vocab;       /* else a stream says so */
+    bm_session_options o = {.slots = slots, .arith = (bm_arith)arith, .ids = fits ? (int)ids : 0};
     bm_status s = bm_session_open(&e->session, e->model, &o);
     return s ? app_failed(s) : APP_OK;
 }

@@ -142,6 +142,7 @@ typedef struct bm_model bm_model;
  * process may use (BM_THREADS overrides). */
 BM_API bm_status   bm_device_open(bm_device **out, const char *name, int threads);
 BM_API const char *bm_device_name(const bm_device *d);      /* "cpu avx512, 2 threads" */
+BM_API const char *bm_device_version(const bm_device *d);   /* "CUDA 13.0, driver for 13.0"; "" for a processor */
 BM_API int         bm_device_threads(const bm_device *d);
 BM_API void        bm_device_close(bm_device *d);
 /* Reading bandwidth in bytes a second over `bytes` of memory (>= 1 GiB for a useful number),
@@ -163,7 +164,9 @@ typedef struct bm_kernel_time {
 /* fn gets each as it is measured and may not call the device; false stops with BM_ECANCELLED. */
 BM_API bm_status   bm_device_kernels(bm_device *d, bool (*fn)(void *user, const bm_kernel_time *t), void *user);
 
-/* path: a folder (config.json with pytorch_model.bin, model.safetensors or a sharded
+/* A model that lies on a GPU is refused (BM_EMEMORY) before anything is copied where it and a session of one text
+ * would not fit.
+ * path: a folder (config.json with pytorch_model.bin, model.safetensors or a sharded
  * model.safetensors.index.json) or a .gguf file.  GGUF and safetensors are used as mapped. */
 BM_API bm_status        bm_model_open(bm_model **out, bm_device *d, const char *path);
 BM_API const bm_config *bm_model_config(const bm_model *m);
@@ -282,21 +285,35 @@ typedef struct bm_session bm_session;
 
 typedef struct bm_session_options {
     int slots;                      /* independent sequences; 0: 1 */
-    int chunk;                      /* rows computed together; 0: 512.  Changes speed, never a bit of the result */
+    int chunk;                      /* rows computed together; 0: 512, 64 within a limit of memory.  Changes speed, never a
+                                     * bit of the result */
     bm_arith arith;
+    int ids;                        /* BM_WANT_BEST chooses among ids below it; 0: all */
 } bm_session_options;
 BM_API bm_status bm_session_open(bm_session **out, const bm_model *m, const bm_session_options *opt);
 BM_API void      bm_session_close(bm_session *s);
+/* Models opened on d from now on take at most so many bytes of a GPU's memory together with a session of `plan` (NULL:
+ * one text): experts stay in host memory and are copied in as they are chosen, the least recently used making room.
+ * BM_EMEMORY, when a model is opened, where not even the experts of one layer fit.  0: no limit. */
+BM_API bm_status bm_device_limit(bm_device *d, uint64_t bytes, const bm_session_options *plan);
+typedef struct bm_page_times {
+    int pages; uint64_t bytes;      /* experts there is room for, and the room; 0 without a limit */
+    uint64_t hits, misses;          /* chosen experts that were there, or were copied in */
+} bm_page_times;
+BM_API void      bm_model_pages(const bm_model *m, bm_page_times *out);
+/* Bytes that a session holds where the model lies: states, and work space for one chunk of rows. */
+BM_API bm_status bm_session_bytes(const bm_model *m, const bm_session_options *opt, uint64_t *out);
 
 /* Called for each row whose logits were asked for: logits (V), of the token after tokens[index].
  * Return anything but BM_OK to stop. */
 typedef bm_status (*bm_logits_fn)(void *user, size_t index, const float *logits);
-typedef enum bm_want { BM_WANT_NONE, BM_WANT_LAST, BM_WANT_ALL } bm_want;
+typedef enum bm_want { BM_WANT_NONE, BM_WANT_LAST, BM_WANT_ALL, BM_WANT_BEST } bm_want;
 
 typedef struct bm_input {           /* tokens to feed to one slot */
     int slot;
     const bm_token *tokens; size_t n;
-    bm_want want;                   /* LAST: read with bm_logits.  ALL: every row goes to fn */
+    bm_want want;                   /* LAST: read with bm_logits.  ALL: every row goes to fn.  BEST: read with bm_best; a
+                                     * greedy step without logits leaving the device */
     bm_logits_fn fn; void *user;
 } bm_input;
 /* Feeds n inputs of distinct slots, any lengths, no padding: prefill, decode and anything between.
@@ -304,6 +321,8 @@ typedef struct bm_input {           /* tokens to feed to one slot */
  * fn, BM_EDEVICE) the slots named here are reset to the empty text. */
 BM_API bm_status    bm_forward(bm_session *s, const bm_input *in, int n);
 BM_API const float *bm_logits(const bm_session *s, int slot);   /* (V) after the last token fed; NULL unless asked for */
+/* The likeliest next token, the lowest id of equal ones; -1 unless asked for, or where no logit is above -inf. */
+BM_API bm_token     bm_best(const bm_session *s, int slot);
 /* nll (n-1): -ln p(tokens[i+1] | what the slot held, tokens[0..i]); feeds the first n-1 tokens. */
 BM_API bm_status    bm_score(bm_session *s, int slot, const bm_token *tokens, size_t n, float *nll);
 
@@ -330,6 +349,7 @@ typedef struct bm_times {
     uint64_t chunks;                /* times the rows of a chunk went through all layers */
     uint64_t moe_layers;            /* of those, MoE layers passed, and */
     uint64_t experts;               /* distinct experts that got rows, summed over them */
+    uint64_t layer_experts[BM_MAX_LAYERS];  /* the same for each layer */
     uint64_t weight_bytes;          /* weights that had to be read: once a chunk, of experts those that got rows */
 } bm_times;
 BM_API bm_status bm_session_profile(bm_session *s, bool on);    /* starts from zero; off forgets */

@@ -46,6 +46,8 @@ test_usage() {
     fails 2 "did you mean 'run'" runn
     fails 2 "unknown option '--tmep'; did you mean --temp" run --tmep 1
     fails 2 "unknown option '-Z'" run -Z
+    fails 2 "--vram: found '-1'" run --vram -1
+    fails 1 "expected one with memory of its own" run -p x --vram 100
     fails 2 "--temp: found 'nan'" run --temp nan
     fails 2 "--temp: found '0x1p3'" run --temp=0x1p3
     fails 2 "-n: found '99999999999'" run -n 99999999999
@@ -167,6 +169,11 @@ test_bench() {
     fails 2 "measures no model" bench -m "$tiny" --bandwidth
     fails 2 "measures no model" bench --preset mamba-130m --kernels
     fails 2 "expected one of them" bench --bandwidth --kernels
+    same "several prompts" "$(bm bench -m "$tiny" -r 1 --prompt 8,20 --gen 4 --batch 2 --json - |
+        jq -c '[.prompt, (.prefill[] | .n, (.tok_s > 0)), .batch[0].n, (.batch[0].experts_by_layer | length), .device[:3],
+            (.commit | length > 0)]')" '[8,8,true,20,true,2,2,"cpu",true]'
+    fails 2 "--prompt: found 'x'" bench -m "$tiny" --prompt 8,x
+    fails 2 "--batch: found '1025'" bench -m "$tiny" --batch 1025
     fails 2 "--batch: found '0'" bench -m "$tiny" --batch 1,0
     fails 2 "--batch: found 'x'" bench -m "$tiny" --batch x
     fails 2 "--batch: found ''" bench -m "$tiny" --batch 1,

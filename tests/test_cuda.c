@@ -2,7 +2,10 @@
  * type of weights; both sums are in f32, in another order.  Whole models: make check-cuda. */
 #include "lib_kernels.h"
 #include "lib_golden.h"
+#include "lib_scratch.h"
+#include "model/model.h"
 #include <math.h>
+#include <unistd.h>
 
 static bm_backend *gpu, *cpu;
 
@@ -220,6 +223,39 @@ static void test_rows(void **state) {
         }
 }
 
+/* Few rows and many, whole ids and a part, ties, -0 beside 0, NaN, rows of nothing else; into memory of both sides. */
+static void test_best(void **state) {
+    static const struct { int M, V, ld; } size[] = { { 1, 50304, 50304 }, { 3, 1, 2 }, { 9, 700, 703 }, { 64, 513, 513 },
+                                                      { 65, 8000, 8192 } };
+    (void)state;
+    for (int i = 0; i < 5; i++) {
+        const int rows = size[i].M, V = size[i].V, ld = size[i].ld;
+        twin l = random_twin((size_t)(rows * ld), 1);
+        bm_token *want = calloc((size_t)rows, sizeof *want), *got;
+        OK(gpu->alloc_host(gpu, &got, (size_t)rows * sizeof *got, "a test"));
+        for (int r = 0; r < rows; r++) {
+            float *row = l.host + r * ld;
+            if (V < ld) row[V] = 9;                         /* not among the ids that count */
+            for (int k = 0; k < V && r % 4 > 1; k++) row[k] = r % 4 == 2 ? NAN : -INFINITY;
+            if (r % 4 == 2) row[V / 2] = -3e38f;
+            if (r % 4 == 1) row[V / 3] = row[V - 1] = INFINITY;
+            for (int k = 0; k < V && r % 8 == 4; k++) row[k] = k % 3 == 1 ? 0 : -0.0f;
+        }
+        gpu->put(gpu, l.at, l.host, l.n * sizeof(float));
+        cpu->best(cpu, &(bm_op_best){ .M = rows, .V = V, .ld = ld, .logits = l.host, .best = want });
+        for (int round = 0; round < 2; round++) {           /* the first leaves nothing behind */
+            gpu->best(gpu, &(bm_op_best){ .M = rows, .V = V, .ld = ld, .logits = l.at, .best = got });
+            OK(gpu->sync(gpu));
+            for (int r = 0; r < rows; r++)
+                if (got[r] != want[r]) fail_msg("best of row %d of %d: found %d, expected %d", r, rows, got[r], want[r]);
+            memset(got, 0, (size_t)rows * sizeof *got);
+        }
+        gpu->release_host(gpu, got);
+        free(want);
+        end(&l);
+    }
+}
+
 static void test_attention(void **state) {
     enum { H = 4, G = 2, E = 24, WINDOW = 11, WIDTH = (H + 2 * G) * E };
     (void)state;
@@ -251,12 +287,40 @@ static void test_memory(void **state) {
     linear_case(BM_F32, 1, 8, 8, false);
 }
 
+/* What a model and a session take is told beforehand, within 5%; what never fits is refused before it is copied. */
+static void test_told(void **state) {
+    bm_config c;
+    bm_device *d;
+    bm_model *m;
+    bm_session *s;
+    uint64_t session;
+    const char *path = scratch_path("told.gguf");
+    const bm_session_options o = { .slots = 100, .chunk = 2048 };
+    (void)state;
+    OK(bm_config_preset(&c, "mamba-130m"));
+    OK(bm_init(&c, 1, BM_BF16, path, NULL, NULL, NULL));
+    OK(bm_device_open(&d, "cuda:0", 0));
+    const uint64_t before = gpu->left(gpu);
+    OK(bm_model_open(&m, d, path));
+    OK(bm_session_bytes(m, &o, &session));
+    OK(bm_session_open(&s, m, &o));
+    const double took = (double)(before - gpu->left(gpu)), told = (double)(m->taken + session);
+    if (fabs(told / took - 1) > 0.05) fail_msg("told %.0f bytes, found %.0f taken", told, took);
+    assert_int_equal(bm_fits(gpu, (uint64_t)1 << 44, "a test", "less"), BM_EMEMORY);
+    assert_non_null(strstr(bm_error(), "a test needs 17592186 MB"));
+    bm_session_close(s);
+    bm_model_close(m);
+    bm_device_close(d);
+    unlink(path);
+}
+
 int main(void) {
     const struct CMUnitTest test[] = { cmocka_unit_test(test_linear), cmocka_unit_test(test_conv_scan), cmocka_unit_test(test_experts),
-                                       cmocka_unit_test(test_rows), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory) };
+                                       cmocka_unit_test(test_rows), cmocka_unit_test(test_best), cmocka_unit_test(test_attention),
+                                       cmocka_unit_test(test_memory), cmocka_unit_test(test_told) };
     const bm_status s = bm_backend_open_cuda(&gpu, 0);
     if (s == BM_ENOSUPPORT) {
-        printf("%s: 6 skipped\n", bm_error());
+        printf("%s: 8 skipped\n", bm_error());
         return 0;
     }
     assert_int_equal(s, BM_OK);

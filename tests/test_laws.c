@@ -146,6 +146,170 @@ static void score(law *w) {
     law_close(w);
 }
 
+static bm_token largest(const float *l, int n) {
+    int best = 0;
+    for (int v = 1; v < n; v++) if (l[v] > l[best]) best = v;
+    return best;
+}
+
+/* The best token is that of the logits, a text at once, token by token and beside others; of the session's ids only. */
+static void best(law *w) {
+    enum { IDS = 60, STEPS = 12 };
+    law_open(w, 2, MOST, 48);
+    bm_session *s;
+    bm_input in[MOST];
+    bm_token next[MOST];
+    OK(bm_session_open(&s, w->r.m, &(bm_session_options){ .slots = MOST, .chunk = 16, .arith = w->arith, .ids = IDS }));
+    char *state = malloc(2 * bm_state_bytes(s));
+    assert_non_null(state);
+    for (int i = 0; i < MOST; i++) in[i] = (bm_input){ .slot = i, .tokens = w->ids + i, .n = (size_t)(1 + 9 * i) };
+    for (int step = 0; step < STEPS; step++) {
+        for (int i = 0; i < MOST; i++) in[i].want = BM_WANT_LAST;
+        OK(bm_forward(w->r.s, in, MOST));
+        assert_int_equal(bm_best(w->r.s, 1), -1);
+        for (int i = 0; i < MOST; i++)
+            in[i].want = step % 3 == 1 && i == 2 ? BM_WANT_NONE : step % 3 == 2 && i ? BM_WANT_LAST : BM_WANT_BEST;
+        OK(bm_forward(s, in, MOST));
+        for (int i = 0; i < MOST; i++) {
+            const float *l = bm_logits(w->r.s, i);
+            next[i] = largest(l, IDS);
+            assert_int_equal(bm_best(s, i), in[i].want == BM_WANT_BEST ? next[i] : -1);
+            assert_int_equal(bm_logits(s, i) != NULL, in[i].want == BM_WANT_LAST);
+            if (bm_logits(s, i)) assert_memory_equal(l, bm_logits(s, i), sizeof *l * (size_t)w->r.V);
+            in[i].tokens = &next[i];
+            in[i].n = 1;
+        }
+    }
+    for (int i = 0; i < 2 * MOST; i++) {                /* a text at a time, and two in turn */
+        bm_input one[2] = { in[i % MOST], in[(i + 2) % MOST] };
+        one[0].want = one[1].want = BM_WANT_LAST;
+        OK(bm_forward(w->r.s, one, 1 + i / MOST));
+        one[0].want = one[1].want = BM_WANT_BEST;
+        OK(bm_forward(s, one, 1 + i / MOST));
+        assert_int_equal(bm_best(s, i % MOST), largest(bm_logits(w->r.s, i % MOST), IDS));
+        next[i % MOST] = bm_best(s, i % MOST);
+    }
+    for (size_t n = 1; n < 3; n++) {                    /* as many rows in all, other lengths */
+        for (int i = 0; i < 2; i++) in[i] = (bm_input){ .slot = i, .tokens = w->ids, .n = i ? 3 - n : n, .want = BM_WANT_LAST };
+        for (int i = 0; i < 2; i++) OK(bm_forward(w->r.s, &in[i], 1));
+        in[0].want = in[1].want = BM_WANT_BEST;
+        OK(bm_forward(s, in, 2));
+        for (int i = 0; i < 2; i++) {
+            OK(bm_state_get(w->r.s, i, state));
+            OK(bm_state_get(s, i, state + bm_state_bytes(s)));
+            assert_memory_equal(state, state + bm_state_bytes(s), bm_state_bytes(s));
+        }
+    }
+    OK(bm_state_copy(s, 3, 0));
+    assert_int_equal(bm_best(s, 3), bm_best(s, 0));
+    OK(bm_state_set(s, 0, NULL));
+    assert_int_equal(bm_best(s, 0), -1);
+    assert_int_equal(bm_best(s, MOST), -1);
+    free(state);
+    bm_session_close(s);
+    assert_int_equal(bm_session_open(&s, w->r.m, &(bm_session_options){ .ids = w->r.V + 1 }), BM_EARG);
+    law_close(w);
+}
+
+enum { EXPERTS = 4, ALL = 4 + 3 };     /* of the first MoE layer of a tiny model, and of both */
+
+/* The model again, with room for n experts. */
+static void open_limited(law *w, int n) {
+    bm_page_times t;
+    uint64_t session;
+    w->r.d->limit = (uint64_t)1 << 40;
+    OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+    OK(bm_session_bytes(w->r.m, NULL, &session));
+    bm_model_pages(w->r.m, &t);
+    assert_int_equal(t.pages, ALL);
+    w->r.d->limit = w->r.m->taken - bm_taken(w->r.m->be, t.bytes) + session + w->r.d->be->grain + (uint64_t)n * (t.bytes / ALL) + 1;
+    bm_model_close(w->r.m);
+    OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+    assert_true(w->r.m->taken + session <= w->r.d->limit);
+    bm_model_pages(w->r.m, &t);
+    assert_int_equal(t.pages, n);
+    OK(bm_session_open(&w->r.s, w->r.m, &(bm_session_options){ .arith = w->arith }));
+}
+static void close_model(law *w) {
+    bm_session_close(w->r.s);
+    bm_model_close(w->r.m);
+}
+/* Back to a law that can be closed. */
+static void open_unlimited(law *w) {
+    w->r.d->limit = 0;
+    OK(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)));
+    OK(bm_session_open(&w->r.s, w->r.m, NULL));
+}
+
+/* Experts copied in as they are chosen change no bit; the fewest pages that do are those of one layer. */
+static void pages(law *w) {
+    bm_page_times t;
+    uint64_t last = 0;
+    law_open(w, 2, 1, 48);
+    all_logits(w->r.s, 0, w->ids, T, w->want);
+    bm_model_pages(w->r.m, &t);
+    assert_true(!t.pages && !t.hits);
+    close_model(w);
+    w->r.d->limit = 1;
+    assert_int_equal(bm_model_open(&w->r.m, w->r.d, tiny_gguf(w->type)), BM_EMEMORY);
+    assert_non_null(strstr(bm_error(), "limit: found 0 MB"));
+    for (int n = EXPERTS; n <= ALL; n++) {
+        open_limited(w, n);
+        all_logits(w->r.s, 0, w->ids, 100, w->got);
+        for (size_t i = 100; i < T; i++) all_logits(w->r.s, 0, w->ids + i, 1, w->got + i * (size_t)w->r.V);
+        same(w, "experts in pages");
+        bm_model_pages(w->r.m, &t);
+        assert_true(t.hits && t.misses >= ALL - 1 && (n > EXPERTS || t.misses > ALL) && (n < ALL || t.misses <= ALL));
+        assert_true(!last || t.misses <= last);
+        last = t.misses;
+        bm_session *other;
+        assert_int_equal(bm_session_open(&other, w->r.m, &(bm_session_options){ .slots = 4000 }), BM_EMEMORY);
+        close_model(w);
+    }
+    open_unlimited(w);
+    law_close(w);
+}
+
+/* One row through expert e of a layer. */
+static void choose(law *w, int layer, int e) {
+    const int X = w->r.m->config.layer[layer].n_experts;
+    const bm_layer *l = &w->r.m->w.layer[layer];
+    int32_t expert = e, order = 0, first[EXPERTS + 1];
+    float gate = 1, x[64] = { 0 }, y[64], hidden[2 * 256];
+    for (int i = 0; i <= X; i++) first[i] = i > e;
+    const bm_op_route route = { .M = 1, .X = X, .k = 1, .expert = &expert, .order = &order, .first = first, .gate = &gate };
+    const bm_op_experts op = { .M = 1, .D = 64, .F = 256, .X = X, .arith = BM_ARITH_F32, .route = &route, .gate = l->gate,
+                               .up = l->up, .down = l->down, .x = x, .hidden = hidden, .y = y };
+    bm_expert_door *door = bm_pages_door(w->r.m->pages);
+    door->forward(door, w->r.m->be, layer, &op);
+    OK(bm_pages_failed(w->r.m->pages));
+}
+/* The expert used longest ago makes room, not the one that came first. */
+static void test_oldest(void **state) {
+    (void)state;
+    law w = { .type = BM_F32, .arith = BM_ARITH_F32 };
+    bm_page_times t;
+    law_open(&w, 1, 1, 16);
+    if (w.r.d->be->reads_host) {            /* the operation's arrays are this function's */
+        close_model(&w);
+        open_limited(&w, EXPERTS);
+        for (int e = 0; e < EXPERTS; e++) choose(&w, 1, e);
+        choose(&w, 1, 0);
+        choose(&w, 2, 0);                   /* over expert 1 */
+        choose(&w, 1, 0);
+        choose(&w, 1, 2);
+        bm_model_pages(w.r.m, &t);
+        assert_int_equal(t.misses, EXPERTS + 1);
+        choose(&w, 1, 1);
+        bm_model_pages(w.r.m, &t);
+        assert_int_equal(t.misses, EXPERTS + 2);
+        assert_int_equal(t.hits, 3);
+        close_model(&w);
+        open_unlimited(&w);
+    }
+    law_close(&w);
+}
+
 static void every(void (*fn)(law *)) {
     for (int t = 0; t < BM_DTYPE_COUNT; t++)
         for (int a = BM_ARITH_NATIVE; a <= BM_ARITH_F32; a++) fn(&(law){ .type = (bm_dtype)t, .arith = (bm_arith)a });
@@ -154,6 +318,8 @@ static void test_chunking(void **state) { (void)state; every(chunking); }
 static void test_batch(void **state) { (void)state; every(batch); }
 static void test_restored(void **state) { (void)state; every(restored); }
 static void test_score(void **state) { (void)state; every(score); }
+static void test_best(void **state) { (void)state; every(best); }
+static void test_pages(void **state) { (void)state; every(pages); }
 
 /* A failing reader, a wrong id: the slot is empty, or untouched. */
 static bm_status refuse(void *user, size_t index, const float *logits) {
@@ -191,7 +357,8 @@ static void test_failures(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_chunking), cmocka_unit_test(test_batch),    cmocka_unit_test(test_restored),
-        cmocka_unit_test(test_score),    cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_score),    cmocka_unit_test(test_best),     cmocka_unit_test(test_pages),
+        cmocka_unit_test(test_oldest),   cmocka_unit_test(test_failures),
     };
     return cmocka_run_group_tests_name("laws", tests, NULL, NULL);
 }

@@ -92,6 +92,22 @@ static bm_status open_and_score(void) {
     return st;
 }
 
+/* Experts in pages, logits that come when they are first wanted, a best token. */
+static bm_status use_pages(void) {
+    bm_model *m;
+    bm_session *s = NULL;
+    const bm_token ids[3] = { 1, 2, 3 };
+    device->limit = (uint64_t)1 << 40;
+    bm_status st = bm_model_open(&m, device, model_path);
+    if (!st) st = bm_session_open(&s, m, NULL);
+    if (!st) st = bm_forward(s, &(bm_input){ .tokens = ids, .n = 3, .want = BM_WANT_LAST }, 1);
+    if (!st) st = bm_forward(s, &(bm_input){ .tokens = ids, .n = 3, .want = BM_WANT_BEST }, 1);
+    bm_session_close(s);
+    bm_model_close(m);
+    device->limit = 0;
+    return st;
+}
+
 static bm_status open_device(void) {
     bm_device *d;
     BM_TRY(bm_device_open(&d, "cpu", 2));
@@ -286,6 +302,7 @@ static void test_formats(void **state) {
     of_format("safetensors", folder);
     of_format("PyTorch", "tests/golden/parallel");
     every_allocation("stream", use_stream);
+    every_allocation("pages", use_pages);
     train_data();
     every_allocation("training", train_a_step);
     bm_device_close(device);

@@ -359,12 +359,27 @@ static void test_route(void **state) {
     }
 }
 
+/* The first of the largest among the columns that count; NaN is none, and nothing above -inf is -1. */
+static void test_best(void **state) {
+    (void)state;
+    enum { M = 6, V = 5, LD = 6 };
+    const float l[M][LD] = { { 1, 3, 2, 3, 0, 9 }, { NAN, -5, NAN, -6, NAN, 9 }, { NAN, NAN, NAN, NAN, NAN, 9 },
+                             { -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, 9 }, { -0.0f, 0, -1, -0.0f, -2, 9 },
+                             { 1, INFINITY, NAN, INFINITY, -INFINITY, 9 } };
+    const bm_token want[M] = { 1, 1, -1, -1, 0, 1 };
+    bm_token got[M] = { 0 };
+    bm_backend *b = open_level(0, 2);
+    b->best(b, &(bm_op_best){ .M = M, .V = V, .ld = LD, .logits = l[0], .best = got });
+    assert_memory_equal(want, got, sizeof got);
+    done(b);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_activations), cmocka_unit_test(test_exp_softplus),
         cmocka_unit_test(test_norm), cmocka_unit_test(test_loss),
         cmocka_unit_test(test_conv), cmocka_unit_test(test_scan), cmocka_unit_test(test_scan_in_place),
-        cmocka_unit_test(test_route),
+        cmocka_unit_test(test_route), cmocka_unit_test(test_best),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -32,6 +32,9 @@ static void test_same_bits(void **state) {
     assert_true(sum_of(&t) <= wall && sum_of(&t) > 0.5 * wall && t.waiting >= 0 && t.waiting < sum_of(&t));
     assert_int_equal(t.chunks, 3);
     assert_int_equal(t.moe_layers, 6);
+    uint64_t experts = 0;
+    for (int l = 0; l < BM_MAX_LAYERS; l++) experts += t.layer_experts[l];
+    assert_true(experts == t.experts && t.layer_experts[1] >= 3 && !t.layer_experts[0]);
     bm_session_times(r.s, &t);
     assert_true(t.chunks == 0 && sum_of(&t) == 0 && t.weight_bytes == 0);   /* since the last call */
     OK(bm_session_profile(r.s, false));

@@ -94,6 +94,30 @@ static void test_back(void **state) {
     desk_close(&d);
 }
 
+/* The text of best tokens is the text of logits from which the largest is picked, which a bias of nothing asks for. */
+static void test_greedy(void **state) {
+    (void)state;
+    static const bm_logit_bias nothing = { 3, 0 };
+    bm_sampling p = bm_sampling_default();
+    desk d;
+    size_t n;
+    desk_open(&d, BM_ARITH_NATIVE);
+    p.temperature = 0;
+    OK(bm_stream_sampling(d.g, &p));
+    generate(d.g, 60);
+    assert_true(bm_best(d.r.s, 0) >= 0 && !bm_logits(d.r.s, 0));
+    bm_token *want = tokens_of(d.g, &n);
+    OK(bm_stream_rewind(d.g, n - 60));
+    p.n_bias = 1;
+    p.bias = &nothing;
+    OK(bm_stream_sampling(d.g, &p));
+    generate(d.g, 60);
+    assert_true(bm_best(d.r.s, 0) < 0 && bm_logits(d.r.s, 0));
+    same_tokens(d.g, want, n);
+    free(want);
+    desk_close(&d);
+}
+
 /* Saved, loaded elsewhere, gone on: the same tokens as without. */
 static void test_session_file(void **state) {
     (void)state;
@@ -301,7 +325,8 @@ static void test_large(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_back),    cmocka_unit_test(test_session_file), cmocka_unit_test(test_session_damage),
+        cmocka_unit_test(test_back),    cmocka_unit_test(test_greedy),       cmocka_unit_test(test_session_file),
+        cmocka_unit_test(test_session_damage),
         cmocka_unit_test(test_filters), cmocka_unit_test(test_penalties),    cmocka_unit_test(test_large),
     };
     return cmocka_run_group_tests_name("stream", tests, NULL, NULL);

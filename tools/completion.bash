@@ -23,7 +23,7 @@ _blackmamba() {
     elif [[ $command == tokenizer && $COMP_CWORD == 2 ]]; then
         words="train"
     elif [[ $prev == --device ]]; then
-        words="cpu cpu:scalar cpu:avx2 cpu:avx512 cpu:neon"
+        words="auto cuda cuda:0 cpu cpu:scalar cpu:avx2 cpu:avx512 cpu:neon"
     elif [[ $cur == -* ]]; then
         words=$("$program" help "$command" 2>/dev/null | sed -n '/^  .*--/{s/   *[^- ].*//;p}' | grep -oE -- '--[a-z-]+')
     fi

@@ -125,11 +125,12 @@ static bm_status open_with(bm_backend **out, int threads, const bm_kernels *k) {
     c->k = *k;
     c->door = (bm_backend){
         .threads = n, .reads_host = true,
-        .alloc = cpu_alloc, .release = cpu_release, .put = cpu_put, .get = cpu_put, .copy = cpu_put, .zero = cpu_zero,
+        .alloc = cpu_alloc, .release = cpu_release, .alloc_host = cpu_alloc, .release_host = cpu_release,
+        .put = cpu_put, .get = cpu_put, .copy = cpu_put, .zero = cpu_zero,
         .sync = cpu_sync, .close = cpu_close, .reserve = cpu_reserve, .bandwidth = cpu_bandwidth,
         .peak = bm_cpu_peak, .waited = cpu_waited,
         .embed = bm_cpu_embed, .norm = bm_cpu_norm, .linear = bm_cpu_linear, .conv = bm_cpu_conv, .scan = bm_cpu_scan,
-        .route = bm_cpu_route, .experts = bm_cpu_experts, .loss = bm_cpu_loss,
+        .route = bm_cpu_route, .experts = bm_cpu_experts, .loss = bm_cpu_loss, .best = bm_cpu_best,
         .attention = bm_cpu_attention, .attention_back = bm_cpu_attention_back,
         .reserve_back = bm_cpu_reserve_back, .reserved = cpu_reserved, .linear_back = bm_cpu_linear_back,
         .experts_back = bm_cpu_experts_back,

@@ -165,6 +165,7 @@ void bm_cpu_scan   (bm_backend *b, const bm_op_scan *a);
 void bm_cpu_route  (bm_backend *b, const bm_op_route *a);
 void bm_cpu_experts(bm_backend *b, const bm_op_experts *a);
 void bm_cpu_loss   (bm_backend *b, const bm_op_loss *a);
+void bm_cpu_best   (bm_backend *b, const bm_op_best *a);
 void bm_cpu_attention(bm_backend *b, const bm_op_attention *a);
 void bm_cpu_attention_back(bm_backend *b, const bm_op_attention *a);
 /* Positions a state has seen; NULL: none. */

@@ -1,5 +1,7 @@
-/* loss.c - tokens in, loss out: embedding rows and -log softmax, and their gradients.  Room: cpu. */
+/* loss.c - tokens in, loss or the next token out: embedding rows, -log softmax and their gradients, the largest logit.
+ * Room: cpu. */
 #include "cpu/kernels.h"
+#include <math.h>
 
 typedef struct job { bm_cpu *c; const void *a; } job;
 
@@ -27,6 +29,25 @@ static void loss_part(void *arg, int64_t begin, int64_t end, int thread) {
 void bm_cpu_loss(bm_backend *b, const bm_op_loss *a) {
     job j = { (bm_cpu *)b, a };
     if (!j.c->failed) bm_parallel(j.c->pool, a->M, 1, loss_part, &j);
+}
+
+static void best_part(void *arg, int64_t begin, int64_t end, int thread) {
+    const job *j = arg;
+    const bm_op_best *a = j->a;
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        const float *l = a->logits + (size_t)i * (size_t)a->ld;
+        float top = -INFINITY;
+        bm_token best = -1;
+        for (int v = 0; v < a->V; v++)
+            if (l[v] > top) top = l[v], best = v;
+        a->best[i] = best;
+    }
+}
+
+void bm_cpu_best(bm_backend *b, const bm_op_best *a) {
+    job j = { (bm_cpu *)b, a };
+    if (!j.c->failed) bm_parallel(j.c->pool, a->M, 1, best_part, &j);
 }
 
 enum { COLUMNS = 64 };      /* whole cache lines for each thread, which adds all rows in order */

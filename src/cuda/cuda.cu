@@ -41,19 +41,40 @@ static void cuda_release(bm_backend *b, void *p) {
     bm_cuda_check(cuda_of(b), cudaStreamSynchronize(cuda_of(b)->stream), "waiting for the GPU");
     cudaFree(p);
 }
-static void move(bm_backend *b, void *dst, const void *src, size_t bytes, cudaMemcpyKind kind) {
-    bm_cuda *c = cuda_of(b);
-    if (!c->failed && bytes) bm_cuda_check(c, cudaMemcpyAsync(dst, src, bytes, kind, c->stream), "copying");
+static bm_status cuda_alloc_host(bm_backend *b, void *out, size_t bytes, const char *what) {
+    void *p = NULL;
+    const cudaError_t e = cudaHostAlloc(&p, bytes ? bytes : 1, cudaHostAllocMapped | cudaHostAllocPortable);
+    *(void **)out = NULL;
+    if (e) {
+        cudaGetLastError();
+        return cuda_of(b)->fail(e == cudaErrorMemoryAllocation ? BM_EMEMORY : BM_EDEVICE,
+                                "%s: %zu bytes of pinned memory for %s: %s", b->name, bytes, what, cudaGetErrorString(e));
+    }
+    *(void **)out = memset(p, 0, bytes);
+    return BM_OK;
 }
-/* Pageable memory: put returns when the bytes were taken, get when they are there. */
-static void cuda_put(bm_backend *b, void *dst, const void *host, size_t n) { move(b, dst, host, n, cudaMemcpyHostToDevice); }
-static void cuda_get(bm_backend *b, void *host, const void *src, size_t n) { move(b, host, src, n, cudaMemcpyDeviceToHost); }
-static void cuda_copy(bm_backend *b, void *dst, const void *src, size_t n) { move(b, dst, src, n, cudaMemcpyDeviceToDevice); }
+static void cuda_release_host(bm_backend *b, void *p) {
+    bm_cuda_check(cuda_of(b), cudaStreamSynchronize(cuda_of(b)->stream), "waiting for the GPU");
+    cudaFreeHost(p);
+}
+static void move(bm_backend *b, void *dst, const void *src, size_t bytes) {
+    bm_cuda *c = cuda_of(b);
+    if (!c->failed && bytes) bm_cuda_check(c, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, c->stream), "copying");
+}
+/* Other memory than alloc_host's: put returns when the bytes were taken, get when they are there. */
+static void cuda_put(bm_backend *b, void *dst, const void *host, size_t n) { move(b, dst, host, n); }
+static void cuda_get(bm_backend *b, void *host, const void *src, size_t n) { move(b, host, src, n); }
+static void cuda_copy(bm_backend *b, void *dst, const void *src, size_t n) { move(b, dst, src, n); }
 static void cuda_zero(bm_backend *b, void *dst, size_t n) {
     bm_cuda *c = cuda_of(b);
     if (!c->failed) bm_cuda_check(c, cudaMemsetAsync(dst, 0, n, c->stream), "clearing memory");
 }
 
+static uint64_t cuda_left(bm_backend *b) {
+    size_t left = 0, all = 0;
+    bm_cuda_check(cuda_of(b), cudaMemGetInfo(&left, &all), "asking for free memory");
+    return left;
+}
 static bm_status cuda_reserve(bm_backend *, int, int) { return BM_OK; }
 static size_t cuda_reserved(bm_backend *) { return 0; }
 static double cuda_waited(bm_backend *, bool) { return 0; }
@@ -61,6 +82,7 @@ static double cuda_waited(bm_backend *, bool) { return 0; }
 static void cuda_close(bm_backend *b) {
     if (!b) return;
     bm_cuda_forget(b, NULL);
+    cudaFree(cuda_of(b)->rows);
     cudaStreamDestroy(cuda_of(b)->stream);
     free(b);
 }
@@ -84,6 +106,8 @@ static bm_status choose(bm_cuda *c, int device, bm_cuda_fail_fn fail) {
                     c->chip.major, c->chip.minor);
     if (!e) e = cudaSetDevice(device);
     if (!e) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
+    if (!e) e = cudaMalloc(&c->rows, BM_CUDA_BEST_ROWS * sizeof *c->rows);
+    if (!e) e = cudaMemsetAsync(c->rows, 0, BM_CUDA_BEST_ROWS * sizeof *c->rows, c->stream);
     return e ? fail(BM_EDEVICE, "cuda:%d: %s", device, cudaGetErrorString(e)) : BM_OK;
 }
 
@@ -93,19 +117,31 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     if (!c) return fail(BM_EMEMORY, "out of memory: %zu bytes for a backend", sizeof *c);
     const bm_status s = choose(c, device, fail);
     if (s) {
+        cudaFree(c->rows);
+        if (c->stream) cudaStreamDestroy(c->stream);
         free(c);
         return s;
     }
     bm_backend *b = &c->door;
     c->fail = fail;
     b->threads = 1;
-    b->alloc = cuda_alloc, b->release = cuda_release, b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
+    b->grain = (size_t)2 << 20;
+    b->left = cuda_left;
+    b->alloc = cuda_alloc, b->release = cuda_release;
+    b->alloc_host = cuda_alloc_host, b->release_host = cuda_release_host;
+    b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
     b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = cuda_reserve;
     b->reserved = cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
     b->embed = bm_cuda_embed, b->norm = bm_cuda_norm, b->linear = bm_cuda_linear, b->conv = bm_cuda_conv;
     b->scan = bm_cuda_scan, b->route = bm_cuda_route, b->experts = bm_cuda_experts, b->loss = bm_cuda_loss;
-    b->attention = bm_cuda_attention, b->replay = bm_cuda_replay, b->recorded = bm_cuda_recorded, b->forget = bm_cuda_forget;
+    b->attention = bm_cuda_attention, b->best = bm_cuda_best;
+    b->replay = bm_cuda_replay, b->recorded = bm_cuda_recorded, b->forget = bm_cuda_forget;
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
     snprintf(b->name, sizeof b->name, "cuda:%d, %.40s", device, c->chip.name);
+    snprintf(b->version, sizeof b->version, "CUDA %d.%d, driver for %d.%d", runtime / 1000, runtime % 1000 / 10, driver / 1000,
+             driver % 1000 / 10);
     *out = b;
     return BM_OK;
 }

@@ -15,12 +15,16 @@ typedef bm_status (*bm_cuda_open_fn)(bm_backend **out, int device, bm_cuda_fail_
 #include <cuda_runtime.h>
 #pragma GCC visibility push(hidden)
 
+enum { BM_CUDA_BEST_ROWS = 64 };
+typedef struct bm_cuda_row { unsigned long long key; unsigned blocks; } bm_cuda_row;     /* best.cu */
+
 typedef struct bm_cuda {
     bm_backend door;            /* first: a bm_backend * is a bm_cuda * */
     bm_cuda_fail_fn fail;
     cudaStream_t stream;
     cudaDeviceProp chip;
     struct bm_cuda_graphs *graphs;          /* what was recorded: graph.cu */
+    bm_cuda_row *rows;                      /* (BM_CUDA_BEST_ROWS) zeros between operations */
     bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
 } bm_cuda;
 
@@ -40,6 +44,7 @@ void bm_cuda_route(bm_backend *b, const bm_op_route *a);
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a);
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a);
 void bm_cuda_attention(bm_backend *b, const bm_op_attention *a);
+void bm_cuda_best(bm_backend *b, const bm_op_best *a);
 bm_status bm_cuda_bandwidth(bm_backend *b, size_t bytes, int repeats, double *out);
 bm_status bm_cuda_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
 

@@ -130,6 +130,11 @@ typedef struct bm_op_loss {     /* loss (M) = -log softmax(logits)[target], sums
     float *dlogits, scale;                      /* training: scale * gradient (M,V), may equal logits; NULL: not wanted */
 } bm_op_loss;
 
+typedef struct bm_op_best {     /* best (M) = column of the largest of the first V of logits (M,ld); ties: the lowest column */
+    int M, V, ld; const float *logits;
+    bm_token *best;                             /* -1 where nothing is above -inf; NaN is not */
+} bm_op_best;
+
 typedef struct bm_op_adamw {    /* AdamW (arXiv 1711.05101), bias-corrected; n elements */
     size_t n; float *w, *m, *v; const float *g;
     float lr, beta1, beta2, eps, decay, scale;  /* scale: of g, from clipping */
@@ -138,11 +143,16 @@ typedef struct bm_op_adamw {    /* AdamW (arXiv 1711.05101), bias-corrected; n e
 
 typedef struct bm_backend bm_backend;
 struct bm_backend {
-    char name[64];                                              /* "cpu avx512, 2 threads" */
+    char name[64], version[64];                                 /* "cpu avx512, 2 threads"; of a driver, or empty */
     int  threads;
     bool reads_host;                                            /* weights may stay where a file is mapped */
+    size_t grain;                                               /* bytes that large allocations are multiples of; 0: any */
+    uint64_t (*left)(bm_backend *b);                            /* bytes of its own memory that are free; NULL: it has none */
     bm_status (*alloc)(bm_backend *b, void *out, size_t bytes, const char *what);   /* zeroed */
     void  (*release)(bm_backend *b, void *p);
+    /* Memory of this process, zeroed, that operations reach too; put and get need not wait for it to be copied. */
+    bm_status (*alloc_host)(bm_backend *b, void *out, size_t bytes, const char *what);
+    void  (*release_host)(bm_backend *b, void *p);
     void  (*put)(bm_backend *b, void *dst, const void *host, size_t bytes);
     void  (*get)(bm_backend *b, void *host, const void *src, size_t bytes);
     void  (*copy)(bm_backend *b, void *dst, const void *src, size_t bytes);
@@ -177,6 +187,7 @@ struct bm_backend {
     void (*experts)(bm_backend *b, const bm_op_experts *a);
     void (*loss)   (bm_backend *b, const bm_op_loss *a);
     void (*attention)(bm_backend *b, const bm_op_attention *a);
+    void (*best)   (bm_backend *b, const bm_op_best *a);
 
     /* Training; all NULL where a backend cannot. */
     void (*embed_back)  (bm_backend *b, const bm_op_embed *a);

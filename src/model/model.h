@@ -98,7 +98,11 @@ void *bm_weights_field(bm_weights *w, const bm_part *p);
 bm_status bm_weights_alloc(bm_weights *w, const bm_config *c);
 void bm_weights_free(bm_weights *w, const bm_config *c);
 
-struct bm_device { bm_backend *be; pthread_mutex_t lock; };
+struct bm_device {
+    bm_backend *be;
+    pthread_mutex_t lock;
+    uint64_t limit; bm_session_options plan;        /* of memory for a model and that session; 0: none */
+};
 
 struct bm_model {
     bm_config config;
@@ -107,8 +111,26 @@ struct bm_model {
     bm_source *source;
     bm_weights w;
     void **owned; size_t n_owned, cap_owned;        /* backend memory to release */
-    uint64_t weight_bytes;
+    char *block; size_t block_bytes, used;          /* one of it that weights share; NULL where each has its own */
+    uint64_t weight_bytes, taken;           /* in files; of the device's memory where files are not read in place */
+    struct bm_pages *pages;                 /* NULL: every expert lies on the device */
 };
+
+/* ---- pages.c: experts in host memory, copied in as they are chosen ---------------------------------------- */
+
+typedef struct bm_pages bm_pages;
+/* n >= the experts of any layer; closing releases what bm_pages_host gave.  page_bytes: bm_page_part() of each matrix. */
+bm_status bm_pages_open(bm_pages **out, const bm_model *m, uint64_t page_bytes, int n);
+void bm_pages_close(bm_pages *p);
+bm_status bm_pages_host(bm_pages *p, void *out, size_t bytes, const char *what);    /* memory for experts' matrices */
+static inline uint64_t bm_page_part(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+struct bm_expert_door *bm_pages_door(bm_pages *p);      /* NULL without pages */
+bm_status bm_pages_failed(bm_pages *p);                 /* what the door could not say, once */
+
+/* What an allocation takes of the device's memory. */
+uint64_t bm_taken(const bm_backend *be, uint64_t bytes);
+/* BM_EMEMORY where a device with memory of its own has less left than `need` bytes for `what`. */
+bm_status bm_fits(bm_backend *be, uint64_t need, const char *what, const char *instead);
 /* Bound to configuration, names, types, shapes and 4 KiB of each part. */
 bm_status bm_model_hash(const bm_model *m, uint64_t out[2]);
 
@@ -247,16 +269,17 @@ bm_status bm_learner_step(bm_learner *l, const bm_micro *b, bool back);
 struct bm_session {
     const bm_model *m;
     bm_backend *be;
-    int slots, chunk;
+    int slots, chunk, head_rows, ids;
     bm_arith arith;
     size_t *state_at;           /* (layers) floats into a slot's state */
-    bm_pass pass;               /* memory of one chunk of rows, and the states of all slots */
+    bm_pass pass;               /* memory of one chunk of rows, and the states of all slots; its tokens lie in host memory */
     bm_acts acts;               /* what all layers share */
-    float *head_in, *head_out, *head_loss;  /* (H,D) (H,V) (H) for H rows at a time */
-    bm_token *head_target;
-    float *logits; bool *has_logits;        /* host: (S,V) (S) */
-    int32_t *host;                          /* host: token (M) | start (M+1) | slot (M) of a chunk */
-    struct bm_feed *feeds;                  /* (S) */
+    float *head_in, *head_out, *head_loss;  /* (H,D) (H,V) (H) for H = head_rows at a time */
+    bm_token *head_target, *head_best;      /* (H); head_best is host memory */
+    float *logits; bool *has_logits;        /* host: (S,V), NULL until wanted, (S) */
+    bm_token *best;                         /* (S) host */
+    int32_t *start, *slot; bool sent;       /* (M+1) (M) host; sent: the device has the same */
+    struct bm_feed *feeds; struct bm_wanted *wanted;    /* (S) (M) */
 };
 
 /* ---- profile.c: where the time goes ----------------------------------------------------------------- */
@@ -274,6 +297,9 @@ bm_status bm_sampling_check(const bm_sampling *p, int n_vocab);
 bm_status bm_sampler_open(bm_sampler **out, const bm_sampling *p, int n_vocab);    /* copies p */
 void bm_sampler_close(bm_sampler *s);
 const bm_sampling *bm_sampler_settings(const bm_sampler *s);
+/* Whether pick always gives the largest logit. */
+bool bm_sampler_greedy(const bm_sampler *s);
+bm_status bm_sampler_none(void);            /* the failure of a pick from nothing */
 uint64_t bm_sampler_counter(const bm_sampler *s);
 void bm_sampler_set_counter(bm_sampler *s, uint64_t n);
 /* recent: the last tokens, for the penalties; allowed (V) or NULL. */

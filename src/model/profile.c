@@ -80,6 +80,7 @@ void bm_profile_experts(const bm_pass *pass, int l) {
     for (int e = 0; e < X; e++) {
         if (p->first[e + 1] == p->first[e]) continue;
         p->times.experts++;
+        p->times.layer_experts[l]++;
         p->times.weight_bytes += expert_bytes(pass, l, e);
     }
 }

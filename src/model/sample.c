@@ -78,16 +78,22 @@ bm_status bm_sampler_open(bm_sampler **out, const bm_sampling *p, int n_vocab) {
     return BM_OK;
 }
 
+static bool has_penalty(const bm_sampling *p) {
+    return p->repetition_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0;
+}
+
 const bm_sampling *bm_sampler_settings(const bm_sampler *s) { return &s->p; }
 uint64_t bm_sampler_counter(const bm_sampler *s) { return s->counter; }
 void bm_sampler_set_counter(bm_sampler *s, uint64_t n) { s->counter = n; }
+
+bool bm_sampler_greedy(const bm_sampler *s) { return s->p.temperature == 0 && !s->p.n_bias && !has_penalty(&s->p); }
 
 /* ---- what changes logits ------------------------------------------------------------------------- */
 
 /* Repetition: CTRL (1909.05858), section 4.1; presence and frequency are subtracted. */
 static void penalize(bm_sampler *s, const bm_token *recent, size_t n) {
     const bm_sampling *p = &s->p;
-    if (p->repetition_penalty == 1 && p->presence_penalty == 0 && p->frequency_penalty == 0) return;
+    if (!has_penalty(p)) return;
     if (n > (size_t)p->penalty_window) {
         recent += n - (size_t)p->penalty_window;
         n = (size_t)p->penalty_window;
@@ -103,6 +109,10 @@ static void penalize(bm_sampler *s, const bm_token *recent, size_t n) {
     }
 }
 
+bm_status bm_sampler_none(void) {
+    return bm_fail(BM_EARG, "no token can be sampled: every logit is -inf, nan or of an id without a token");
+}
+
 static bm_status prepare(bm_sampler *s, const float *logits, const bm_token *recent, size_t n_recent, const bool *allowed) {
     int usable = 0;
     memcpy(s->logits, logits, sizeof *logits * (size_t)s->n_vocab);
@@ -112,8 +122,7 @@ static bm_status prepare(bm_sampler *s, const float *logits, const bm_token *rec
         if (isnan(s->logits[i]) || (allowed && !allowed[i])) s->logits[i] = -INFINITY;
         usable += s->logits[i] > -INFINITY;
     }
-    if (!usable) return bm_fail(BM_EARG, "no token can be sampled: every logit is -inf, nan or of an id without a token");
-    return BM_OK;
+    return usable ? BM_OK : bm_sampler_none();
 }
 
 /* ---- order ----------------------------------------------------------------------------------------- */

@@ -32,9 +32,13 @@ static bm_status stream_init(bm_stream *g, const bm_sampling *p) {
     const int V = g->s->m->config.n_vocab;
     BM_TRY(bm_sampler_open(&g->sampler, p, V));
     BM_TRY(bm_alloc(&g->snap, sizeof *g->snap * (BM_STREAM_SNAPSHOTS + 1), "a stream"));
+    g->best = g->s->ids == V || g->t;
     if (!g->t) return BM_OK;
     BM_TRY(bm_alloc(&g->allowed, (size_t)V, "a stream"));
-    for (int i = 0; i < V; i++) g->allowed[i] = bm_token_known(g->t, i);
+    for (int i = 0; i < V; i++) {
+        g->allowed[i] = bm_token_known(g->t, i);
+        g->best = g->best && g->allowed[i] == (i < g->s->ids);
+    }
     return BM_OK;
 }
 
@@ -247,12 +251,12 @@ static bm_status take_token(bm_stream *g, bm_token id, bool ignore_eos, bm_piece
     return BM_OK;
 }
 
-/* Feeds tokens up to the last; logits of the last are there afterwards. */
-static bm_status feed_all(bm_stream *g, bm_progress_fn progress, void *user) {
+/* Feeds tokens up to the last; what is wanted of the last is there afterwards. */
+static bm_status feed_all(bm_stream *g, bm_want want, bm_progress_fn progress, void *user) {
     while (g->fed < g->n) {
         const size_t left = g->n - g->fed, step = left < (size_t)g->s->chunk ? left : (size_t)g->s->chunk;
         const bm_input in = { .slot = g->slot, .tokens = g->token + g->fed, .n = step,
-                              .want = step == left ? BM_WANT_LAST : BM_WANT_NONE };
+                              .want = step == left ? want : BM_WANT_NONE };
         const bm_status st = bm_forward(g->s, &in, 1);
         if (st) {               /* the slot was emptied: back to the last snapshot, the text stays */
             char why[512];
@@ -274,9 +278,11 @@ bm_status bm_stream_next(bm_stream *g, bool ignore_eos, bm_piece *out, bm_progre
     if (!g->n) return bm_fail(BM_EARG, "nothing to go on from: give a prompt");
     BM_TRY(bm_grow(&g->token, &g->cap, g->n + 1, sizeof *g->token, "tokens"));
     if (g->fed == g->n) BM_TRY(restore(g, g->n - 1));           /* a failure came between feeding and sampling */
-    BM_TRY(feed_all(g, progress, user));
+    const bool best = g->best && bm_sampler_greedy(g->sampler);
+    BM_TRY(feed_all(g, best ? BM_WANT_BEST : BM_WANT_LAST, progress, user));
     const size_t window = (size_t)bm_sampler_settings(g->sampler)->penalty_window, recent = g->n < window ? g->n : window;
-    BM_TRY(bm_sampler_pick(g->sampler, bm_logits(g->s, g->slot), g->token + g->n - recent, recent, g->allowed, &id));
+    if (!best) BM_TRY(bm_sampler_pick(g->sampler, bm_logits(g->s, g->slot), g->token + g->n - recent, recent, g->allowed, &id));
+    else if ((id = bm_best(g->s, g->slot)) < 0) return bm_sampler_none();
     g->token[g->n++] = id;
     return take_token(g, id, ignore_eos, out);
 }

@@ -13,6 +13,7 @@ struct bm_stream {
     const bm_tokenizer *t;
     bm_sampler *sampler;
     bool *allowed;                      /* (V) ids with a token; NULL without a tokenizer */
+    bool best;                          /* they are what the session's best token is chosen from */
     bm_token *token; size_t n, cap;     /* the text; the last token is never fed before the next is asked for */
     size_t fed;
     size_t *turn; size_t n_turns, cap_turns;    /* tokens at the end of each turn, ascending */

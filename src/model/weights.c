@@ -32,7 +32,7 @@ static bm_status backend_open(bm_backend **out, const char *name, int threads) {
     if (strcmp(name, "auto"))
         return bm_fail(BM_ENOSUPPORT, "device: found '%.40s', expected auto, cpu, cpu: and a level, or cuda: and a number", name);
     if (bm_backend_open_cuda(out, 0) == BM_OK) return BM_OK;
-    bm_log(1, "the CPU goes on: %s", bm_error());
+    bm_log(0, "the CPU goes on: %s", bm_error());
     return bm_backend_open_cpu(out, threads);
 }
 
@@ -57,7 +57,16 @@ void bm_device_close(bm_device *d) {
     free(d);
 }
 
+bm_status bm_device_limit(bm_device *d, uint64_t bytes, const bm_session_options *plan) {
+    if (bytes && d->be->reads_host)
+        return bm_fail(BM_ENOSUPPORT, "limit: found device %s, expected one with memory of its own", d->be->name);
+    d->limit = bytes;
+    d->plan = plan ? *plan : (bm_session_options){ 0 };
+    return BM_OK;
+}
+
 const char *bm_device_name(const bm_device *d) { return d->be->name; }
+const char *bm_device_version(const bm_device *d) { return d->be->version; }
 int bm_device_threads(const bm_device *d) { return d->be->threads; }
 
 bm_status bm_device_bandwidth(bm_device *d, size_t bytes, int repeats, double *out) {
@@ -76,11 +85,35 @@ bm_status bm_device_peak(bm_device *d, bm_arith arith, bm_dtype type, double *ou
     return s;
 }
 
+/* ---- memory of a device ---------------------------------------------------------------------------- */
+
+uint64_t bm_taken(const bm_backend *be, uint64_t bytes) {
+    const uint64_t grain = bytes < be->grain / 2 ? 512 : be->grain;
+    return grain ? (bytes + grain - 1) / grain * grain : bytes;
+}
+
+bm_status bm_fits(bm_backend *be, uint64_t need, const char *what, const char *instead) {
+    if (!be->left) return BM_OK;
+    const uint64_t left = be->left(be);
+    BM_TRY(be->sync(be));
+    bm_log(1, "%s: %s needs %.0f MB of its memory, %.0f MB are free", be->name, what, 1e-6 * (double)need, 1e-6 * (double)left);
+    if (need <= left) return BM_OK;
+    return bm_fail(BM_EMEMORY, "%s: %s needs %.0f MB of its memory, found %.0f MB free; take %s, or the CPU", be->name, what,
+                   1e-6 * (double)need, 1e-6 * (double)left, instead);
+}
+
 /* ---- loading ------------------------------------------------------------------------------------ */
 
+/* From the one block there is where allocations are coarse, else an allocation of its own. */
 static bm_status own(bm_model *m, void *out, size_t bytes, const char *what) {
     void *p;
     memset(out, 0, sizeof p);
+    if (m->block && m->used + bytes <= m->block_bytes) {
+        p = m->block + m->used;
+        m->used += bm_page_part(bytes);
+        memcpy(out, &p, sizeof p);
+        return BM_OK;
+    }
     BM_TRY(bm_grow(&m->owned, &m->cap_owned, m->n_owned + 1, sizeof *m->owned, "a list of tensors"));
     BM_TRY(m->be->alloc(m->be, &p, bytes, what));
     m->owned[m->n_owned++] = p;
@@ -141,9 +174,21 @@ static bm_status host_bytes(const bm_source *s, const bm_entry *e, void **temp, 
     return st;
 }
 
+/* Matrices of experts that come to the device as they are chosen. */
+static bool paged(const bm_model *m, const bm_file_tensor *t) {
+    const int flags = BM_P_EXPERT | BM_P_MATRIX;
+    return m->device->limit && (t->first.param->flags & flags) == flags && m->config.layer[t->first.layer].ffn == BM_FFN_MOE;
+}
+
 static bm_status load_matrix(bm_model *m, const bm_file_tensor *t, const bm_entry *e) {
     const void *data = e->data;
-    if (!data || !m->be->reads_host) {
+    if (paged(m, t) && !m->be->reads_host) {
+        void *mine;
+        BM_TRY(bm_pages_host(m->pages, &mine, e->bytes, e->name));
+        if (data) memcpy(mine, data, e->bytes);
+        else BM_TRY(bm_source_read(m->source, e, mine));
+        data = mine;
+    } else if (!data || !m->be->reads_host) {
         void *mine;
         BM_TRY(own(m, &mine, e->bytes, e->name));
         if (m->be->reads_host) BM_TRY(bm_source_read(m->source, e, mine));
@@ -205,13 +250,59 @@ void bm_weights_free(bm_weights *w, const bm_config *c) {
     w->layer = NULL;
 }
 
+/* As many pages as the limit leaves room for beside the session and everything but experts. */
+static bm_status pages_plan(bm_model *m, uint64_t session, const uint64_t *layer, int *n, uint64_t *page) {
+    const uint64_t limit = m->device->limit, least = bm_config_widths(&m->config).X;
+    uint64_t all = 0, room = 0;
+    *page = 0;
+    for (int l = 0; l < m->config.n_layers; l++) {
+        if (layer[l]) all += (uint64_t)m->config.layer[l].n_experts;
+        if (layer[l] > *page) *page = layer[l];
+    }
+    if (limit > m->taken + session + m->be->grain && *page) room = (limit - m->taken - session - m->be->grain) / *page;
+    if (*page && room < least)
+        return bm_fail(BM_EMEMORY, "limit: found %.0f MB, expected at least %.0f MB: %.0f for the session, %.0f for %llu "
+                       "experts, the rest for what is no expert", 1e-6 * (double)limit,
+                       1e-6 * (double)(m->taken + session + least * *page + m->be->grain), 1e-6 * (double)session,
+                       1e-6 * (double)(least * *page), (unsigned long long)least);
+    *n = (int)(room < all ? room : all);
+    m->taken += bm_taken(m->be, *page * (uint64_t)*n);
+    return BM_OK;
+}
+
+/* Before anything is copied: whether weights and a session find room, memory for them, and pages where they shall have
+ * less than they would take. */
+static bm_status plan(bm_model *m, const bm_entry **entry, bm_layout layout) {
+    uint64_t session, page, block = 0, layer[BM_MAX_LAYERS] = { 0 };
+    bm_file_tensor t;
+    size_t i = 0;
+    int n = 0;
+    for (bm_walk w = bm_params_walk(&m->config, layout); bm_walk_next(&w, &t); i++) {
+        const uint64_t count = (uint64_t)t.first.rows * (uint64_t)t.first.cols;
+        const uint64_t parts = (uint64_t)t.n_parts, wide = count * parts * sizeof(float);
+        if (!paged(m, &t)) block += bm_page_part(t.first.param->flags & BM_P_MATRIX ? entry[i]->bytes : wide) + 256 * parts;
+        else if (!t.first.expert)
+            layer[t.first.layer] += (t.joined ? 2 : 1) * bm_page_part(bm_dtype_bytes(entry[i]->type, count));
+    }
+    m->taken = bm_taken(m->be, block);
+    BM_TRY(bm_session_bytes(m, m->device->limit ? &m->device->plan : NULL, &session));
+    if (m->device->limit) BM_TRY(pages_plan(m, session, layer, &n, &page));
+    BM_TRY(bm_fits(m->be, m->taken + session, "the model with a session", "a smaller model or type"));
+    if (m->be->grain) {
+        BM_TRY(own(m, &m->block, block, "weights"));
+        m->block_bytes = block;
+    }
+    return n ? bm_pages_open(&m->pages, m, page, n) : BM_OK;
+}
+
 static bm_status load(bm_model *m) {
     const bm_layout layout = bm_layout_of(&m->config, bm_source_format(m->source));
     const bm_entry **entry;
     size_t n, i = 0;
     bm_file_tensor t;
     BM_TRY(bm_params_match(&m->config, m->source, &entry, &n));
-    bm_status s = bm_weights_alloc(&m->w, &m->config);
+    bm_status s = plan(m, entry, layout);
+    if (!s) s = bm_weights_alloc(&m->w, &m->config);
     for (bm_walk w = bm_params_walk(&m->config, layout); !s && bm_walk_next(&w, &t); i++) {
         const bool matrix = t.first.param->flags & BM_P_MATRIX;
         s = matrix ? load_matrix(m, &t, entry[i]) : load_small(m, layout, &t, entry[i]);
@@ -242,6 +333,7 @@ void bm_model_close(bm_model *m) {
     if (!m) return;
     pthread_mutex_lock(&m->device->lock);
     for (size_t i = 0; i < m->n_owned; i++) m->be->release(m->be, m->owned[i]);
+    bm_pages_close(m->pages);
     pthread_mutex_unlock(&m->device->lock);
     free(m->owned);
     bm_weights_free(&m->w, &m->config);

@@ -1,0 +1,46 @@
+/* best.cu - the largest logit of each row.  Room: cuda.
+ * Few rows: many blocks a row, the last of which to end says what they found; many rows: a block each. */
+#include "cuda/cuda.h"
+
+enum { THREADS = 512, FEW = BM_CUDA_BEST_ROWS, BLOCKS = 32 };
+
+/* Ordered as the values are, NaN and -inf least (0); of equal ones the lowest column is the largest. */
+__device__ static unsigned long long key_of(float v, int column) {
+    const unsigned bits = __float_as_uint(v + 0.0f);        /* -0 is +0 */
+    const unsigned order = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return v > -INFINITY ? (unsigned long long)order << 32 | (unsigned)~column : 0;
+}
+__device__ static bm_token column_of(unsigned long long key) { return key ? (bm_token)~(unsigned)key : -1; }
+__device__ static unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
+
+/* Row blockIdx.y, of which block blockIdx.x takes every gridDim.x-th piece; between: what blocks of a row share, zeros
+ * before and after. */
+__global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bm_cuda_row *between) {
+    __shared__ unsigned long long part[THREADS / 32];
+    const float *l = a.logits + (size_t)blockIdx.y * a.ld;
+    unsigned long long key = 0;
+#pragma unroll 4
+    for (int k = blockIdx.x * THREADS + threadIdx.x; k < a.V; k += gridDim.x * THREADS) key = larger(key, key_of(l[k], k));
+    for (int d = 16; d; d /= 2) key = larger(key, __shfl_xor_sync(~0u, key, d));
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = key;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int i = 1; i < THREADS / 32; i++) key = larger(key, part[i]);
+    if (gridDim.x > 1) {
+        bm_cuda_row *r = between + blockIdx.y;
+        atomicMax(&r->key, key);
+        __threadfence();
+        if (atomicAdd(&r->blocks, 1) + 1 < gridDim.x) return;
+        key = atomicExch(&r->key, 0);
+        r->blocks = 0;
+    }
+    a.best[blockIdx.y] = column_of(key);
+}
+
+void bm_cuda_best(bm_backend *b, const bm_op_best *a) {
+    bm_cuda *c = cuda_of(b);
+    if (c->failed || !a->M) return;
+    const int pieces = blocks_of((size_t)a->V, THREADS), most = pieces < BLOCKS ? pieces : BLOCKS;
+    best_of<<<dim3(a->M <= FEW ? most : 1, a->M), THREADS, 0, c->stream>>>(*a, c->rows);
+    bm_cuda_check(c, cudaGetLastError(), "best");
+}
