@@ -123,7 +123,7 @@ static void test_conv_scan(void **state) {
         agree(&u, 2e-6, "conv");
         agree(&h, 0, "conv's state");
         const size_t from = (size_t)(K * I);
-        bm_op_scan a = { .Q = Q, .start = start, .slot = slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = ld, .u = u.host, .dt = dt.host,
+        bm_op_scan a = { .M = M, .Q = Q, .start = start, .slot = slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = ld, .u = u.host, .dt = dt.host,
                          .dt_bias = bias.host, .A = A.host, .B = bc.host, .C = bc.host + N, .D = D.host, .z = xz.host + I, .y = y.host,
                          .state = h.host + from, .stride = stride };
         cpu->scan(cpu, &a);

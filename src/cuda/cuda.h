@@ -21,6 +21,7 @@ typedef struct bm_cuda {
     cudaStream_t stream;
     cudaDeviceProp chip;
     struct bm_cuda_graphs *graphs;          /* what was recorded: graph.cu */
+    struct bm_cuda_wide *wide;              /* products of many rows: matmul.cu */
     bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
 } bm_cuda;
 
@@ -59,6 +60,13 @@ typedef struct bm_product {
 } bm_product;
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
 
+/* Products of many rows (matmul.cu) read activations as bf16.  rounded: where a kernel that writes x (M,cols) f32 puts its rows
+ * as bf16 too, for the product behind it; NULL: not wanted.  Holds until the next call. */
+uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols);
+bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols);
+size_t bm_cuda_reserved(bm_backend *b);
+void bm_cuda_wide_close(bm_cuda *c);
+
 static inline bm_cuda *cuda_of(bm_backend *b) { return (bm_cuda *)b; }
 static inline int blocks_of(size_t n, size_t size) { return (int)((n + size - 1) / size); }
 
@@ -88,10 +96,6 @@ __device__ inline float block_sum(float v) {
     __syncthreads();
     return v;
 }
-__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
-/* x/2 (1 + erf(x / sqrt 2)) */
-__device__ inline float gelu(float x) { return 0.5f * x * erfcf(-0.707106781f * x); }
-__device__ inline float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
 
 #pragma GCC visibility pop
 #endif

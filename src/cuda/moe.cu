@@ -2,7 +2,7 @@
  *
  * Rows go through the products of their expert in the order of groups, which lies on the device: gathered as they are
  * read, scattered as they are written. */
-#include "cuda/cuda.h"
+#include "cuda/steps.cuh"
 
 /* hidden (rows,2F): its first half becomes act(gate) * up, or act(up); or act (rows,F) does. */
 __global__ void activate(const int32_t *first, int X, int M, int F, float *hidden, float *act, bool gated, bool is_gelu) {

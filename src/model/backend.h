@@ -59,7 +59,7 @@ typedef struct bm_op_conv {     /* y (M,I) = silu(causal depthwise conv(x) + bia
 enum { BM_SCAN_CHUNK = 64 };    /* tokens between two states kept for the backward */
 
 typedef struct bm_op_scan {     /* d = softplus(dt + dt_bias); h = exp(d A) h + d u B; y = (C.h + D u) silu(z) */
-    int Q; const int32_t *start, *slot;
+    int M, Q; const int32_t *start, *slot;
     int I, N, ldz, ldbc;                        /* row strides of z, and of B and C */
     const float *u, *dt, *dt_bias, *A, *B, *C, *D, *z;  /* u, dt (M,I); A (N,I) = -exp(A_log), transposed; B, C (M,N) */
     float *y, *state; size_t stride;            /* y (M,I), may equal u or dt; state of slot s: state + s*stride, (N,I); updated */

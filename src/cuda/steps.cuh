@@ -1,0 +1,52 @@
+/* steps.cuh - the arithmetic of single elements, rows and steps, so that every kernel that makes one has its bits.
+ * Room: cuda.  Products and sums that could be fused are spelt out: what the compiler fuses differs from kernel to kernel. */
+#ifndef BM_CUDA_STEPS_H
+#define BM_CUDA_STEPS_H
+#include "cuda/cuda.h"
+#include <cuda_bf16.h>
+
+/* x / (1 + exp -x) */
+__device__ inline float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
+/* x/2 (1 + erf(x / sqrt 2)) */
+__device__ inline float gelu(float x) { return 0.5f * x * erfcf(-0.707106781f * x); }
+__device__ inline float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+
+/* Rounded to bf16, to nearest even; the first in the low half. */
+__device__ inline uint32_t halves(float a, float b) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    return *(const uint32_t *)&pair;
+}
+__device__ inline uint2 halves(float4 v) { return make_uint2(halves(v.x, v.y), halves(v.z, v.w)); }
+
+/* ---- norm: a row whose squares (LayerNorm: of what is left of the mean) have this mean --------- */
+
+__device__ inline float norm_scale(float mean_square, float eps) { return 1 / sqrtf(mean_square + eps); }
+__device__ inline float norm_out(float centred, float scale, float weight, float bias) {
+    return __fadd_rn(__fmul_rn(__fmul_rn(centred, scale), weight), bias);
+}
+
+/* ---- convolution: s = bias, then K of these, the oldest input first; y = silu(s) --------------- */
+
+__device__ inline float conv_step(float s, float weight, float x) { return fmaf(weight, x, s); }
+
+/* ---- scan (arXiv 2312.00752, equation 2): d = softplus(dt + dt_bias), du = d u ----------------- */
+
+enum { SCAN_STATES = 16 };          /* states of a channel summed by the tree; missing ones are zeros */
+
+/* A as scan_state wants it: exp(d A) = 2^(d rate) */
+__device__ inline float scan_rate(float A) { return A * 1.44269504f; }
+__device__ inline float scan_state(float h, float d, float rate, float du, float B) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(d, rate)));
+    return fmaf(e, h, __fmul_rn(du, B));
+}
+/* Sum of p[n] = C_n h_n: n with n ^ 8, then ^ 4, ^ 2, ^ 1; p is overwritten. */
+__device__ inline float scan_sum(float *p) {
+#pragma unroll
+    for (int half = SCAN_STATES / 2; half; half /= 2)
+#pragma unroll
+        for (int n = 0; n < half; n++) p[n] = __fadd_rn(p[n], p[n + half]);
+    return p[0];
+}
+__device__ inline float scan_out(float sum, float D, float u, float z) { return fmaf(D, u, sum) * silu(z); }
+#endif
