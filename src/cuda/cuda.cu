@@ -54,13 +54,12 @@ static void cuda_zero(bm_backend *b, void *dst, size_t n) {
     if (!c->failed) bm_cuda_check(c, cudaMemsetAsync(dst, 0, n, c->stream), "clearing memory");
 }
 
-static bm_status cuda_reserve(bm_backend *, int, int) { return BM_OK; }
-static size_t cuda_reserved(bm_backend *) { return 0; }
 static double cuda_waited(bm_backend *, bool) { return 0; }
 
 static void cuda_close(bm_backend *b) {
     if (!b) return;
     bm_cuda_forget(b, NULL);
+    bm_cuda_wide_close(cuda_of(b));
     cudaStreamDestroy(cuda_of(b)->stream);
     free(b);
 }
@@ -100,8 +99,8 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     c->fail = fail;
     b->threads = 1;
     b->alloc = cuda_alloc, b->release = cuda_release, b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
-    b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = cuda_reserve;
-    b->reserved = cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
+    b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = bm_cuda_reserve;
+    b->reserved = bm_cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
     b->embed = bm_cuda_embed, b->norm = bm_cuda_norm, b->linear = bm_cuda_linear, b->conv = bm_cuda_conv;
     b->scan = bm_cuda_scan, b->route = bm_cuda_route, b->experts = bm_cuda_experts, b->loss = bm_cuda_loss;
     b->attention = bm_cuda_attention, b->replay = bm_cuda_replay, b->recorded = bm_cuda_recorded, b->forget = bm_cuda_forget;

@@ -53,6 +53,7 @@ typedef struct bm_product {
     int X, M, N, K;
     const int32_t *first;       /* (X+1) rows of each group */
     const float *x; size_t ldx; const int32_t *from;    /* from, to: NULL is the row itself */
+    const uint16_t *half;       /* instead of x: rows of K, in order of groups, as bf16; only where bm_cuda_wide_takes */
     const float *bias; size_t bias_stride;              /* bias may be NULL */
     const float *scale;                                 /* by row to(i); may be NULL */
     float *y; size_t ldy; const int32_t *to;
@@ -60,8 +61,11 @@ typedef struct bm_product {
 } bm_product;
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
 
-/* Products of many rows (matmul.cu) read activations as bf16.  rounded: where a kernel that writes x (M,cols) f32 puts its rows
- * as bf16 too, for the product behind it; NULL: not wanted.  Holds until the next call. */
+/* Products of many rows, matmul.cu: whether it takes one, then that; or act (M,N) bf16 = act(gate) up, or act(up). */
+bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p);
+void bm_cuda_wide_product(bm_cuda *c, const bm_product *p);
+void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act);
+/* Where a kernel that writes x (M,cols) puts it as bf16 too, for such a product behind it; NULL: not wanted. */
 uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols);
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols);
 size_t bm_cuda_reserved(bm_backend *b);

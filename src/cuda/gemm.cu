@@ -143,7 +143,8 @@ template <int TYPE> static void launch(bm_cuda *c, const bm_product *p) {
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type) {
     if (c->failed || !p->M) return;
 #define DO(TYPE) launch<TYPE>(c, p)
-    if (p->rounded) launch_tiles(c, p);
+    if (bm_cuda_wide_takes(c, p)) bm_cuda_wide_product(c, p);
+    else if (p->rounded) launch_tiles(c, p);
     else BM_CUDA_TYPES(type, DO)
 #undef DO
     bm_cuda_check(c, cudaGetLastError(), "a matrix product");

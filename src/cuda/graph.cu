@@ -27,6 +27,7 @@ static recording *place_for(bm_cuda_graphs *g, const void *owner, int M) {
 bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     bm_cuda *c = cuda_of(b);
     if (c->failed) return false;
+    bm_cuda_rounded(c, NULL, 0, 0);
     if (!c->graphs) c->graphs = (bm_cuda_graphs *)calloc(1, sizeof *c->graphs);
     bm_cuda_graphs *g = c->graphs;
     if (!g) return false;

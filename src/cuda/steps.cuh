@@ -41,12 +41,11 @@ __device__ inline float scan_state(float h, float d, float rate, float du, float
     return fmaf(e, h, __fmul_rn(du, B));
 }
 /* Sum of p[n] = C_n h_n: n with n ^ 8, then ^ 4, ^ 2, ^ 1; p is overwritten. */
-__device__ inline float scan_sum(float *p) {
+template <int HALF = SCAN_STATES / 2> __device__ inline float scan_sum(float (&p)[SCAN_STATES]) {
 #pragma unroll
-    for (int half = SCAN_STATES / 2; half; half /= 2)
-#pragma unroll
-        for (int n = 0; n < half; n++) p[n] = __fadd_rn(p[n], p[n + half]);
-    return p[0];
+    for (int n = 0; n < HALF; n++) p[n] = __fadd_rn(p[n], p[n + HALF]);
+    if constexpr (HALF > 1) return scan_sum<HALF / 2>(p);
+    else return p[0];
 }
 __device__ inline float scan_out(float sum, float D, float u, float z) { return fmaf(D, u, sum) * silu(z); }
 #endif

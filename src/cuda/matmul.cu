@@ -1,0 +1,373 @@
+/* matmul.cu - products of many rows with bf16 weights and activations on Hopper's tensor cores.  Room: cuda.
+ *
+ * Activations are rounded to bf16 first, gathered in the order of groups.  A block takes one tile of outputs after another: a
+ * warp has the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
+ * of 64 rows each multiply them (wgmma).  An output sums its k in order, 16 at a time, whatever rows are beside it.
+ * Other chips, types and fewer rows: gemm.cu. */
+#include "cuda/steps.cuh"
+#include <cudaTypedefs.h>
+#include <stdlib.h>
+
+enum { LEAST = 65, DEPTH = 64, LINE = 128 };    /* rows; columns of k in a stage, and their bytes */
+
+/* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up. */
+enum { PLAIN, ACT, GATED };
+typedef struct ending { uint16_t *act; const float *gate_bias; bool is_gelu; } ending;
+
+struct bm_cuda_wide {
+    PFN_cuTensorMapEncodeTiled_v12000 encode;
+    uint16_t *half; size_t room;                /* activations as bf16, and how many fit */
+    const float *of; int cols;                  /* whose rows they are; NULL: no longer anybody's */
+};
+
+template <int BN, int GROUPS> struct shape {
+    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 32, BYTES = (ROWS + BN) * LINE, STAGES = 204 * 1024 / BYTES,
+           SHARED = STAGES * BYTES + 1024 };
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* ---- tiles: rows fastest, then columns, then groups ------------------------------------- */
+
+typedef struct tile { int e, begin, end, t0, tiles, row, col; } tile;   /* a group, its rows and tiles; this one's first row and column */
+
+__device__ static void enter(const bm_product &p, tile *w, int e, int rows, int col_tiles) {
+    w->e = e;
+    w->begin = p.first ? p.first[e] : 0;
+    w->end = p.first ? p.first[e + 1] : p.M;
+    w->t0 += w->tiles;
+    w->tiles = (w->end - w->begin + rows - 1) / rows * col_tiles;
+}
+/* Tile t, t never less than before; false past the last. */
+__device__ static bool find(const bm_product &p, tile *w, int t, int rows, int cols) {
+    const int col_tiles = (p.N + cols - 1) / cols;
+    if (w->e < 0) enter(p, w, 0, rows, col_tiles);
+    while (t >= w->t0 + w->tiles) {
+        if (w->e + 1 == p.X) return false;
+        enter(p, w, w->e + 1, rows, col_tiles);
+    }
+    const int row_tiles = w->tiles / col_tiles, at = t - w->t0;
+    w->row = w->begin + at % row_tiles * rows;
+    w->col = at / row_tiles * cols;
+    return true;
+}
+
+/* ---- barriers, copies, products ---------------------------------------------------------- */
+
+__device__ static uint32_t shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ static void barrier_init(uint64_t *b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_at(b)), "r"(count));
+}
+__device__ static void barrier_arrive(uint64_t *b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_at(b)) : "memory");
+}
+__device__ static void barrier_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_at(b)), "r"(bytes) : "memory");
+}
+__device__ static void barrier_wait(uint64_t *b, int parity) {
+    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again;}"
+                 :: "r"(shared_at(b)), "r"(parity) : "memory");
+}
+__device__ static void bring(void *to, const CUtensorMap *map, uint64_t *b, int k, int row, int e) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+                 :: "r"(shared_at(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(shared_at(b)) : "memory");
+}
+/* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
+__device__ static uint64_t matrix(const void *p) {
+    return (uint64_t)(shared_at(p) >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
+/* c (64,BN) = x (64,16) w (BN,16)^T, added to c or not. */
+__device__ static void multiply(float (&c)[96], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+        "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,"
+        "%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32), F16(48), F16(64), F16(80) : "l"(x), "l"(w), "r"(add));
+}
+__device__ static void multiply(float (&c)[64], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+        "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32), F16(48) : "l"(x), "l"(w), "r"(add));
+}
+
+/* ---- one warp brings, the others multiply -------------------------------------------------- */
+
+typedef struct ring { uint8_t *stage; uint64_t *full, *empty; } ring;
+
+template <int BN, int GROUPS, int END> __device__ static void
+bring_tiles(const bm_product &p, const ring &r, const CUtensorMap *x, const CUtensorMap *w, const CUtensorMap *gate) {
+    typedef shape<BN, GROUPS> S;
+    enum { COLS = END == GATED ? BN / 2 : BN };
+    tile at = { -1 };
+    int n = 0;                  /* stages filled */
+    for (int t = blockIdx.x; find(p, &at, t, S::ROWS, COLS); t += gridDim.x)
+        for (int k = 0; k < p.K; k += DEPTH, n++) {
+            const int s = n % S::STAGES;
+            uint8_t *to = r.stage + s * S::BYTES;
+            barrier_wait(&r.empty[s], n / S::STAGES % 2 ^ 1);
+            barrier_expect(&r.full[s], S::BYTES);
+            bring(to, x, &r.full[s], k, at.row, 0);
+            to += S::ROWS * LINE;
+            if (END == GATED) bring(to, gate, &r.full[s], k, at.col, at.e);
+            bring(to + (BN - COLS) * LINE, w, &r.full[s], k, at.col, at.e);
+        }
+}
+
+__device__ static void put_two(const bm_product &p, int e, int row, int n, float2 v, bool pairs) {
+    float *y = p.y + (size_t)row * p.ldy + n;
+    const bool both = n + 1 < p.N;
+    if (p.bias) {
+        const float *b = p.bias + (size_t)e * p.bias_stride + n;
+        v.x += b[0];
+        if (both) v.y += b[1];
+    }
+    if (p.scale) v.x *= p.scale[row], v.y *= p.scale[row];
+    if (p.accumulate) v.x += y[0], v.y += both ? y[1] : 0;
+    if (pairs) *(float2 *)y = v;
+    else {
+        y[0] = v.x;
+        if (both) y[1] = v.y;
+    }
+}
+/* x/2 erfc(-x / sqrt 2) to 1.5e-7 |x|, far below a bf16: Abramowitz and Stegun, 7.1.26. */
+__device__ static float gelu_fast(float x) {
+    const float t = fabsf(x) * 0.707106781f, k = __fdividef(1, fmaf(0.3275911f, t, 1));
+    const float s = fmaf(fmaf(fmaf(fmaf(1.061405429f, k, -1.453152027f), k, 1.421413741f), k, -0.284496736f), k, 0.254829592f);
+    const float tail = 0.5f * s * k * __expf(-t * t);
+    return x * (x > 0 ? 1 - tail : tail);
+}
+__device__ static float activate(float x, bool is_gelu) { return is_gelu ? gelu_fast(x) : silu(x); }
+
+/* Outputs of rows g and g + 8 of a warp's 16, columns 8 j + 2 (lane % 4) and the next; of GATED the first half is gate. */
+template <int BN, int END> __device__ static void
+put_tile(const bm_product &p, const ending &end, const tile &at, int row0, const float (&c)[BN / 2]) {
+    enum { COLS = END == GATED ? BN / 2 : BN };
+    const int lane = threadIdx.x % 32;
+    const bool pairs = p.N % 2 == 0 && p.ldy % 2 == 0 && (uintptr_t)p.y % 8 == 0;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int i = row0 + lane / 4 + 8 * h;
+        if (i >= at.end) break;
+        const int row = p.to ? p.to[i] : i;
+#pragma unroll
+        for (int j = 0; j < COLS / 8; j++) {
+            const int n = at.col + 8 * j + 2 * (lane % 4), a = 4 * j + 2 * h;
+            if (n >= p.N) break;
+            if constexpr (END == PLAIN) put_two(p, at.e, row, n, make_float2(c[a], c[a + 1]), pairs);
+            else {
+                const size_t b = (size_t)at.e * p.bias_stride + n;
+                float2 v = make_float2(c[a], c[a + 1]), up = make_float2(1, 1);
+                const float *bias = END == GATED ? end.gate_bias : p.bias;
+                if (bias) v.x += bias[b], v.y += bias[b + 1];
+                if constexpr (END == GATED) {
+                    up = make_float2(c[a + BN / 4], c[a + BN / 4 + 1]);
+                    if (p.bias) up.x += p.bias[b], up.y += p.bias[b + 1];
+                }
+                const uint32_t pair = halves(activate(v.x, end.is_gelu) * up.x, activate(v.y, end.is_gelu) * up.y);
+                *(uint32_t *)(end.act + (size_t)i * p.N + n) = pair;
+            }
+        }
+    }
+}
+
+template <int BN, int GROUPS, int END> __device__ static void
+multiply_tiles(const bm_product &p, const ending &end, const ring &r) {
+    typedef shape<BN, GROUPS> S;
+    const int own = 64 * (threadIdx.x / 128), lane = threadIdx.x % 32, steps = (p.K + DEPTH - 1) / DEPTH;
+    tile at = { -1 };
+    float c[BN / 2];
+    int n = 0;
+    for (int t = blockIdx.x; find(p, &at, t, S::ROWS, END == GATED ? BN / 2 : BN); t += gridDim.x) {
+        const bool any = at.row + own < at.end;     /* else the warpgroup's rows belong to nobody */
+        for (int k = 0; k < steps; k++, n++) {
+            const int s = n % S::STAGES;
+            const uint8_t *x = r.stage + s * S::BYTES, *w = x + S::ROWS * LINE;
+            barrier_wait(&r.full[s], n / S::STAGES % 2);
+            if (any) {
+                const uint64_t mx = matrix(x + own * LINE), mw = matrix(w);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int i = 0; i < DEPTH / 16; i++) multiply(c, mx + 2 * i, mw + 2 * i, k || i);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            }
+            if (k && !lane) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (!lane) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
+        if (any) put_tile<BN, END>(p, end, at, at.row + own + 16 * (threadIdx.x / 32 % 4), c);
+    }
+}
+#endif
+
+template <int BN, int GROUPS, int END> __global__ void __launch_bounds__(shape<BN, GROUPS>::THREADS, 1)
+wide(const __grid_constant__ bm_product p, const ending end, const __grid_constant__ CUtensorMap x,
+     const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    typedef shape<BN, GROUPS> S;
+    extern __shared__ uint8_t memory[];
+    __shared__ uint64_t full[S::STAGES], empty[S::STAGES];
+    const ring r = { memory + (1024 - shared_at(memory) % 1024) % 1024, full, empty };
+    if (!threadIdx.x) {
+        for (int s = 0; s < S::STAGES; s++) {
+            barrier_init(&full[s], 1);
+            barrier_init(&empty[s], 4 * GROUPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (threadIdx.x >= 128 * GROUPS) {
+        if (threadIdx.x % 32 == 0) bring_tiles<BN, GROUPS, END>(p, r, &x, &w, &gate);
+    } else multiply_tiles<BN, GROUPS, END>(p, end, r);
+#endif
+}
+
+/* ---- activations as bf16 ------------------------------------------------------------------- */
+
+/* Rows from[0], from[1], ... of x, to the last of the groups. */
+__global__ void round_rows(const bm_product p, bool aligned, uint16_t *half) {
+    const int k = 8 * (int)(blockIdx.x * blockDim.x + threadIdx.x), i = blockIdx.y;
+    if (k >= p.K || i >= (p.first ? p.first[p.X] : p.M)) return;
+    const float *in = p.x + (size_t)(p.from ? p.from[i] : i) * p.ldx + k;
+    float4 v[2];
+    if (aligned) v[0] = *(const float4 *)in, v[1] = *(const float4 *)(in + 4);
+    else v[0] = make_float4(in[0], in[1], in[2], in[3]), v[1] = make_float4(in[4], in[5], in[6], in[7]);
+    const uint2 a = halves(v[0]), b = halves(v[1]);
+    *(uint4 *)(half + (size_t)i * p.K + k) = make_uint4(a.x, a.y, b.x, b.y);
+}
+
+uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols) {
+    bm_cuda_wide *w = c->wide;
+    if (!w) return NULL;
+    const bool wanted = M >= LEAST && (size_t)M * cols <= w->room;
+    w->of = wanted ? x : NULL;
+    w->cols = cols;
+    return wanted ? w->half : NULL;
+}
+
+/* Activations of p as bf16 rows of K. */
+static const uint16_t *activations(bm_cuda *c, const bm_product *p) {
+    bm_cuda_wide *w = c->wide;
+    if (p->half) return p->half;
+    if (w->of == p->x && w->cols == p->K && p->ldx == (size_t)p->K && !p->from) return w->half;
+    const bool aligned = ((uintptr_t)p->x | 4 * p->ldx) % 16 == 0;
+    round_rows<<<dim3(blocks_of((size_t)p->K, 8 * 128), p->M), 128, 0, c->stream>>>(*p, aligned, w->half);
+    w->of = NULL;
+    return w->half;
+}
+
+/* ---- launches ------------------------------------------------------------------------------ */
+
+typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; } job;
+
+/* Matrices (count,rows,K) of bf16, read `box` rows and DEPTH columns at a time; zeros past the edges. */
+static bool describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t matrix, int box) {
+    const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, matrix };
+    const cuuint32_t part[3] = { DEPTH, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
+    return !c->wide->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)data, size, stride, part, step,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+static bool describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box) {
+    const size_t matrix = p->X > 1 ? (size_t)(p->w[1] - p->w[0]) : p->w_stride * p->N;
+    return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box);
+}
+
+template <int BN, int GROUPS, int END> static bool launch(bm_cuda *c, const job *j) {
+    typedef shape<BN, GROUPS> S;
+    enum { COLS = END == GATED ? BN / 2 : BN };
+    const bm_product *p = j->p;
+    const size_t row = 2 * (size_t)p->K;
+    CUtensorMap x, w, gate = {};
+    if (!describe(c, &x, j->x, p->K, p->M, 1, row, row * p->M, S::ROWS) || !describe_weights(c, &w, p, COLS)) return false;
+    if (END == GATED && !describe_weights(c, &gate, j->gate, COLS)) return false;
+    const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS), all = c->chip.multiProcessorCount;
+    cudaFuncSetAttribute(wide<BN, GROUPS, END>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
+    wide<BN, GROUPS, END><<<most < all ? most : all, S::THREADS, S::SHARED, c->stream>>>(*p, j->end, x, w, gate);
+    return bm_cuda_check(c, cudaGetLastError(), "a matrix product");
+}
+static bool launch_any(bm_cuda *c, const job *j) {
+    if (j->gate) return launch<192, 2, GATED>(c, j);
+    if (j->end.act) return launch<192, 2, ACT>(c, j);
+    return j->p->N <= 128 ? launch<128, 1, PLAIN>(c, j) : launch<192, 2, PLAIN>(c, j);
+}
+
+/* One matrix as far from the last as the others: the copy engine goes from one to the next. */
+static bool even(const bm_product *p) {
+    for (int e = 1; e < p->X; e++)
+        if (p->w[e] < p->w[e - 1] || p->w[e] - p->w[e - 1] != p->w[1] - p->w[0]) return false;
+    return true;
+}
+static bm_product group_of(const bm_product *p, int e) {
+    bm_product one = *p;
+    one.w[0] = p->w[e];
+    one.X = 1;
+    if (p->first) one.first = p->first + e;
+    if (p->bias) one.bias = p->bias + (size_t)e * p->bias_stride;
+    return one;
+}
+static void run(bm_cuda *c, const job *j) {
+    bool good = true;
+    if (even(j->p) && (!j->gate || even(j->gate))) good = launch_any(c, j);
+    else for (int e = 0; good && e < j->p->X; e++) {
+        const bm_product one = group_of(j->p, e), gate = group_of(j->gate ? j->gate : j->p, e);
+        job k = { &one, j->gate ? &gate : NULL, j->end, j->x };
+        if (k.end.gate_bias) k.end.gate_bias += (size_t)e * j->p->bias_stride;
+        good = launch_any(c, &k);
+    }
+    if (!good) bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
+}
+
+bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
+    const bm_cuda_wide *w = c->wide;
+    bool good = w && p->rounded && p->M >= LEAST && (size_t)p->M * p->K <= w->room && p->w_stride % 16 == 0 && p->K % 8 == 0;
+    for (int e = 0; e < p->X; e++) good = good && (uintptr_t)p->w[e] % 16 == 0;
+    return good;
+}
+void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
+    const job j = { p, NULL, {}, activations(c, p) };
+    run(c, &j);
+}
+void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act) {
+    const job j = { up, gate, { act, gate ? gate->bias : NULL, is_gelu }, activations(c, up) };
+    run(c, &j);
+}
+
+/* ---- room ---------------------------------------------------------------------------------- */
+
+static bm_cuda_wide *opened(bm_cuda *c) {
+    void *encode = NULL;
+    cudaDriverEntryPointQueryResult found;
+    if (c->wide || c->chip.major != 9) return c->wide;
+    const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+    if (e || found != cudaDriverEntryPointSuccess) return NULL;
+    c->wide = (bm_cuda_wide *)calloc(1, sizeof *c->wide);
+    if (c->wide) c->wide->encode = (PFN_cuTensorMapEncodeTiled_v12000)encode;
+    return c->wide;
+}
+
+bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
+    bm_cuda *c = cuda_of(b);
+    bm_cuda_wide *w = rows >= LEAST ? opened(c) : NULL;
+    const size_t room = (size_t)rows * (size_t)cols;
+    void *half;
+    if (!w || room <= w->room) return BM_OK;
+    const bm_status s = b->alloc(b, &half, room * sizeof *w->half, "activations as bf16");
+    if (s) return s;
+    bm_cuda_forget(b, NULL);        /* what was recorded writes to the old ones */
+    if (w->half) b->release(b, w->half);
+    w->half = (uint16_t *)half;
+    w->room = room;
+    w->of = NULL;
+    return BM_OK;
+}
+size_t bm_cuda_reserved(bm_backend *b) { return cuda_of(b)->wide ? cuda_of(b)->wide->room * sizeof(uint16_t) : 0; }
+
+void bm_cuda_wide_close(bm_cuda *c) {
+    if (c->wide) cudaFree(c->wide->half);
+    free(c->wide);
+}
