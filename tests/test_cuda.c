@@ -95,6 +95,7 @@ static void test_linear(void **state) {
             linear_case((bm_dtype)t, rows[i], 37, block > 1 ? 3 * block : 72, i % 2);
             linear_case((bm_dtype)t, rows[i], 5, block > 1 ? block : 1, !(i % 2));
             if (block == 1) linear_case((bm_dtype)t, rows[i], 9, 301, false);
+            if (t == BM_F32) linear_case(BM_F32, 60 + 7 * i, 8 - i, 1160, i % 2);
             linear_case((bm_dtype)t, rows[i], 130, 1280, false);
         }
 }

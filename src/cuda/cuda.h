@@ -65,6 +65,9 @@ void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act);
+/* The same of f32 weights with few columns. */
+bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type);
+void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p);
 /* Where a kernel that writes x (M,cols) puts it as bf16 too, for such a product behind it; NULL: not wanted. */
 uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols);
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols);

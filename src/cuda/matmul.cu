@@ -337,6 +337,56 @@ void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *u
     run(c, &j);
 }
 
+/* ---- few columns --------------------------------------------------------------------------- */
+
+enum { NARROW = 8, ROWS_OF_WARP = 4, WARPS = 4 };
+
+/* Up to NARROW columns of f32 weights, a router's: a warp makes them for four rows, each output in the order of `dots` (gemm.cu). */
+__global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
+    const int lane = threadIdx.x % 32, row0 = ROWS_OF_WARP * (int)(blockIdx.x * WARPS + threadIdx.x / 32);
+    if (row0 >= p.M) return;
+    float sum[ROWS_OF_WARP][NARROW] = {};
+    for (int k = 8 * lane; k < p.K; k += 256) {
+        float4 x[ROWS_OF_WARP][2];
+#pragma unroll
+        for (int i = 0; i < ROWS_OF_WARP; i++) {
+            const float4 *at = (const float4 *)(p.x + (size_t)(row0 + i < p.M ? row0 + i : row0) * p.ldx + k);
+            x[i][0] = at[0], x[i][1] = at[1];
+        }
+#pragma unroll
+        for (int n = 0; n < NARROW; n++) {
+            const float4 *at = (const float4 *)(p.w[0] + (size_t)(n < p.N ? n : 0) * p.w_stride + 4 * (size_t)k), w[2] = { at[0], at[1] };
+#pragma unroll
+            for (int i = 0; i < ROWS_OF_WARP; i++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float *s = &sum[i][n];
+                    *s = fmaf(w[h].x, x[i][h].x, *s);
+                    *s = fmaf(w[h].y, x[i][h].y, *s);
+                    *s = fmaf(w[h].z, x[i][h].z, *s);
+                    *s = fmaf(w[h].w, x[i][h].w, *s);
+                }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS_OF_WARP; i++)
+#pragma unroll
+        for (int n = 0; n < NARROW; n++) {
+            float v = warp_sum(sum[i][n]);
+            if (lane != i * NARROW + n || n >= p.N || row0 + i >= p.M) continue;
+            float *y = p.y + (size_t)(row0 + i) * p.ldy + n;
+            if (p.bias) v += p.bias[n];
+            *y = p.accumulate ? *y + v : v;
+        }
+}
+bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
+    return type == BM_F32 && p->X == 1 && p->N <= NARROW && p->M >= LEAST && p->K % 8 == 0 && !p->first && !p->from && !p->to && !p->scale &&
+           ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
+}
+void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {
+    narrow<<<blocks_of((size_t)p->M, ROWS_OF_WARP * WARPS), 32 * WARPS, 0, c->stream>>>(*p);
+}
+
 /* ---- room ---------------------------------------------------------------------------------- */
 
 static bm_cuda_wide *opened(bm_cuda *c) {

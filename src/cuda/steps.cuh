@@ -5,11 +5,32 @@
 #include "cuda/cuda.h"
 #include <cuda_bf16.h>
 
+/* 2^x and 1/x, to 2 units in the last place and 1; no subnormal numbers. */
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float inverse_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 /* x / (1 + exp -x) */
-__device__ inline float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
+__device__ inline float silu(float x) { return x * inverse_fast(1 + exp2_fast(-1.44269504f * x)); }
 /* x/2 (1 + erf(x / sqrt 2)) */
 __device__ inline float gelu(float x) { return 0.5f * x * erfcf(-0.707106781f * x); }
-__device__ inline float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+/* log(1 + exp x) = max(x, 0) + log(1 + t), t = exp -|x|, log(1 + t) = 2 artanh(t / (2 + t)); without branches. */
+__device__ inline float softplus(float x) {
+    const float a = -fabsf(x), high = __fmul_rn(a, 1.44269502f), low = fmaf(a, 1.92596303e-8f, fmaf(a, 1.44269502f, -high));
+    const float t = exp2_fast(high) * fmaf(low, 0.693147181f, 1), r = t * inverse_fast(2 + t), s = r * r;
+    float p = fmaf(s, 0.0769230769f, 0.0909090909f);
+    p = fmaf(s, p, 0.111111111f);
+    p = fmaf(s, p, 0.142857143f);
+    p = fmaf(s, p, 0.2f);
+    p = fmaf(s, p, 0.333333333f);
+    return __fadd_rn(fmaxf(x, 0), __fmul_rn(2, fmaf(__fmul_rn(r, s), p, r)));
+}
 
 /* Rounded to bf16, to nearest even; the first in the low half. */
 __device__ inline uint32_t halves(float a, float b) {
@@ -36,9 +57,7 @@ enum { SCAN_STATES = 16 };          /* states of a channel summed by the tree; m
 /* A as scan_state wants it: exp(d A) = 2^(d rate) */
 __device__ inline float scan_rate(float A) { return A * 1.44269504f; }
 __device__ inline float scan_state(float h, float d, float rate, float du, float B) {
-    float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(d, rate)));
-    return fmaf(e, h, __fmul_rn(du, B));
+    return fmaf(exp2_fast(__fmul_rn(d, rate)), h, __fmul_rn(du, B));
 }
 /* Sum of p[n] = C_n h_n: n with n ^ 8, then ^ 4, ^ 2, ^ 1; p is overwritten. */
 template <int HALF = SCAN_STATES / 2> __device__ inline float scan_sum(float (&p)[SCAN_STATES]) {
