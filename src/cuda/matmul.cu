@@ -2,7 +2,8 @@
  *
  * Activations are rounded to bf16 first, gathered in the order of groups.  A block takes one tile of outputs after another: a
  * warp has the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
- * of 64 rows each multiply them (wgmma).  An output sums its k in order, 16 at a time, whatever rows are beside it.
+ * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: what bounds large
+ * products is the second cache.  An output sums its k in order, 16 at a time, whatever rows are beside it.
  * Other chips, types and fewer rows: gemm.cu. */
 #include "cuda/steps.cuh"
 #include <cudaTypedefs.h>
@@ -20,15 +21,17 @@ struct bm_cuda_wide {
     const float *of; int cols;                  /* whose rows they are; NULL: no longer anybody's */
 };
 
-template <int BN, int GROUPS> struct shape {
-    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 32, BYTES = (ROWS + BN) * LINE, STAGES = 204 * 1024 / BYTES,
+/* A tile is 64 GROUPS rows by BN columns of w.  CTAS blocks make tiles beside each other and share their rows of x. */
+template <int BN, int GROUPS, int CTAS> struct shape {
+    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 128, BYTES = (ROWS + BN) * LINE, STAGES = 204 * 1024 / BYTES,
            SHARED = STAGES * BYTES + 1024 };
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* ---- tiles: rows fastest, then columns, then groups ------------------------------------- */
 
-typedef struct tile { int e, begin, end, t0, tiles, row, col; } tile;   /* a group, its rows and tiles; this one's first row and column */
+/* A group, its rows and tiles; this one's first row and column. */
+typedef struct tile { int e, begin, end, t0, tiles, row, col; } tile;
 
 __device__ static void enter(const bm_product &p, tile *w, int e, int rows, int col_tiles) {
     w->e = e;
@@ -57,8 +60,10 @@ __device__ static uint32_t shared_at(const void *p) { return (uint32_t)__cvta_ge
 __device__ static void barrier_init(uint64_t *b, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_at(b)), "r"(count));
 }
-__device__ static void barrier_arrive(uint64_t *b) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_at(b)) : "memory");
+/* Of block `cta` of the cluster. */
+__device__ static void barrier_arrive(uint64_t *b, int cta) {
+    asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r];}"
+                 :: "r"(shared_at(b)), "r"(cta) : "memory");
 }
 __device__ static void barrier_expect(uint64_t *b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_at(b)), "r"(bytes) : "memory");
@@ -70,6 +75,20 @@ __device__ static void barrier_wait(uint64_t *b, int parity) {
 __device__ static void bring(void *to, const CUtensorMap *map, uint64_t *b, int k, int row, int e) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
                  :: "r"(shared_at(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(shared_at(b)) : "memory");
+}
+/* To the same place in both blocks, each barrier told of its own. */
+__device__ static void bring_both(void *to, const CUtensorMap *map, uint64_t *b, int k, int row) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%2, %3, %4}], [%5], %6;"
+                 :: "r"(shared_at(to)), "l"(map), "r"(k), "r"(row), "r"(0), "r"(shared_at(b)), "h"((uint16_t)3) : "memory");
+}
+__device__ static int rank_in_cluster() {
+    int r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+__device__ static void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 /* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
 __device__ static uint64_t matrix(const void *p) {
@@ -98,41 +117,26 @@ __device__ static void multiply(float (&c)[64], uint64_t x, uint64_t w, int add)
 
 typedef struct ring { uint8_t *stage; uint64_t *full, *empty; } ring;
 
-template <int BN, int GROUPS, int END> __device__ static void
-bring_tiles(const bm_product &p, const ring &r, const CUtensorMap *x, const CUtensorMap *w, const CUtensorMap *gate) {
-    typedef shape<BN, GROUPS> S;
-    enum { COLS = END == GATED ? BN / 2 : BN };
+template <int BN, int GROUPS, int CTAS, int END> __device__ static void
+bring_tiles(const bm_product &p, const ring &r, int rank, const CUtensorMap *x, const CUtensorMap *w, const CUtensorMap *gate) {
+    typedef shape<BN, GROUPS, CTAS> S;
+    enum { COLS = END == GATED ? BN / 2 : BN, SHARE = S::ROWS / CTAS };
     tile at = { -1 };
     int n = 0;                  /* stages filled */
-    for (int t = blockIdx.x; find(p, &at, t, S::ROWS, COLS); t += gridDim.x)
+    for (int t = blockIdx.x / CTAS; find(p, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS)
         for (int k = 0; k < p.K; k += DEPTH, n++) {
-            const int s = n % S::STAGES;
+            const int s = n % S::STAGES, col = at.col + rank * COLS;
             uint8_t *to = r.stage + s * S::BYTES;
             barrier_wait(&r.empty[s], n / S::STAGES % 2 ^ 1);
             barrier_expect(&r.full[s], S::BYTES);
-            bring(to, x, &r.full[s], k, at.row, 0);
+            if (CTAS == 1) bring(to, x, &r.full[s], k, at.row, 0);
+            else bring_both(to + rank * SHARE * LINE, x, &r.full[s], k, at.row + rank * SHARE);
             to += S::ROWS * LINE;
-            if (END == GATED) bring(to, gate, &r.full[s], k, at.col, at.e);
-            bring(to + (BN - COLS) * LINE, w, &r.full[s], k, at.col, at.e);
+            if (END == GATED) bring(to, gate, &r.full[s], k, col, at.e);
+            bring(to + (BN - COLS) * LINE, w, &r.full[s], k, col, at.e);
         }
 }
 
-__device__ static void put_two(const bm_product &p, int e, int row, int n, float2 v, bool pairs) {
-    float *y = p.y + (size_t)row * p.ldy + n;
-    const bool both = n + 1 < p.N;
-    if (p.bias) {
-        const float *b = p.bias + (size_t)e * p.bias_stride + n;
-        v.x += b[0];
-        if (both) v.y += b[1];
-    }
-    if (p.scale) v.x *= p.scale[row], v.y *= p.scale[row];
-    if (p.accumulate) v.x += y[0], v.y += both ? y[1] : 0;
-    if (pairs) *(float2 *)y = v;
-    else {
-        y[0] = v.x;
-        if (both) y[1] = v.y;
-    }
-}
 /* x/2 erfc(-x / sqrt 2) to 1.5e-7 |x|, far below a bf16: Abramowitz and Stegun, 7.1.26. */
 __device__ static float gelu_fast(float x) {
     const float t = fabsf(x) * 0.707106781f, k = __fdividef(1, fmaf(0.3275911f, t, 1));
@@ -142,46 +146,74 @@ __device__ static float gelu_fast(float x) {
 }
 __device__ static float activate(float x, bool is_gelu) { return is_gelu ? gelu_fast(x) : silu(x); }
 
-/* Outputs of rows g and g + 8 of a warp's 16, columns 8 j + 2 (lane % 4) and the next; of GATED the first half is gate. */
+/* Lanes of a pair have two columns each of two blocks of eight columns: a, b.  The even lane gets four of a, the odd one of b. */
+__device__ static float4 exchange(float2 a, float2 b) {
+    const bool odd = threadIdx.x % 2;
+    const float2 give = odd ? a : b;
+    const float2 got = make_float2(__shfl_xor_sync(~0u, give.x, 1), __shfl_xor_sync(~0u, give.y, 1));
+    return odd ? make_float4(got.x, got.y, b.x, b.y) : make_float4(a.x, a.y, got.x, got.y);
+}
+__device__ static void put_four(const bm_product &p, int e, int row, int n, float4 v, bool aligned) {
+    float *y = p.y + (size_t)row * p.ldy + n, *one = &v.x;
+    const float *bias = p.bias ? p.bias + (size_t)e * p.bias_stride + n : NULL, scale = p.scale ? p.scale[row] : 1;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (n + i >= p.N) break;
+        if (bias) one[i] += bias[i];
+        if (p.scale) one[i] *= scale;
+        if (p.accumulate) one[i] += y[i];
+        if (!aligned) y[i] = one[i];
+    }
+    if (aligned && n < p.N) *(float4 *)y = v;
+}
+/* act(gate) up of two columns. */
+template <int BN, int END> __device__ static uint32_t hidden(const bm_product &p, const ending &end, int e, int n, const float *c) {
+    const size_t b = (size_t)e * p.bias_stride + n;
+    float2 v = make_float2(c[0], c[1]), up = make_float2(1, 1);
+    const float *bias = n < p.N ? END == GATED ? end.gate_bias : p.bias : NULL;
+    if (bias) v.x += bias[b], v.y += bias[b + 1];
+    if constexpr (END == GATED) {
+        up = make_float2(c[BN / 4], c[BN / 4 + 1]);
+        if (p.bias && n < p.N) up.x += p.bias[b], up.y += p.bias[b + 1];
+    }
+    return halves(activate(v.x, end.is_gelu) * up.x, activate(v.y, end.is_gelu) * up.y);
+}
+
+/* Outputs of rows lane / 4 and 8 on of a warp's 16, two of each block of eight columns; of GATED the first half is gate. */
 template <int BN, int END> __device__ static void
-put_tile(const bm_product &p, const ending &end, const tile &at, int row0, const float (&c)[BN / 2]) {
+put_tile(const bm_product &p, const ending &end, const tile &at, int row0, int col0, const float (&c)[BN / 2]) {
     enum { COLS = END == GATED ? BN / 2 : BN };
-    const int lane = threadIdx.x % 32;
-    const bool pairs = p.N % 2 == 0 && p.ldy % 2 == 0 && (uintptr_t)p.y % 8 == 0;
+    const int lane = threadIdx.x % 32, odd = lane % 2;
+    const bool aligned = (p.N | (int)(p.ldy % 4)) % 4 == 0 && (uintptr_t)p.y % 16 == 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int i = row0 + lane / 4 + 8 * h;
-        if (i >= at.end) break;
-        const int row = p.to ? p.to[i] : i;
+        const int i = row0 + lane / 4 + 8 * h, row = END == PLAIN && p.to && i < at.end ? p.to[i] : i;
 #pragma unroll
-        for (int j = 0; j < COLS / 8; j++) {
-            const int n = at.col + 8 * j + 2 * (lane % 4), a = 4 * j + 2 * h;
-            if (n >= p.N) break;
-            if constexpr (END == PLAIN) put_two(p, at.e, row, n, make_float2(c[a], c[a + 1]), pairs);
-            else {
-                const size_t b = (size_t)at.e * p.bias_stride + n;
-                float2 v = make_float2(c[a], c[a + 1]), up = make_float2(1, 1);
-                const float *bias = END == GATED ? end.gate_bias : p.bias;
-                if (bias) v.x += bias[b], v.y += bias[b + 1];
-                if constexpr (END == GATED) {
-                    up = make_float2(c[a + BN / 4], c[a + BN / 4 + 1]);
-                    if (p.bias) up.x += p.bias[b], up.y += p.bias[b + 1];
-                }
-                const uint32_t pair = halves(activate(v.x, end.is_gelu) * up.x, activate(v.y, end.is_gelu) * up.y);
-                *(uint32_t *)(end.act + (size_t)i * p.N + n) = pair;
+        for (int j = 0; j < COLS / 8; j += 2) {
+            const int n = col0 + 8 * (j + odd) + lane % 4 / 2 * 4, a = 4 * j + 2 * h, b = a + 4;
+            if constexpr (END == PLAIN) {
+                const float4 v = exchange(make_float2(c[a], c[a + 1]), make_float2(c[b], c[b + 1]));
+                if (i < at.end) put_four(p, at.e, row, n, v, aligned);
+            } else {
+                const int own = col0 + 8 * j + 2 * (lane % 4);
+                const uint32_t ha = hidden<BN, END>(p, end, at.e, own, c + a), hb = hidden<BN, END>(p, end, at.e, own + 8, c + b);
+                const uint32_t got = __shfl_xor_sync(~0u, odd ? ha : hb, 1);
+                const uint2 four = odd ? make_uint2(got, hb) : make_uint2(ha, got);
+                if (i < at.end && n < p.N) *(uint2 *)(end.act + (size_t)i * p.N + n) = four;
             }
         }
     }
 }
 
-template <int BN, int GROUPS, int END> __device__ static void
-multiply_tiles(const bm_product &p, const ending &end, const ring &r) {
-    typedef shape<BN, GROUPS> S;
+template <int BN, int GROUPS, int CTAS, int END> __device__ static void
+multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) {
+    typedef shape<BN, GROUPS, CTAS> S;
+    enum { COLS = END == GATED ? BN / 2 : BN };
     const int own = 64 * (threadIdx.x / 128), lane = threadIdx.x % 32, steps = (p.K + DEPTH - 1) / DEPTH;
     tile at = { -1 };
     float c[BN / 2];
     int n = 0;
-    for (int t = blockIdx.x; find(p, &at, t, S::ROWS, END == GATED ? BN / 2 : BN); t += gridDim.x) {
+    for (int t = blockIdx.x / CTAS; find(p, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS) {
         const bool any = at.row + own < at.end;     /* else the warpgroup's rows belong to nobody */
         for (int k = 0; k < steps; k++, n++) {
             const int s = n % S::STAGES;
@@ -195,34 +227,42 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r) {
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             }
-            if (k && !lane) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
+            if (k && lane < CTAS) barrier_arrive(&r.empty[(n - 1) % S::STAGES], lane);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (!lane) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
-        if (any) put_tile<BN, END>(p, end, at, at.row + own + 16 * (threadIdx.x / 32 % 4), c);
+        if (lane < CTAS) barrier_arrive(&r.empty[(n - 1) % S::STAGES], lane);
+        if (any) put_tile<BN, END>(p, end, at, at.row + own + 16 * (threadIdx.x / 32 % 4), at.col + rank * COLS, c);
     }
 }
 #endif
 
-template <int BN, int GROUPS, int END> __global__ void __launch_bounds__(shape<BN, GROUPS>::THREADS, 1)
+template <int BN, int GROUPS, int CTAS, int END> __global__ void __launch_bounds__(shape<BN, GROUPS, CTAS>::THREADS, 1)
 wide(const __grid_constant__ bm_product p, const ending end, const __grid_constant__ CUtensorMap x,
      const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    typedef shape<BN, GROUPS> S;
+    typedef shape<BN, GROUPS, CTAS> S;
     extern __shared__ uint8_t memory[];
     __shared__ uint64_t full[S::STAGES], empty[S::STAGES];
     const ring r = { memory + (1024 - shared_at(memory) % 1024) % 1024, full, empty };
+    const int rank = CTAS == 1 ? 0 : rank_in_cluster();
     if (!threadIdx.x) {
         for (int s = 0; s < S::STAGES; s++) {
             barrier_init(&full[s], 1);
-            barrier_init(&empty[s], 4 * GROUPS);
+            barrier_init(&empty[s], 4 * GROUPS * CTAS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    if (threadIdx.x >= 128 * GROUPS) {
-        if (threadIdx.x % 32 == 0) bring_tiles<BN, GROUPS, END>(p, r, &x, &w, &gate);
-    } else multiply_tiles<BN, GROUPS, END>(p, end, r);
+    cluster_meet();
+    if (threadIdx.x >= 128 * GROUPS) {      /* registers go to where outputs are held */
+        if (GROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 32 : 40));
+        if (threadIdx.x == 128 * GROUPS) bring_tiles<BN, GROUPS, CTAS, END>(p, r, rank, &x, &w, &gate);
+    } else {
+        if (GROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 160 : 232));
+        multiply_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank);
+    }
+    __syncwarp();
+    cluster_meet();             /* the other block's memory is written to until it is done */
 #endif
 }
 
@@ -265,7 +305,8 @@ static const uint16_t *activations(bm_cuda *c, const bm_product *p) {
 typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; } job;
 
 /* Matrices (count,rows,K) of bf16, read `box` rows and DEPTH columns at a time; zeros past the edges. */
-static bool describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t matrix, int box) {
+static bool
+describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t matrix, int box) {
     const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, matrix };
     const cuuint32_t part[3] = { DEPTH, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
     return !c->wide->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)data, size, stride, part, step,
@@ -277,23 +318,40 @@ static bool describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_produc
     return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box);
 }
 
-template <int BN, int GROUPS, int END> static bool launch(bm_cuda *c, const job *j) {
-    typedef shape<BN, GROUPS> S;
+template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, const job *j) {
+    typedef shape<BN, GROUPS, CTAS> S;
     enum { COLS = END == GATED ? BN / 2 : BN };
+    const auto kernel = wide<BN, GROUPS, CTAS, END>;
     const bm_product *p = j->p;
     const size_t row = 2 * (size_t)p->K;
     CUtensorMap x, w, gate = {};
-    if (!describe(c, &x, j->x, p->K, p->M, 1, row, row * p->M, S::ROWS) || !describe_weights(c, &w, p, COLS)) return false;
-    if (END == GATED && !describe_weights(c, &gate, j->gate, COLS)) return false;
-    const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS), all = c->chip.multiProcessorCount;
-    cudaFuncSetAttribute(wide<BN, GROUPS, END>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
-    wide<BN, GROUPS, END><<<most < all ? most : all, S::THREADS, S::SHARED, c->stream>>>(*p, j->end, x, w, gate);
-    return bm_cuda_check(c, cudaGetLastError(), "a matrix product");
+    bool good = describe(c, &x, j->x, p->K, p->M, 1, row, row * p->M, S::ROWS / CTAS) && describe_weights(c, &w, p, COLS);
+    if (END == GATED) good = good && describe_weights(c, &gate, j->gate, COLS);
+    if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
+    const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = CTAS, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = CTAS * (most < all ? most : all), config.blockDim = S::THREADS, config.dynamicSmemBytes = S::SHARED;
+    config.stream = c->stream, config.attrs = &cluster, config.numAttrs = 1;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
+    return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, *p, j->end, x, w, gate), "a matrix product");
+}
+/* Rounds that all blocks take for tiles of 64 groups rows, were the groups of p alike, by what one costs. */
+static int rounds(const bm_cuda *c, const bm_product *p, int cols, int groups) {
+    const int tiles = p->X * blocks_of((size_t)blocks_of((size_t)p->M, p->X), 64 * groups) * blocks_of((size_t)p->N, 2 * cols);
+    return blocks_of((size_t)tiles, c->chip.multiProcessorCount / 2) * groups;
+}
+template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
+    const int cols = END == GATED ? 96 : 192;
+    if (rounds(c, j->p, cols, 3) <= rounds(c, j->p, cols, 2)) return launch<192, 3, 2, END>(c, j);
+    return launch<192, 2, 2, END>(c, j);
 }
 static bool launch_any(bm_cuda *c, const job *j) {
-    if (j->gate) return launch<192, 2, GATED>(c, j);
-    if (j->end.act) return launch<192, 2, ACT>(c, j);
-    return j->p->N <= 128 ? launch<128, 1, PLAIN>(c, j) : launch<192, 2, PLAIN>(c, j);
+    if (j->gate) return launch_tall<GATED>(c, j);
+    if (j->end.act) return launch_tall<ACT>(c, j);
+    return j->p->N <= 128 ? launch<128, 1, 1, PLAIN>(c, j) : launch_tall<PLAIN>(c, j);
 }
 
 /* One matrix as far from the last as the others: the copy engine goes from one to the next. */
@@ -311,15 +369,14 @@ static bm_product group_of(const bm_product *p, int e) {
     return one;
 }
 static void run(bm_cuda *c, const job *j) {
-    bool good = true;
-    if (even(j->p) && (!j->gate || even(j->gate))) good = launch_any(c, j);
-    else for (int e = 0; good && e < j->p->X; e++) {
-        const bm_product one = group_of(j->p, e), gate = group_of(j->gate ? j->gate : j->p, e);
-        job k = { &one, j->gate ? &gate : NULL, j->end, j->x };
+    const bool one = even(j->p) && (!j->gate || even(j->gate));
+    if (one) launch_any(c, j);
+    else for (int e = 0; e < j->p->X; e++) {
+        const bm_product up = group_of(j->p, e), gate = group_of(j->gate ? j->gate : j->p, e);
+        job k = { &up, j->gate ? &gate : NULL, j->end, j->x };
         if (k.end.gate_bias) k.end.gate_bias += (size_t)e * j->p->bias_stride;
-        good = launch_any(c, &k);
+        if (!launch_any(c, &k)) return;
     }
-    if (!good) bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
 }
 
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
@@ -339,9 +396,9 @@ void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *u
 
 /* ---- few columns --------------------------------------------------------------------------- */
 
-enum { NARROW = 8, ROWS_OF_WARP = 4, WARPS = 4 };
+enum { NARROW = 8, ROWS_OF_WARP = 2, WARPS = 4 };
 
-/* Up to NARROW columns of f32 weights, a router's: a warp makes them for four rows, each output in the order of `dots` (gemm.cu). */
+/* Up to NARROW columns of f32 weights, a router's, for a few rows: an output is summed as `dots` does (gemm.cu). */
 __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
     const int lane = threadIdx.x % 32, row0 = ROWS_OF_WARP * (int)(blockIdx.x * WARPS + threadIdx.x / 32);
     if (row0 >= p.M) return;
@@ -355,7 +412,7 @@ __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
         }
 #pragma unroll
         for (int n = 0; n < NARROW; n++) {
-            const float4 *at = (const float4 *)(p.w[0] + (size_t)(n < p.N ? n : 0) * p.w_stride + 4 * (size_t)k), w[2] = { at[0], at[1] };
+            const float4 *at = (const float4 *)(p.w[0] + (size_t)(n < p.N ? n : 0) * p.w_stride) + k / 4, w[2] = { at[0], at[1] };
 #pragma unroll
             for (int i = 0; i < ROWS_OF_WARP; i++)
 #pragma unroll
@@ -380,8 +437,8 @@ __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
         }
 }
 bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
-    return type == BM_F32 && p->X == 1 && p->N <= NARROW && p->M >= LEAST && p->K % 8 == 0 && !p->first && !p->from && !p->to && !p->scale &&
-           ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
+    return type == BM_F32 && p->X == 1 && p->N <= NARROW && p->M >= LEAST && p->K % 8 == 0 && !p->first && !p->from && !p->to &&
+           !p->scale && ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
 }
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {
     narrow<<<blocks_of((size_t)p->M, ROWS_OF_WARP * WARPS), 32 * WARPS, 0, c->stream>>>(*p);

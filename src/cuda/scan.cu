@@ -1,39 +1,56 @@
 /* scan.cu - the selective scan (arXiv 2312.00752, equation 2), one step after another.  Room: cuda.
- * long_rows, N <= 16: a lane for each state of a channel; what a step needs of a channel is made by the lane of its number in the
- *   group of 16, and C h is summed by that lane, both through shared memory.
+ * long_rows, N <= 16: a lane for each state of a channel; d and d u of a step are made by the lane of its number in the group of
+ *   16, and so is the sum of C h, both through shared memory, by way of which all rows come and go.
  * single_rows, N <= 16, one row a sequence: a thread for each channel, the same arithmetic and so the same bits.
  * wide_rows, N > 16: a thread for each channel, states where they are kept, sums over N in order. */
 #include "cuda/steps.cuh"
 
-enum { THREADS = 128, N16 = SCAN_STATES, CHANNELS = THREADS / N16, TILE = 32, GROUP = N16, PAD = 20 };    /* TILE: two groups */
+enum { THREADS = 128, N16 = SCAN_STATES, CHANNELS = THREADS / N16, TILE = 32, GROUP = N16 };
+enum { AHEAD = 3, LD = CHANNELS + 4, PAD = 20 };    /* tiles in memory; strides that meet no bank twice */
 
 __device__ static float *state_of(const bm_op_scan &a, int q) { return a.state + (size_t)a.slot[q] * a.stride; }
 
-__device__ static void copy_async(void *to, const float *from, bool there) {    /* zeros where nothing is */
+/* Zeros where nothing is. */
+__device__ static void copy4_async(float *to, const float *from, bool there) {
     const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(at), "l"(from), "r"(there ? 4 : 0));
 }
-/* B and C of TILE rows, the first at b and c, of which `left` are there: a thread fetches one state of every CHANNELS-th. */
-__device__ static void fetch(float2 (*bc)[N16][2], const float *b, const float *c, size_t ld, int left, bool state) {
+__device__ static void copy16_async(float *to, const float *from, int left, bool aligned) {
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
+    if (aligned) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(left > 0 ? 16 : 0));
+    else for (int i = 0; i < 4; i++) copy4_async(to + i, from + i, i < left);
+}
+
+/* What a tile of rows brings: B and C, two steps of a state side by side; dt, u and z of the block's channels. */
+typedef struct tile { float2 bc[TILE / 2][N16][2]; float row[3][TILE][LD]; } tile;
+
+__device__ static void fetch(tile *to, const bm_op_scan &a, int t0, int end, int c0, bool aligned) {
     const int n = threadIdx.x % N16, first = threadIdx.x / N16;
-    b += first * ld + n, c += first * ld + n;
+    const float *b = a.B + (size_t)(t0 + first) * a.ldbc + n, *c = a.C + (size_t)(t0 + first) * a.ldbc + n;
 #pragma unroll
-    for (int i = 0; i < TILE; i += CHANNELS, b += CHANNELS * ld, c += CHANNELS * ld) {
-        float2 *to = &bc[(first + i) / 2][n][first % 2];
-        copy_async(&to->x, b, state && first + i < left);
-        copy_async(&to->y, c, state && first + i < left);
+    for (int i = 0; i < TILE; i += CHANNELS, b += (size_t)CHANNELS * a.ldbc, c += (size_t)CHANNELS * a.ldbc) {
+        const bool there = n < a.N && t0 + first + i < end;
+        copy4_async(&to->bc[(first + i) / 2][n][first % 2].x, b, there);
+        copy4_async(&to->bc[(first + i) / 2][n][first % 2].y, c, there);
+    }
+    if (threadIdx.x < 2 * TILE) {
+        const int t = threadIdx.x / 2, k = threadIdx.x % 2 * 4, left = t0 + t < end ? a.I - c0 - k : 0;
+        const size_t at = (size_t)(t0 + t) * a.I + c0 + k;
+        copy16_async(&to->row[0][t][k], a.dt + at, left, aligned);
+        copy16_async(&to->row[1][t][k], a.u + at, left, aligned);
+        copy16_async(&to->row[2][t][k], a.z + (size_t)(t0 + t) * a.ldz + c0 + k, left, aligned);
     }
     asm volatile("cp.async.commit_group;");
 }
-
-/* Where a lane reads its row of a group; the next is GROUP rows on. */
-typedef struct reader { const float *dt, *u, *z; size_t step, z_step; } reader;
-typedef struct row { float dt, u, z; } row;
-__device__ static row read(reader *r, bool there) {
-    row v = {};
-    if (there) v = row{ *r->dt, *r->u, *r->z };
-    r->dt += r->step, r->u += r->step, r->z += r->z_step;
-    return v;
+/* Rows [t0, end) of a tile of outputs. */
+__device__ static void put_rows(const float (*out)[LD], const bm_op_scan &a, int t0, int end, int c0, bool aligned, uint16_t *half) {
+    const int t = threadIdx.x / 2, k = threadIdx.x % 2 * 4;
+    if (t >= TILE || t0 + t >= end || c0 + k >= a.I) return;
+    const float4 v = *(const float4 *)&out[t][k];
+    const size_t at = (size_t)(t0 + t) * a.I + c0 + k;
+    if (aligned) *(float4 *)(a.y + at) = v;
+    else for (int i = 0; i < 4 && c0 + k + i < a.I; i++) a.y[at + i] = out[t][k + i];
+    if (half) *(uint2 *)(half + at) = halves(v);
 }
 
 /* Sixteen steps of a state, two at a time: d, du of the channel, B, C of the state; C h by step. */
@@ -53,53 +70,41 @@ __device__ static float sixteen(float h, float rate, const float4 *step, const f
     return h;
 }
 
-/* A lane's row is the one of its number in the group.  In a round the warp goes through a group, sums the one before, and makes
- * d of the one behind; rows were asked for a round earlier. */
-__global__ void __launch_bounds__(THREADS) long_rows(bm_op_scan a, uint16_t *half) {
-    __shared__ alignas(16) float2 bc[2][TILE / 2][N16][2];                  /* two steps of a state side by side */
-    __shared__ alignas(16) float2 step[2][CHANNELS][GROUP + 2];             /* d, du; no bank twice, nor in part */
-    __shared__ alignas(16) float part[2][CHANNELS][GROUP * PAD + N16];      /* C h of a step and state */
-    const int n = threadIdx.x % N16, own = threadIdx.x / N16, q = blockIdx.y, c = (int)blockIdx.x * CHANNELS + own;
-    const int begin = a.start[q], T = a.start[q + 1] - begin;
-    if (!T) return;
+__global__ void __launch_bounds__(THREADS) long_rows(bm_op_scan a, bool aligned, uint16_t *half) {
+    __shared__ alignas(16) tile tiles[AHEAD];
+    __shared__ alignas(16) float out[2][TILE][LD], part[CHANNELS][GROUP * PAD + N16];   /* y; C h of a step and state */
+    __shared__ alignas(16) float2 step[CHANNELS][GROUP + 2];                            /* d, du */
+    const int n = threadIdx.x % N16, own = threadIdx.x / N16, q = blockIdx.y, c0 = (int)blockIdx.x * CHANNELS, c = c0 + own;
+    const int begin = a.start[q], end = a.start[q + 1];
+    if (begin == end) return;
     const bool channel = c < a.I, held = channel && n < a.N;
-    const size_t first = (size_t)(begin + n) * a.I + c, far = (size_t)GROUP * a.I;
-    float *state = state_of(a, q) + (size_t)n * a.I + c, *y = a.y + first;
-    const float *B = a.B + (size_t)begin * a.ldbc, *C = a.C + (size_t)begin * a.ldbc;
-    if (half) half += first;
+    float *state = state_of(a, q) + (size_t)n * a.I + c;
     float h = held ? *state : 0;
     const float rate = held ? scan_rate(a.A[(size_t)n * a.I + c]) : 0, bias = channel ? a.dt_bias[c] : 0, D = channel ? a.D[c] : 0;
-    reader r = { a.dt + first, a.u + first, a.z + (size_t)(begin + n) * a.ldz + c, far, (size_t)GROUP * a.ldz };
-    row before = {}, now = read(&r, channel && n < T), next = read(&r, channel && n + GROUP < T);
-    float d = n < T ? softplus(now.dt + bias) : 0;                          /* 0: h stays what it is */
-    fetch(bc[0], B, C, a.ldbc, T, n < a.N);
-    for (int t0 = 0, at = 0; t0 < T + GROUP; t0 += TILE, at ^= 1) {
-        asm volatile("cp.async.wait_all;");
+    for (int i = 0; i < AHEAD - 1; i++) fetch(&tiles[i], a, begin + i * TILE, end, c0, aligned);
+    for (int t0 = begin, i = 0; t0 < end; t0 += TILE, i++) {
+        const tile *now = &tiles[i % AHEAD];
+        asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2));
         __syncthreads();
-        B += (size_t)TILE * a.ldbc, C += (size_t)TILE * a.ldbc;
-        if (t0 + TILE < T) fetch(bc[at ^ 1], B, C, a.ldbc, T - t0 - TILE, n < a.N);
+        fetch(&tiles[(i + AHEAD - 1) % AHEAD], a, t0 + (AHEAD - 1) * TILE, end, c0, aligned);
+        if (i) put_rows(out[(i + 1) % 2], a, t0 - TILE, end, c0, aligned, half);
 #pragma unroll
-        for (int g = 0; g < TILE / GROUP; g++) {
-            const int t = t0 + g * GROUP + n;
-            step[g][own][n] = make_float2(d, d * now.u);
+        for (int g = 0; g < TILE; g += GROUP) {
+            const float u = now->row[1][g + n][own], z = now->row[2][g + n][own];
+            const float d = t0 + g + n < end ? softplus(now->row[0][g + n][own] + bias) : 0;    /* 0: h stays what it is */
+            step[own][n] = make_float2(d, d * u);
             __syncwarp();
-            const row behind = read(&r, channel && t + 2 * GROUP < T);
-            d = t + GROUP < T ? softplus(next.dt + bias) : 0;
-            const bool done = channel && t >= GROUP && t - GROUP < T;
+            h = sixteen(h, rate, (const float4 *)step[own], (const float4 *)now->bc[g / 2][n], &part[own][n]);
+            __syncwarp();
             float p[N16];
 #pragma unroll
-            for (int i = 0; i < N16; i += 4) *(float4 *)(p + i) = *(const float4 *)&part[g ^ 1][own][n * PAD + i];
-            h = sixteen(h, rate, (const float4 *)step[g][own], (const float4 *)bc[at][g * GROUP / 2][n], &part[g][own][n]);
-            const float out = scan_out(scan_sum(p), D, before.u, before.z);
-            if (done) {
-                *y = out;
-                if (half) *half = (uint16_t)halves(out, 0);
-                y += far;
-                if (half) half += far;
-            }
-            before = now, now = next, next = behind;
+            for (int k = 0; k < N16; k += 4) *(float4 *)(p + k) = *(const float4 *)&part[own][n * PAD + k];
+            out[i % 2][g + n][own] = scan_out(scan_sum(p), D, u, z);
         }
     }
+    __syncthreads();
+    const int last = (end - begin - 1) / TILE;
+    put_rows(out[last % 2], a, begin + last * TILE, end, c0, aligned, half);
     if (held) *state = h;
 }
 
@@ -151,11 +156,13 @@ __global__ void __launch_bounds__(THREADS) wide_rows(bm_op_scan a) {
 void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
     bm_cuda *c = cuda_of(b);
     const bool wide = a->N > N16, single = a->M == a->Q;
+    const uintptr_t all = (uintptr_t)a->dt | (uintptr_t)a->u | (uintptr_t)a->z | (uintptr_t)a->y;
+    const bool aligned = all % 16 == 0 && (a->I | a->ldz) % 4 == 0;
     const dim3 grid(blocks_of((size_t)a->I, wide || single ? THREADS : CHANNELS), a->Q);
     if (c->failed || !a->M) return;
     uint16_t *half = !wide && a->I % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL;
     if (wide) wide_rows<<<grid, THREADS, 0, c->stream>>>(*a);
     else if (single) single_rows<<<grid, THREADS, 0, c->stream>>>(*a, half);
-    else long_rows<<<grid, THREADS, 0, c->stream>>>(*a, half);
+    else long_rows<<<grid, THREADS, 0, c->stream>>>(*a, aligned, half);
     bm_cuda_check(c, cudaGetLastError(), "scan");
 }
