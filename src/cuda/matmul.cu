@@ -62,7 +62,7 @@ __device__ static void barrier_init(uint64_t *b, int count) {
 }
 /* Of block `cta` of the cluster. */
 __device__ static void barrier_arrive(uint64_t *b, int cta) {
-    asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r];}"
+    asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}"
                  :: "r"(shared_at(b)), "r"(cta) : "memory");
 }
 __device__ static void barrier_expect(uint64_t *b, int bytes) {
@@ -88,7 +88,7 @@ __device__ static int rank_in_cluster() {
     return r;
 }
 __device__ static void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }
 /* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
 __device__ static uint64_t matrix(const void *p) {
@@ -396,37 +396,43 @@ void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *u
 
 /* ---- few columns --------------------------------------------------------------------------- */
 
-enum { NARROW = 8, ROWS_OF_WARP = 2, WARPS = 4 };
+enum { NARROW = 8, PER_WARP = 2, WARPS = 8, WIDEST = 192 * 1024 / (4 * NARROW) };
 
-/* Up to NARROW columns of f32 weights, a router's, for a few rows: an output is summed as `dots` does (gemm.cu). */
+/* Up to NARROW columns of f32 weights, a router's, for a few rows: an output is summed as `dots` does (gemm.cu).  Weights lie in
+ * shared memory by n, half of eight k, and k / 8. */
 __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
-    const int lane = threadIdx.x % 32, row0 = ROWS_OF_WARP * (int)(blockIdx.x * WARPS + threadIdx.x / 32);
+    extern __shared__ float4 w[];
+    const int lane = threadIdx.x % 32, row0 = PER_WARP * (int)(blockIdx.x * WARPS + threadIdx.x / 32), eights = p.K / 8;
+    for (int i = threadIdx.x; i < p.N * 2 * eights; i += 32 * WARPS) {
+        const int n = i / (2 * eights), k4 = i % (2 * eights);
+        w[(2 * n + k4 % 2) * eights + k4 / 2] = ((const float4 *)(p.w[0] + n * p.w_stride))[k4];
+    }
+    __syncthreads();
     if (row0 >= p.M) return;
-    float sum[ROWS_OF_WARP][NARROW] = {};
-    for (int k = 8 * lane; k < p.K; k += 256) {
-        float4 x[ROWS_OF_WARP][2];
+    const float4 *x[PER_WARP];
+    float sum[PER_WARP][NARROW] = {};
+    for (int i = 0; i < PER_WARP; i++) x[i] = (const float4 *)(p.x + (size_t)(row0 + i < p.M ? row0 + i : row0) * p.ldx);
+#pragma unroll 3
+    for (int k = lane; k < eights; k += 32) {
+        float4 v[PER_WARP][2];
 #pragma unroll
-        for (int i = 0; i < ROWS_OF_WARP; i++) {
-            const float4 *at = (const float4 *)(p.x + (size_t)(row0 + i < p.M ? row0 + i : row0) * p.ldx + k);
-            x[i][0] = at[0], x[i][1] = at[1];
-        }
+        for (int i = 0; i < PER_WARP; i++) v[i][0] = x[i][2 * k], v[i][1] = x[i][2 * k + 1];
 #pragma unroll
-        for (int n = 0; n < NARROW; n++) {
-            const float4 *at = (const float4 *)(p.w[0] + (size_t)(n < p.N ? n : 0) * p.w_stride) + k / 4, w[2] = { at[0], at[1] };
+        for (int n = 0; n < NARROW; n++)
 #pragma unroll
-            for (int i = 0; i < ROWS_OF_WARP; i++)
+            for (int h = 0; h < 2; h++) {
+                const float4 a = w[(2 * (n < p.N ? n : 0) + h) * eights + k];
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float *s = &sum[i][n];
-                    *s = fmaf(w[h].x, x[i][h].x, *s);
-                    *s = fmaf(w[h].y, x[i][h].y, *s);
-                    *s = fmaf(w[h].z, x[i][h].z, *s);
-                    *s = fmaf(w[h].w, x[i][h].w, *s);
+                for (int i = 0; i < PER_WARP; i++) {
+                    float s = fmaf(a.x, v[i][h].x, sum[i][n]);
+                    s = fmaf(a.y, v[i][h].y, s);
+                    s = fmaf(a.z, v[i][h].z, s);
+                    sum[i][n] = fmaf(a.w, v[i][h].w, s);
                 }
-        }
+            }
     }
 #pragma unroll
-    for (int i = 0; i < ROWS_OF_WARP; i++)
+    for (int i = 0; i < PER_WARP; i++)
 #pragma unroll
         for (int n = 0; n < NARROW; n++) {
             float v = warp_sum(sum[i][n]);
@@ -437,11 +443,13 @@ __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
         }
 }
 bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
-    return type == BM_F32 && p->X == 1 && p->N <= NARROW && p->M >= LEAST && p->K % 8 == 0 && !p->first && !p->from && !p->to &&
-           !p->scale && ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
+    return type == BM_F32 && p->X == 1 && p->N <= NARROW && p->M >= LEAST && p->K % 8 == 0 && p->K <= WIDEST && !p->first &&
+           !p->from && !p->to && !p->scale && ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
 }
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {
-    narrow<<<blocks_of((size_t)p->M, ROWS_OF_WARP * WARPS), 32 * WARPS, 0, c->stream>>>(*p);
+    const size_t shared = 4 * (size_t)p->N * p->K;
+    cudaFuncSetAttribute(narrow, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    narrow<<<blocks_of((size_t)p->M, PER_WARP * WARPS), 32 * WARPS, shared, c->stream>>>(*p);
 }
 
 /* ---- room ---------------------------------------------------------------------------------- */

@@ -1,12 +1,13 @@
 /* scan.cu - the selective scan (arXiv 2312.00752, equation 2), one step after another.  Room: cuda.
- * long_rows, N <= 16: a lane for each state of a channel; d and d u of a step are made by the lane of its number in the group of
- *   16, and so is the sum of C h, both through shared memory, by way of which all rows come and go.
+ * long_rows, N <= 16: eight lanes a channel, states m and m + 8 in lane m.  For each 16 steps d and d u are made by the lane of
+ *   the step's number, and so is the sum of C h, both through shared memory, by way of which all rows come and go.
  * single_rows, N <= 16, one row a sequence: a thread for each channel, the same arithmetic and so the same bits.
  * wide_rows, N > 16: a thread for each channel, states where they are kept, sums over N in order. */
 #include "cuda/steps.cuh"
 
-enum { THREADS = 128, N16 = SCAN_STATES, CHANNELS = THREADS / N16, TILE = 32, GROUP = N16 };
-enum { AHEAD = 3, LD = CHANNELS + 4, PAD = 20 };    /* tiles in memory; strides that meet no bank twice */
+enum { N16 = SCAN_STATES, LANES = N16 / 2, CHANNELS = 8, THREADS = CHANNELS * LANES, GROUP = 16, TILE = 2 * GROUP };
+enum { AHEAD = 3, LD = CHANNELS + 4, PAD = 12 };    /* tiles in memory; strides that meet no bank twice */
+enum { WIDTH = 128 };                               /* threads of a block where each has a channel */
 
 __device__ static float *state_of(const bm_op_scan &a, int q) { return a.state + (size_t)a.slot[q] * a.stride; }
 
@@ -21,31 +22,31 @@ __device__ static void copy16_async(float *to, const float *from, int left, bool
     else for (int i = 0; i < 4; i++) copy4_async(to + i, from + i, i < left);
 }
 
-/* What a tile of rows brings: B and C, two steps of a state side by side; dt, u and z of the block's channels. */
-typedef struct tile { float2 bc[TILE / 2][N16][2]; float row[3][TILE][LD]; } tile;
+/* What a tile of rows brings: B and C of states m and m + 8; dt, u and z of the block's channels. */
+typedef struct tile { float bc[TILE][LANES][4], row[3][TILE][LD]; } tile;
 
 __device__ static void fetch(tile *to, const bm_op_scan &a, int t0, int end, int c0, bool aligned) {
-    const int n = threadIdx.x % N16, first = threadIdx.x / N16;
-    const float *b = a.B + (size_t)(t0 + first) * a.ldbc + n, *c = a.C + (size_t)(t0 + first) * a.ldbc + n;
+    const int n = threadIdx.x % N16, first = threadIdx.x / N16, stride = THREADS / N16;
+    const size_t from = (size_t)(t0 + first) * a.ldbc + n;
+    const float *b = a.B + from, *c = a.C + from;
 #pragma unroll
-    for (int i = 0; i < TILE; i += CHANNELS, b += (size_t)CHANNELS * a.ldbc, c += (size_t)CHANNELS * a.ldbc) {
+    for (int i = 0; i < TILE; i += stride, b += (size_t)stride * a.ldbc, c += (size_t)stride * a.ldbc) {
         const bool there = n < a.N && t0 + first + i < end;
-        copy4_async(&to->bc[(first + i) / 2][n][first % 2].x, b, there);
-        copy4_async(&to->bc[(first + i) / 2][n][first % 2].y, c, there);
+        float *at = &to->bc[first + i][n % LANES][n / LANES * 2];
+        copy4_async(at, b, there);
+        copy4_async(at + 1, c, there);
     }
-    if (threadIdx.x < 2 * TILE) {
-        const int t = threadIdx.x / 2, k = threadIdx.x % 2 * 4, left = t0 + t < end ? a.I - c0 - k : 0;
-        const size_t at = (size_t)(t0 + t) * a.I + c0 + k;
-        copy16_async(&to->row[0][t][k], a.dt + at, left, aligned);
-        copy16_async(&to->row[1][t][k], a.u + at, left, aligned);
-        copy16_async(&to->row[2][t][k], a.z + (size_t)(t0 + t) * a.ldz + c0 + k, left, aligned);
-    }
+    const int t = threadIdx.x / 2, k = threadIdx.x % 2 * 4, left = t0 + t < end ? a.I - c0 - k : 0;
+    const size_t at = (size_t)(t0 + t) * a.I + c0 + k;
+    copy16_async(&to->row[0][t][k], a.dt + at, left, aligned);
+    copy16_async(&to->row[1][t][k], a.u + at, left, aligned);
+    copy16_async(&to->row[2][t][k], a.z + (size_t)(t0 + t) * a.ldz + c0 + k, left, aligned);
     asm volatile("cp.async.commit_group;");
 }
 /* Rows [t0, end) of a tile of outputs. */
 __device__ static void put_rows(const float (*out)[LD], const bm_op_scan &a, int t0, int end, int c0, bool aligned, uint16_t *half) {
     const int t = threadIdx.x / 2, k = threadIdx.x % 2 * 4;
-    if (t >= TILE || t0 + t >= end || c0 + k >= a.I) return;
+    if (t0 + t >= end || c0 + k >= a.I) return;
     const float4 v = *(const float4 *)&out[t][k];
     const size_t at = (size_t)(t0 + t) * a.I + c0 + k;
     if (aligned) *(float4 *)(a.y + at) = v;
@@ -53,34 +54,40 @@ __device__ static void put_rows(const float (*out)[LD], const bm_op_scan &a, int
     if (half) *(uint2 *)(half + at) = halves(v);
 }
 
-/* Sixteen steps of a state, two at a time: d, du of the channel, B, C of the state; C h by step. */
-__device__ static float sixteen(float h, float rate, const float4 *step, const float4 *bc, float *part) {
-    float4 x[GROUP / 2], w[GROUP / 2];
+/* Sixteen steps of two states: d, du of the channel, two steps at a time; B, C of the states; the sum of both C h by step. */
+__device__ static void sixteen(float (&h)[2], const float (&rate)[2], const float4 *step, const float4 *bc, float *part) {
+    float4 x[GROUP / 2], w[GROUP];
 #pragma unroll
-    for (int s = 0; s < GROUP / 2; s++) x[s] = step[s], w[s] = bc[s * N16];
+    for (int s = 0; s < GROUP / 2; s++) x[s] = step[s];
 #pragma unroll
-    for (int s = 0; s < GROUP / 2; s++) {
-        h = scan_state(h, x[s].x, rate, x[s].y, w[s].x);
-        w[s].y = __fmul_rn(w[s].y, h);
-        h = scan_state(h, x[s].z, rate, x[s].w, w[s].z);
-        w[s].w = __fmul_rn(w[s].w, h);
+    for (int s = 0; s < GROUP; s++) w[s] = bc[s * LANES];
+#pragma unroll
+    for (int s = 0; s < GROUP; s++) {
+        const float d = s % 2 ? x[s / 2].z : x[s / 2].x, du = s % 2 ? x[s / 2].w : x[s / 2].y;
+        h[0] = scan_state(h[0], d, rate[0], du, w[s].x);
+        h[1] = scan_state(h[1], d, rate[1], du, w[s].z);
+        w[s].x = __fadd_rn(__fmul_rn(w[s].y, h[0]), __fmul_rn(w[s].w, h[1]));
     }
 #pragma unroll
-    for (int s = 0; s < GROUP / 2; s++) part[2 * s * PAD] = w[s].y, part[(2 * s + 1) * PAD] = w[s].w;
-    return h;
+    for (int s = 0; s < GROUP; s++) part[s * PAD] = w[s].x;
 }
 
 __global__ void __launch_bounds__(THREADS) long_rows(bm_op_scan a, bool aligned, uint16_t *half) {
     __shared__ alignas(16) tile tiles[AHEAD];
-    __shared__ alignas(16) float out[2][TILE][LD], part[CHANNELS][GROUP * PAD + N16];   /* y; C h of a step and state */
+    __shared__ alignas(16) float out[2][TILE][LD], part[CHANNELS][GROUP * PAD + LANES]; /* y; sums of two C h by step and lane */
     __shared__ alignas(16) float2 step[CHANNELS][GROUP + 2];                            /* d, du */
-    const int n = threadIdx.x % N16, own = threadIdx.x / N16, q = blockIdx.y, c0 = (int)blockIdx.x * CHANNELS, c = c0 + own;
+    const int m = threadIdx.x % LANES, own = threadIdx.x / LANES, q = blockIdx.y, c0 = (int)blockIdx.x * CHANNELS, c = c0 + own;
     const int begin = a.start[q], end = a.start[q + 1];
     if (begin == end) return;
-    const bool channel = c < a.I, held = channel && n < a.N;
-    float *state = state_of(a, q) + (size_t)n * a.I + c;
-    float h = held ? *state : 0;
-    const float rate = held ? scan_rate(a.A[(size_t)n * a.I + c]) : 0, bias = channel ? a.dt_bias[c] : 0, D = channel ? a.D[c] : 0;
+    const bool channel = c < a.I;
+    const float bias = channel ? a.dt_bias[c] : 0, D = channel ? a.D[c] : 0;
+    float *state = state_of(a, q) + c, h[2], rate[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int n = m + i * LANES;
+        h[i] = channel && n < a.N ? state[(size_t)n * a.I] : 0;
+        rate[i] = channel && n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
+    }
     for (int i = 0; i < AHEAD - 1; i++) fetch(&tiles[i], a, begin + i * TILE, end, c0, aligned);
     for (int t0 = begin, i = 0; t0 < end; t0 += TILE, i++) {
         const tile *now = &tiles[i % AHEAD];
@@ -90,28 +97,37 @@ __global__ void __launch_bounds__(THREADS) long_rows(bm_op_scan a, bool aligned,
         if (i) put_rows(out[(i + 1) % 2], a, t0 - TILE, end, c0, aligned, half);
 #pragma unroll
         for (int g = 0; g < TILE; g += GROUP) {
-            const float u = now->row[1][g + n][own], z = now->row[2][g + n][own];
-            const float d = t0 + g + n < end ? softplus(now->row[0][g + n][own] + bias) : 0;    /* 0: h stays what it is */
-            step[own][n] = make_float2(d, d * u);
-            __syncwarp();
-            h = sixteen(h, rate, (const float4 *)step[own], (const float4 *)now->bc[g / 2][n], &part[own][n]);
-            __syncwarp();
-            float p[N16];
+            float u[2], z[2];
 #pragma unroll
-            for (int k = 0; k < N16; k += 4) *(float4 *)(p + k) = *(const float4 *)&part[own][n * PAD + k];
-            out[i % 2][g + n][own] = scan_out(scan_sum(p), D, u, z);
+            for (int r = 0; r < 2; r++) {
+                const int s = m + r * LANES, t = g + s;
+                u[r] = now->row[1][t][own], z[r] = now->row[2][t][own];
+                const float d = t0 + t < end ? softplus(now->row[0][t][own] + bias) : 0;    /* 0: h stays what it is */
+                step[own][s] = make_float2(d, d * u[r]);
+            }
+            __syncwarp();
+            sixteen(h, rate, (const float4 *)step[own], (const float4 *)now->bc[g][m], &part[own][m]);
+            __syncwarp();
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float p[LANES];
+#pragma unroll
+                for (int k = 0; k < LANES; k += 4) *(float4 *)(p + k) = *(const float4 *)&part[own][(m + r * LANES) * PAD + k];
+                out[i % 2][g + m + r * LANES][own] = scan_out(scan_sum(p), D, u[r], z[r]);
+            }
         }
     }
     __syncthreads();
     const int last = (end - begin - 1) / TILE;
     put_rows(out[last % 2], a, begin + last * TILE, end, c0, aligned, half);
-    if (held) *state = h;
+#pragma unroll
+    for (int i = 0; i < 2; i++) if (channel && m + i * LANES < a.N) state[(size_t)(m + i * LANES) * a.I] = h[i];
 }
 
 /* Row q is the one row of sequence q. */
-__global__ void __launch_bounds__(THREADS) single_rows(bm_op_scan a, uint16_t *half) {
+__global__ void __launch_bounds__(WIDTH) single_rows(bm_op_scan a, uint16_t *half) {
     __shared__ float B[N16], C[N16];
-    const int c = (int)(blockIdx.x * THREADS + threadIdx.x), q = blockIdx.y;
+    const int c = (int)(blockIdx.x * WIDTH + threadIdx.x), q = blockIdx.y;
     if (threadIdx.x < N16) {
         const int n = threadIdx.x;
         B[n] = n < a.N ? a.B[(size_t)q * a.ldbc + n] : 0;
@@ -135,8 +151,8 @@ __global__ void __launch_bounds__(THREADS) single_rows(bm_op_scan a, uint16_t *h
     if (half) half[at] = (uint16_t)halves(y, 0);
 }
 
-__global__ void __launch_bounds__(THREADS) wide_rows(bm_op_scan a) {
-    const int c = (int)(blockIdx.x * THREADS + threadIdx.x), q = blockIdx.y;
+__global__ void __launch_bounds__(WIDTH) wide_rows(bm_op_scan a) {
+    const int c = (int)(blockIdx.x * WIDTH + threadIdx.x), q = blockIdx.y;
     if (c >= a.I) return;
     float *state = state_of(a, q) + c;
     for (int t = a.start[q]; t < a.start[q + 1]; t++) {
@@ -158,11 +174,11 @@ void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
     const bool wide = a->N > N16, single = a->M == a->Q;
     const uintptr_t all = (uintptr_t)a->dt | (uintptr_t)a->u | (uintptr_t)a->z | (uintptr_t)a->y;
     const bool aligned = all % 16 == 0 && (a->I | a->ldz) % 4 == 0;
-    const dim3 grid(blocks_of((size_t)a->I, wide || single ? THREADS : CHANNELS), a->Q);
+    const dim3 grid(blocks_of((size_t)a->I, WIDTH), a->Q), eights(blocks_of((size_t)a->I, CHANNELS), a->Q);
     if (c->failed || !a->M) return;
     uint16_t *half = !wide && a->I % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL;
-    if (wide) wide_rows<<<grid, THREADS, 0, c->stream>>>(*a);
-    else if (single) single_rows<<<grid, THREADS, 0, c->stream>>>(*a, half);
-    else long_rows<<<grid, THREADS, 0, c->stream>>>(*a, aligned, half);
+    if (wide) wide_rows<<<grid, WIDTH, 0, c->stream>>>(*a);
+    else if (single) single_rows<<<grid, WIDTH, 0, c->stream>>>(*a, half);
+    else long_rows<<<eights, THREADS, 0, c->stream>>>(*a, aligned, half);
     bm_cuda_check(c, cudaGetLastError(), "scan");
 }

@@ -59,12 +59,13 @@ __device__ inline float scan_rate(float A) { return A * 1.44269504f; }
 __device__ inline float scan_state(float h, float d, float rate, float du, float B) {
     return fmaf(exp2_fast(__fmul_rn(d, rate)), h, __fmul_rn(du, B));
 }
-/* Sum of p[n] = C_n h_n: n with n ^ 8, then ^ 4, ^ 2, ^ 1; p is overwritten. */
-template <int HALF = SCAN_STATES / 2> __device__ inline float scan_sum(float (&p)[SCAN_STATES]) {
+/* Sum of p[n] = C_n h_n over 2 HALF states: n with n + HALF, then halves of that; p is overwritten. */
+template <int ALL> __device__ inline float scan_sum(float (&p)[ALL]) {
 #pragma unroll
-    for (int n = 0; n < HALF; n++) p[n] = __fadd_rn(p[n], p[n + HALF]);
-    if constexpr (HALF > 1) return scan_sum<HALF / 2>(p);
-    else return p[0];
+    for (int half = ALL / 2; half; half /= 2)
+#pragma unroll
+        for (int n = 0; n < ALL / 2; n++) if (n < half) p[n] = __fadd_rn(p[n], p[n + half]);
+    return p[0];
 }
 __device__ inline float scan_out(float sum, float D, float u, float z) { return fmaf(D, u, sum) * silu(z); }
 #endif
