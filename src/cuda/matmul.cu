@@ -153,18 +153,18 @@ __device__ static float4 exchange(float2 a, float2 b) {
     const float2 got = make_float2(__shfl_xor_sync(~0u, give.x, 1), __shfl_xor_sync(~0u, give.y, 1));
     return odd ? make_float4(got.x, got.y, b.x, b.y) : make_float4(a.x, a.y, got.x, got.y);
 }
-__device__ static void put_four(const bm_product &p, int e, int row, int n, float4 v, bool aligned) {
-    float *y = p.y + (size_t)row * p.ldy + n, *one = &v.x;
-    const float *bias = p.bias ? p.bias + (size_t)e * p.bias_stride + n : NULL, scale = p.scale ? p.scale[row] : 1;
+/* Four outputs that may end at an edge, lie anywhere, or be added. */
+__device__ static void put_four(const bm_product &p, float *y, int n, float4 v) {
+    const float *one = &v.x;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (n + i >= p.N) break;
-        if (bias) one[i] += bias[i];
-        if (p.scale) one[i] *= scale;
-        if (p.accumulate) one[i] += y[i];
-        if (!aligned) y[i] = one[i];
+    for (int i = 0; i < 4; i++) if (n + i < p.N) y[i] = p.accumulate ? y[i] + one[i] : one[i];
+}
+__device__ static float2 biased(const bm_product &p, int e, int n, float x, float y, float scale) {
+    if (p.bias) {
+        const float *b = p.bias + (size_t)e * p.bias_stride + n;
+        x += n < p.N ? b[0] : 0, y += n + 1 < p.N ? b[1] : 0;
     }
-    if (aligned && n < p.N) *(float4 *)y = v;
+    return make_float2(x * scale, y * scale);
 }
 /* act(gate) up of two columns. */
 template <int BN, int END> __device__ static uint32_t hidden(const bm_product &p, const ending &end, int e, int n, const float *c) {
@@ -183,23 +183,27 @@ template <int BN, int END> __device__ static uint32_t hidden(const bm_product &p
 template <int BN, int END> __device__ static void
 put_tile(const bm_product &p, const ending &end, const tile &at, int row0, int col0, const float (&c)[BN / 2]) {
     enum { COLS = END == GATED ? BN / 2 : BN };
-    const int lane = threadIdx.x % 32, odd = lane % 2;
-    const bool aligned = (p.N | (int)(p.ldy % 4)) % 4 == 0 && (uintptr_t)p.y % 16 == 0;
+    const int lane = threadIdx.x % 32, odd = lane % 2, far = 8 * odd + lane % 4 / 2 * 4;
+    const bool whole = !p.accumulate && p.ldy % 4 == 0 && (uintptr_t)p.y % 16 == 0 && col0 + COLS <= p.N;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int i = row0 + lane / 4 + 8 * h, row = END == PLAIN && p.to && i < at.end ? p.to[i] : i;
+        const float scale = END == PLAIN && p.scale && i < at.end ? p.scale[row] : 1;
+        float *y = END == PLAIN ? p.y + (size_t)row * p.ldy + col0 + far : NULL;
+        uint16_t *act = END == PLAIN ? NULL : end.act + (size_t)i * p.N + col0 + far;
 #pragma unroll
         for (int j = 0; j < COLS / 8; j += 2) {
-            const int n = col0 + 8 * (j + odd) + lane % 4 / 2 * 4, a = 4 * j + 2 * h, b = a + 4;
+            const int n = col0 + 8 * j, own = n + 2 * (lane % 4), a = 4 * j + 2 * h, b = a + 4;
             if constexpr (END == PLAIN) {
-                const float4 v = exchange(make_float2(c[a], c[a + 1]), make_float2(c[b], c[b + 1]));
-                if (i < at.end) put_four(p, at.e, row, n, v, aligned);
+                const float4 v = exchange(biased(p, at.e, own, c[a], c[a + 1], scale), biased(p, at.e, own + 8, c[b], c[b + 1], scale));
+                if (i >= at.end) continue;
+                if (whole) *(float4 *)(y + 8 * j) = v;
+                else put_four(p, y + 8 * j, n + far, v);
             } else {
-                const int own = col0 + 8 * j + 2 * (lane % 4);
                 const uint32_t ha = hidden<BN, END>(p, end, at.e, own, c + a), hb = hidden<BN, END>(p, end, at.e, own + 8, c + b);
                 const uint32_t got = __shfl_xor_sync(~0u, odd ? ha : hb, 1);
                 const uint2 four = odd ? make_uint2(got, hb) : make_uint2(ha, got);
-                if (i < at.end && n < p.N) *(uint2 *)(end.act + (size_t)i * p.N + n) = four;
+                if (i < at.end && n + far < p.N) *(uint2 *)(act + 8 * j) = four;
             }
         }
     }
@@ -338,14 +342,15 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
     return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, *p, j->end, x, w, gate), "a matrix product");
 }
-/* Rounds that all blocks take for tiles of 64 groups rows, were the groups of p alike, by what one costs. */
+/* Rounds that all blocks take for tiles of 64 `groups` rows, were the groups of p alike, by what one costs; the larger tile reads
+ * less. */
 static int rounds(const bm_cuda *c, const bm_product *p, int cols, int groups) {
     const int tiles = p->X * blocks_of((size_t)blocks_of((size_t)p->M, p->X), 64 * groups) * blocks_of((size_t)p->N, 2 * cols);
     return blocks_of((size_t)tiles, c->chip.multiProcessorCount / 2) * groups;
 }
 template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
     const int cols = END == GATED ? 96 : 192;
-    if (rounds(c, j->p, cols, 3) <= rounds(c, j->p, cols, 2)) return launch<192, 3, 2, END>(c, j);
+    if (8 * rounds(c, j->p, cols, 3) <= 9 * rounds(c, j->p, cols, 2)) return launch<192, 3, 2, END>(c, j);
     return launch<192, 2, 2, END>(c, j);
 }
 static bool launch_any(bm_cuda *c, const job *j) {
