@@ -11,6 +11,7 @@ __device__ static const float *input(const bm_op_conv &a, int q, int t) {
 }
 
 __global__ void __launch_bounds__(THREADS) rows(bm_op_conv a) {
+    after_previous();
     const int c = (int)(blockIdx.x * THREADS + threadIdx.x), row = blockIdx.y;
     if (c >= a.I) return;
     const int q = sequence_of(a.start, a.Q, row), t = row - a.start[q];
@@ -24,6 +25,7 @@ __device__ static float4 step4(float4 s, float4 w, float4 x) {
 }
 /* half: y as bf16, or NULL.  A row that begins a sequence, or the thread's first, finds its past anew. */
 __global__ void __launch_bounds__(THREADS) rows4(bm_op_conv a, uint16_t *half) {
+    after_previous();
     const int c = 4 * (int)(blockIdx.x * THREADS + threadIdx.x), first = (int)blockIdx.y * STEPS;
     if (c >= a.I) return;
     int q = sequence_of(a.start, a.Q, first);
@@ -52,8 +54,27 @@ __global__ void __launch_bounds__(THREADS) rows4(bm_op_conv a, uint16_t *half) {
     }
 }
 
+/* The same where each sequence has one row, and its state at once. */
+__global__ void __launch_bounds__(THREADS) single4(bm_op_conv a, uint16_t *half) {
+    after_previous();
+    const int c = 4 * (int)(blockIdx.x * THREADS + threadIdx.x), q = blockIdx.y;
+    if (c >= a.I) return;
+    float *state = a.state + (size_t)a.slot[q] * a.stride + c;
+    float4 x[4], s = a.bias ? *(const float4 *)(a.bias + c) : make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int k = 0; k < 4; k++) x[k] = *(const float4 *)(k < 3 ? state + (size_t)k * a.I : a.x + (size_t)q * a.ldx + c);
+#pragma unroll
+    for (int k = 0; k < 4; k++) s = step4(s, *(const float4 *)(a.weight + (size_t)k * a.I + c), x[k]);
+#pragma unroll
+    for (int k = 0; k < 3; k++) *(float4 *)(state + (size_t)k * a.I) = x[k + 1];
+    s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));
+    *(float4 *)(a.y + (size_t)q * a.I + c) = s;
+    if (half) *(uint2 *)(half + (size_t)q * a.I + c) = halves(s);
+}
+
 /* The last K - 1 inputs; a row moves up before it is overwritten. */
 __global__ void __launch_bounds__(THREADS) states(bm_op_conv a) {
+    after_previous();
     const int c = (int)(blockIdx.x * THREADS + threadIdx.x), q = blockIdx.y, T = a.start[q + 1] - a.start[q];
     float *state = a.state + (size_t)a.slot[q] * a.stride;
     if (c >= a.I || !T) return;
@@ -64,11 +85,14 @@ void bm_cuda_conv(bm_backend *b, const bm_op_conv *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
     const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->weight | (uintptr_t)a->bias | (uintptr_t)a->y | (uintptr_t)a->state;
-    if (a->K == 4 && all % 16 == 0 && (a->I | a->ldx | (int)(a->stride % 4)) % 4 == 0) {
-        uint16_t *half = a->I % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL;
-        const dim3 grid(blocks_of((size_t)a->I, 4 * THREADS), blocks_of((size_t)a->M, STEPS));
-        rows4<<<grid, THREADS, 0, c->stream>>>(*a, half);
-    } else rows<<<dim3(blocks_of((size_t)a->I, THREADS), a->M), THREADS, 0, c->stream>>>(*a);
-    states<<<dim3(blocks_of((size_t)a->I, THREADS), a->Q), THREADS, 0, c->stream>>>(*a);
+    const bool fours = a->K == 4 && all % 16 == 0 && (a->I | a->ldx | (int)(a->stride % 4)) % 4 == 0;
+    uint16_t *half = fours && a->I % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL;
+    const int blocks = blocks_of((size_t)a->I, THREADS), blocks4 = blocks_of((size_t)a->I, 4 * THREADS);
+    if (fours && a->M == a->Q) bm_cuda_start(c, single4, dim3(blocks4, a->Q), THREADS, 0, *a, half);
+    else {
+        if (fours) bm_cuda_start(c, rows4, dim3(blocks4, blocks_of((size_t)a->M, STEPS)), THREADS, 0, *a, half);
+        else bm_cuda_start(c, rows, dim3(blocks, a->M), THREADS, 0, *a);
+        bm_cuda_start(c, states, dim3(blocks, a->Q), THREADS, 0, *a);
+    }
     bm_cuda_check(c, cudaGetLastError(), "convolution");
 }

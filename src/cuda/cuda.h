@@ -77,6 +77,23 @@ void bm_cuda_wide_close(bm_cuda *c);
 static inline bm_cuda *cuda_of(bm_backend *b) { return (bm_cuda *)b; }
 static inline int blocks_of(size_t n, size_t size) { return (int)((n + size - 1) / size); }
 
+/* Starts a kernel that waits with after_previous() before it looks at memory: it is set up while the one before it ends. */
+template <class... P, class... A>
+static void bm_cuda_start(const bm_cuda *c, void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... a) {
+    cudaLaunchAttribute early = {};
+    cudaLaunchConfig_t config = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = c->stream;
+    config.attrs = &early, config.numAttrs = c->chip.major >= 9;
+    cudaLaunchKernelEx(&config, kernel, a...);
+}
+__device__ inline void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* The sequence a row belongs to; start (Q+1), sequences without rows are passed over. */
 __device__ inline int sequence_of(const int32_t *start, int Q, int row) {
     int lo = 0, hi = Q;

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 enum { LEAST = 65, DEPTH = 64, LINE = 128 };    /* rows; columns of k in a stage, and their bytes */
+enum { PAPER = 16 * 40 * 4 };                   /* bytes in which a warp turns its outputs round */
 
 /* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up. */
 enum { PLAIN, ACT, GATED };
@@ -23,8 +24,8 @@ struct bm_cuda_wide {
 
 /* A tile is 64 GROUPS rows by BN columns of w.  CTAS blocks make tiles beside each other and share their rows of x. */
 template <int BN, int GROUPS, int CTAS> struct shape {
-    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 128, BYTES = (ROWS + BN) * LINE, STAGES = 204 * 1024 / BYTES,
-           SHARED = STAGES * BYTES + 1024 };
+    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 128, BYTES = (ROWS + BN) * LINE, STAGES = 200 * 1024 / BYTES,
+           SHARED = STAGES * BYTES + 4 * GROUPS * PAPER + 1024 };
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -146,13 +147,6 @@ __device__ static float gelu_fast(float x) {
 }
 __device__ static float activate(float x, bool is_gelu) { return is_gelu ? gelu_fast(x) : silu(x); }
 
-/* Lanes of a pair have two columns each of two blocks of eight columns: a, b.  The even lane gets four of a, the odd one of b. */
-__device__ static float4 exchange(float2 a, float2 b) {
-    const bool odd = threadIdx.x % 2;
-    const float2 give = odd ? a : b;
-    const float2 got = make_float2(__shfl_xor_sync(~0u, give.x, 1), __shfl_xor_sync(~0u, give.y, 1));
-    return odd ? make_float4(got.x, got.y, b.x, b.y) : make_float4(a.x, a.y, got.x, got.y);
-}
 /* Four outputs that may end at an edge, lie anywhere, or be added. */
 __device__ static void put_four(const bm_product &p, float *y, int n, float4 v) {
     const float *one = &v.x;
@@ -179,32 +173,64 @@ template <int BN, int END> __device__ static uint32_t hidden(const bm_product &p
     return halves(activate(v.x, end.is_gelu) * up.x, activate(v.y, end.is_gelu) * up.y);
 }
 
-/* Outputs of rows lane / 4 and 8 on of a warp's 16, two of each block of eight columns; of GATED the first half is gate. */
-template <int BN, int END> __device__ static void
-put_tile(const bm_product &p, const ending &end, const tile &at, int row0, int col0, const float (&c)[BN / 2]) {
-    enum { COLS = END == GATED ? BN / 2 : BN };
-    const int lane = threadIdx.x % 32, odd = lane % 2, far = 8 * odd + lane % 4 / 2 * 4;
-    const bool whole = !p.accumulate && p.ldy % 4 == 0 && (uintptr_t)p.y % 16 == 0 && col0 + COLS <= p.N;
+/* A warp's 16 rows from row0 on, 32 columns at a time: a lane holds two columns of each eight of rows lane / 4 and 8 on, and writes
+ * 16 bytes of a row with its neighbours beside it. */
+template <int BN> __device__ static void
+put_rows(const bm_product &p, const tile &at, int row0, int col0, const float (&c)[BN / 2], float *paper) {
+    enum { LD = 40 };
+    const int lane = threadIdx.x % 32, own = lane / 4, n0 = 2 * (lane % 4), far = 4 * (lane % 8);
+    const bool whole = !p.accumulate && p.ldy % 4 == 0 && (uintptr_t)p.y % 16 == 0 && col0 + BN <= p.N;
+    float scale[2], *y[4];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int i = row0 + lane / 4 + 8 * h, row = END == PLAIN && p.to && i < at.end ? p.to[i] : i;
-        const float scale = END == PLAIN && p.scale && i < at.end ? p.scale[row] : 1;
-        float *y = END == PLAIN ? p.y + (size_t)row * p.ldy + col0 + far : NULL;
-        uint16_t *act = END == PLAIN ? NULL : end.act + (size_t)i * p.N + col0 + far;
+        const int i = row0 + own + 8 * h;
+        scale[h] = p.scale && i < at.end ? p.scale[p.to ? p.to[i] : i] : 1;
+    }
 #pragma unroll
-        for (int j = 0; j < COLS / 8; j += 2) {
-            const int n = col0 + 8 * j, own = n + 2 * (lane % 4), a = 4 * j + 2 * h, b = a + 4;
-            if constexpr (END == PLAIN) {
-                const float4 v = exchange(biased(p, at.e, own, c[a], c[a + 1], scale), biased(p, at.e, own + 8, c[b], c[b + 1], scale));
-                if (i >= at.end) continue;
-                if (whole) *(float4 *)(y + 8 * j) = v;
-                else put_four(p, y + 8 * j, n + far, v);
-            } else {
-                const uint32_t ha = hidden<BN, END>(p, end, at.e, own, c + a), hb = hidden<BN, END>(p, end, at.e, own + 8, c + b);
-                const uint32_t got = __shfl_xor_sync(~0u, odd ? ha : hb, 1);
-                const uint2 four = odd ? make_uint2(got, hb) : make_uint2(ha, got);
-                if (i < at.end && n + far < p.N) *(uint2 *)(act + 8 * j) = four;
+    for (int r = 0; r < 4; r++) {
+        const int i = row0 + lane / 8 + 4 * r;
+        y[r] = i < at.end ? p.y + (size_t)(p.to ? p.to[i] : i) * p.ldy + col0 + far : NULL;
+    }
+#pragma unroll
+    for (int j = 0; j < BN / 8; j += 4) {
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float *v = c + 4 * (j + k) + 2 * h;
+                *(float2 *)(paper + (own + 8 * h) * LD + 8 * k + n0) = biased(p, at.e, col0 + 8 * (j + k) + n0, v[0], v[1], scale[h]);
             }
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const float4 v = *(const float4 *)(paper + (lane / 8 + 4 * r) * LD + far);
+            if (!y[r]) continue;
+            if (whole) *(float4 *)(y[r] + 8 * j) = v;
+            else put_four(p, y[r] + 8 * j, col0 + 8 * j + far, v);
+        }
+    }
+}
+/* The same of hidden columns, of which there are whole eights. */
+template <int BN, int END> __device__ static void
+put_hidden(const bm_product &p, const ending &end, const tile &at, int row0, int col0, const float (&c)[BN / 2], uint32_t *paper) {
+    enum { COLS = END == GATED ? BN / 2 : BN, LD = 20 };
+    const int lane = threadIdx.x % 32, own = lane / 4, pair = lane % 4;
+#pragma unroll
+    for (int j = 0; j < COLS / 8; j += 4) {
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                paper[(own + 8 * h) * LD + 4 * k + pair] =
+                    hidden<BN, END>(p, end, at.e, col0 + 8 * (j + k) + 2 * pair, c + 4 * (j + k) + 2 * h);
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = row0 + own + 8 * h, n = col0 + 8 * (j + pair);
+            const uint4 v = *(const uint4 *)(paper + (own + 8 * h) * LD + 4 * pair);
+            if (i < at.end && n < p.N) *(uint4 *)(end.act + (size_t)i * p.N + n) = v;
         }
     }
 }
@@ -214,8 +240,8 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
     typedef shape<BN, GROUPS, CTAS> S;
     enum { COLS = END == GATED ? BN / 2 : BN };
     const int own = 64 * (threadIdx.x / 128), lane = threadIdx.x % 32, steps = (p.K + DEPTH - 1) / DEPTH;
+    float *paper = (float *)(r.stage + S::STAGES * S::BYTES + threadIdx.x / 32 * PAPER), c[BN / 2];
     tile at = { -1 };
-    float c[BN / 2];
     int n = 0;
     for (int t = blockIdx.x / CTAS; find(p, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS) {
         const bool any = at.row + own < at.end;     /* else the warpgroup's rows belong to nobody */
@@ -235,7 +261,10 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (lane < CTAS) barrier_arrive(&r.empty[(n - 1) % S::STAGES], lane);
-        if (any) put_tile<BN, END>(p, end, at, at.row + own + 16 * (threadIdx.x / 32 % 4), at.col + rank * COLS, c);
+        if (!any) continue;
+        const int row = at.row + 16 * (threadIdx.x / 32), col = at.col + rank * COLS;
+        if constexpr (END == PLAIN) put_rows<BN>(p, at, row, col, c, paper);
+        else put_hidden<BN, END>(p, end, at, row, col, c, (uint32_t *)paper);
     }
 }
 #endif
@@ -258,6 +287,7 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
     }
     __syncthreads();
     cluster_meet();
+    after_previous();
     if (threadIdx.x >= 128 * GROUPS) {      /* registers go to where outputs are held */
         if (GROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 32 : 40));
         if (threadIdx.x == 128 * GROUPS) bring_tiles<BN, GROUPS, CTAS, END>(p, r, rank, &x, &w, &gate);
@@ -274,6 +304,7 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
 
 /* Rows from[0], from[1], ... of x, to the last of the groups. */
 __global__ void round_rows(const bm_product p, bool aligned, uint16_t *half) {
+    after_previous();
     const int k = 8 * (int)(blockIdx.x * blockDim.x + threadIdx.x), i = blockIdx.y;
     if (k >= p.K || i >= (p.first ? p.first[p.X] : p.M)) return;
     const float *in = p.x + (size_t)(p.from ? p.from[i] : i) * p.ldx + k;
@@ -299,7 +330,7 @@ static const uint16_t *activations(bm_cuda *c, const bm_product *p) {
     if (p->half) return p->half;
     if (w->of == p->x && w->cols == p->K && p->ldx == (size_t)p->K && !p->from) return w->half;
     const bool aligned = ((uintptr_t)p->x | 4 * p->ldx) % 16 == 0;
-    round_rows<<<dim3(blocks_of((size_t)p->K, 8 * 128), p->M), 128, 0, c->stream>>>(*p, aligned, w->half);
+    bm_cuda_start(c, round_rows, dim3(blocks_of((size_t)p->K, 8 * 128), p->M), 128, 0, *p, aligned, w->half);
     w->of = NULL;
     return w->half;
 }
@@ -333,12 +364,14 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     if (END == GATED) good = good && describe_weights(c, &gate, j->gate, COLS);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = CTAS, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchAttribute how[2] = {};
+    how[0].id = cudaLaunchAttributeClusterDimension;
+    how[0].val.clusterDim.x = CTAS, how[0].val.clusterDim.y = how[0].val.clusterDim.z = 1;
+    how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    how[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = CTAS * (most < all ? most : all), config.blockDim = S::THREADS, config.dynamicSmemBytes = S::SHARED;
-    config.stream = c->stream, config.attrs = &cluster, config.numAttrs = 1;
+    config.stream = c->stream, config.attrs = how, config.numAttrs = 2;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
     return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, *p, j->end, x, w, gate), "a matrix product");
 }
@@ -408,6 +441,7 @@ enum { NARROW = 8, PER_WARP = 2, WARPS = 8, WIDEST = 192 * 1024 / (4 * NARROW) }
 __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
     extern __shared__ float4 w[];
     const int lane = threadIdx.x % 32, row0 = PER_WARP * (int)(blockIdx.x * WARPS + threadIdx.x / 32), eights = p.K / 8;
+    after_previous();
     for (int i = threadIdx.x; i < p.N * 2 * eights; i += 32 * WARPS) {
         const int n = i / (2 * eights), k4 = i % (2 * eights);
         w[(2 * n + k4 % 2) * eights + k4 / 2] = ((const float4 *)(p.w[0] + n * p.w_stride))[k4];
@@ -454,7 +488,7 @@ bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {
     const size_t shared = 4 * (size_t)p->N * p->K;
     cudaFuncSetAttribute(narrow, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    narrow<<<blocks_of((size_t)p->M, PER_WARP * WARPS), 32 * WARPS, shared, c->stream>>>(*p);
+    bm_cuda_start(c, narrow, blocks_of((size_t)p->M, PER_WARP * WARPS), 32 * WARPS, shared, *p);
 }
 
 /* ---- room ---------------------------------------------------------------------------------- */

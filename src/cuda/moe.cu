@@ -6,6 +6,7 @@
 
 /* hidden (rows,2F): its first half becomes act(gate) * up, or act(up); or act (rows,F) does. */
 __global__ void activate(const int32_t *first, int X, int M, int F, float *hidden, float *act, bool gated, bool is_gelu) {
+    after_previous();
     const int k = (int)(blockIdx.x * blockDim.x + threadIdx.x), rows = first ? first[X] : M;
     if (k >= F || (int)blockIdx.y >= rows) return;
     float *h = hidden + (size_t)blockIdx.y * 2 * F + k;
@@ -48,7 +49,7 @@ static void experts(bm_cuda *c, const bm_op_experts *a, int e0) {
         up.y = a->hidden + F;
         if (a->gate) bm_cuda_product(c, &gate, a->gate->type);
         bm_cuda_product(c, &up, a->up->type);
-        activate<<<dim3(blocks_of(F, 256), a->M), 256, 0, c->stream>>>(up.first, up.X, a->M, a->F, a->hidden, a->act,
+        bm_cuda_start(c, activate, dim3(blocks_of(F, 256), a->M), 256, 0, up.first, up.X, a->M, a->F, a->hidden, a->act,
                                                                       a->gate != NULL, a->activation == BM_GELU);
     }
     bm_cuda_product(c, &down, a->down->type);

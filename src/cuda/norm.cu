@@ -19,6 +19,7 @@ __device__ static float squares(float4 v) { return fmaf(v.x, v.x, v.y * v.y) + f
 /* RMSNorm: s / sqrt(mean(s^2) + eps) * weight.  LayerNorm: (s - mean) / sqrt(var + eps) * weight + bias.  half: y as bf16, or NULL.
  * Thread j of a row holds fours j, j + blockDim, ... in registers, HELD of them: the order of sums depends on D alone. */
 template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_norm a, bool aligned, uint16_t *half) {
+    after_previous();
     const size_t at = (size_t)blockIdx.x * a.D;
     const float *x = a.x ? a.x + at : NULL, *residual = a.residual ? a.residual + at : NULL;
     float4 s[HELD];
@@ -66,8 +67,8 @@ void bm_cuda_norm(bm_backend *b, const bm_op_norm *a) {
                           (uintptr_t)a->y;
     const bool aligned = a->D % 4 == 0 && all % 16 == 0;
     uint16_t *half = a->D % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->D) : NULL;
-    if (a->D <= 16 * WIDEST) norm_rows<4><<<a->M, 32 * blocks_of((size_t)a->D, 16 * 32), 0, c->stream>>>(*a, aligned, half);
-    else norm_rows<16><<<a->M, WIDEST, 0, c->stream>>>(*a, aligned, half);      /* D up to 65536 */
+    if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<4>, a->M, 32 * blocks_of((size_t)a->D, 16 * 32), 0, *a, aligned, half);
+    else bm_cuda_start(c, norm_rows<16>, a->M, WIDEST, 0, *a, aligned, half);      /* D up to 65536 */
     bm_cuda_check(c, cudaGetLastError(), "norm");
 }
 
@@ -99,6 +100,7 @@ __device__ static float block_max(float v) {
 
 /* -log softmax(l)[target] */
 __global__ void __launch_bounds__(THREADS) losses(bm_op_loss a) {
+    after_previous();
     const float *l = a.logits + (size_t)blockIdx.x * a.V;
     const int target = a.target[blockIdx.x];
     float top = -INFINITY;
@@ -117,6 +119,6 @@ __global__ void __launch_bounds__(THREADS) losses(bm_op_loss a) {
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    losses<<<a->M, THREADS, 0, c->stream>>>(*a);
+    bm_cuda_start(c, losses, a->M, THREADS, 0, *a);
     bm_cuda_check(c, cudaGetLastError(), "loss");
 }

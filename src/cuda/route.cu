@@ -9,6 +9,7 @@ __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !
 
 /* The k best of a row, the lowest index where equal; gates by sigmoid or softmax. */
 __global__ void choose(bm_op_route a) {
+    after_previous();
     const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
     if (i >= a.M) return;
     const float *l = a.logits + (size_t)i * a.X;
@@ -31,6 +32,7 @@ __global__ void choose(bm_op_route a) {
 
 /* Up to 32 experts, one block for each choice: a warp counts and places a run of rows, lane e for expert e. */
 __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
+    after_previous();
     __shared__ int count[SORTERS / 32][32];
     const int32_t *expert = a.expert + (size_t)blockIdx.x * a.M;
     int32_t *order = a.order + (size_t)blockIdx.x * a.M, *first = a.first + (size_t)blockIdx.x * (a.X + 1);
@@ -78,6 +80,7 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
 }
 /* Any number: a warp counts and places the rows of an expert, in order. */
 __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
+    after_previous();
     const int32_t *expert = a.expert + (size_t)blockIdx.x * a.M;
     int32_t *order = a.order + (size_t)blockIdx.x * a.M, *first = a.first + (size_t)blockIdx.x * (a.X + 1);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -106,8 +109,8 @@ __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
 void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    choose<<<blocks_of((size_t)a->M, THREADS), THREADS, 0, c->stream>>>(*a);
-    if (a->X <= 32) group_few<<<a->k, SORTERS, 0, c->stream>>>(*a);
-    else group<<<a->k, SORTERS, 0, c->stream>>>(*a);
+    bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
+    if (a->X <= 32) bm_cuda_start(c, group_few, a->k, SORTERS, 0, *a);
+    else bm_cuda_start(c, group, a->k, SORTERS, 0, *a);
     bm_cuda_check(c, cudaGetLastError(), "routing");
 }
