@@ -199,7 +199,8 @@ put_rows(const bm_product &p, const tile &at, int row0, int col0, const float (&
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const float *v = c + 4 * (j + k) + 2 * h;
-                *(float2 *)(paper + (own + 8 * h) * LD + 8 * k + n0) = biased(p, at.e, col0 + 8 * (j + k) + n0, v[0], v[1], scale[h]);
+                const int n = 8 * k + n0;
+                *(float2 *)(paper + (own + 8 * h) * LD + n) = biased(p, at.e, col0 + 8 * j + n, v[0], v[1], scale[h]);
             }
         __syncwarp();
 #pragma unroll

@@ -1,13 +1,14 @@
 /* scan.cu - the selective scan (arXiv 2312.00752, equation 2), one step after another.  Room: cuda.
- * long_rows, N <= 16: a warp has eight channels, lane (m, i) states 2 m and 2 m + 1 of channels i and i + 4.  For each 16 steps d
- *   and d u are made by the lanes of the steps' numbers, and so are the sums of C h, both by way of shared memory.
+ * long_rows, N <= 16: eight lanes a channel, states 2 m and 2 m + 1 in lane m; a second warp makes d and d u of each 16 steps
+ *   before and sums C h after, by way of shared memory.
  * single_rows, N <= 16, one row a sequence: a thread for each channel, the same arithmetic and so the same bits.
  * wide_rows, N > 16: a thread for each channel, states where they are kept, sums over N in order. */
 #include "cuda/steps.cuh"
 
-enum { N16 = SCAN_STATES, LANES = N16 / 2, CHANNELS = 8, HALF = CHANNELS / 2, GROUP = 16, TILE = 2 * GROUP };
-enum { AHEAD = 4, LD = CHANNELS + 4, PAD = 12 };    /* tiles in memory; strides that meet no bank twice */
-enum { WIDTH = 128 };                               /* threads of a block where each has a channel */
+enum { N16 = SCAN_STATES, LANES = N16 / 2, PAIRS = 5, CHANNELS = PAIRS * 32 / LANES, GROUP = 16, TILE = 2 * GROUP };
+enum { HELPERS = 32 * PAIRS, THREADS = 2 * HELPERS };   /* a block of d_inner 2304 for nearly each of 132 processors */
+enum { AHEAD = 4, PAD = 12 };                           /* tiles in memory; a stride that meets no bank twice */
+enum { WIDTH = 128 };                                   /* threads of a block where each has a channel */
 
 __device__ static float *state_of(const bm_op_scan &a, int q) { return a.state + (size_t)a.slot[q] * a.stride; }
 
@@ -22,174 +23,144 @@ __device__ static void copy16_async(float *to, const float *from, int left, bool
     else for (int i = 0; i < 4; i++) copy4_async(to + i, from + i, i < left);
 }
 
-/* What a tile of rows brings: B and C; dt, u and z of the block's channels.  Then what goes between lanes of a channel: d, du; sums
- * of two C h by step and lane, of this group and the last; y of tiles that are made, and of one that is written. */
-typedef struct tile { float b[TILE][N16], c[TILE][N16], row[3][TILE][LD]; } tile;
+/* What a tile of rows brings: B and C; dt, u and z of the block's channels.  Then what goes between two warps: d, du; sums of two
+ * C h by step and lane; y of tiles that are made, and of one that is written. */
+typedef struct tile { float b[TILE][N16], c[TILE][N16], row[3][TILE][CHANNELS]; } tile;
 typedef struct memory {
     tile tiles[AHEAD];
     float2 step[2][CHANNELS][GROUP + 2];
-    float part[2][CHANNELS][GROUP * PAD + LANES], out[3][TILE][LD];
+    float part[2][CHANNELS][GROUP * PAD + LANES], out[3][TILE][CHANNELS];
 } memory;
 
-/* Where a lane reads: rows of B and C lane / 4 and every eighth on, columns 4 (lane % 4); of channels lane / 2 and 16 on, columns
- * 4 (lane % 2), and writes there.  `left` rows are to come.  Aligned: 16 bytes at a time. */
-typedef struct places {
-    const float *b, *c, *dt, *u, *z;
-    float *y;
-    uint16_t *half;
-    size_t ldbc, ld, ldz;
-    int left, states, channels;     /* of the four columns, how many there are */
-    bool states_aligned, aligned;
-} places;
+/* Of the helper `id`: four columns of row id / (CHANNELS / 4), from c on, and of the first 128 four states of row id / 4. */
+typedef struct places { int id, t, c, end; bool states_aligned, aligned; uint16_t *half; } places;
 
-__device__ static places begin_at(const bm_op_scan &a, int t, int T, int c0, bool states_aligned, bool aligned, uint16_t *half) {
-    const int lane = threadIdx.x, n = lane % 4 * 4, k = c0 + lane % 2 * 4;
-    const size_t bc = (size_t)(t + lane / 4) * a.ldbc + n, at = (size_t)(t + lane / 2) * a.I + k;
-    const float *z = a.z + (size_t)(t + lane / 2) * a.ldz + k;
-    return places{ a.B + bc, a.C + bc, a.dt + at, a.u + at, z, a.y + at, half ? half + at : NULL, (size_t)a.ldbc,
-                   (size_t)a.I, (size_t)a.ldz, T, a.N - n, a.I - k, states_aligned, aligned };
-}
-/* The next tile. */
-__device__ static void fetch(tile *to, places *p) {
-    const int t = threadIdx.x / 4, n = threadIdx.x % 4 * 4, r = threadIdx.x / 2, k = threadIdx.x % 2 * 4;
-#pragma unroll
-    for (int i = 0; i < TILE; i += 8, p->b += 8 * p->ldbc, p->c += 8 * p->ldbc) {
-        const int there = t + i < p->left ? p->states : 0;
-        copy16_async(&to->b[t + i][n], p->b, there, p->states_aligned);
-        copy16_async(&to->c[t + i][n], p->c, there, p->states_aligned);
+__device__ static void fetch(tile *to, const bm_op_scan &a, const places &p, int t0) {
+    const int s = p.id / 4, n = p.id % 4 * 4, k = p.id % (CHANNELS / 4) * 4, left = t0 + p.t < p.end ? a.I - p.c : 0;
+    const size_t at = (size_t)(t0 + p.t) * a.I + p.c, bc = (size_t)(t0 + s) * a.ldbc + n;
+    if (s < TILE) {
+        copy16_async(&to->b[s][n], a.B + bc, t0 + s < p.end ? a.N - n : 0, p.states_aligned);
+        copy16_async(&to->c[s][n], a.C + bc, t0 + s < p.end ? a.N - n : 0, p.states_aligned);
     }
-#pragma unroll
-    for (int i = 0; i < TILE; i += 16, p->dt += 16 * p->ld, p->u += 16 * p->ld, p->z += 16 * p->ldz) {
-        const int there = r + i < p->left ? p->channels : 0;
-        copy16_async(&to->row[0][r + i][k], p->dt, there, p->aligned);
-        copy16_async(&to->row[1][r + i][k], p->u, there, p->aligned);
-        copy16_async(&to->row[2][r + i][k], p->z, there, p->aligned);
-    }
-    p->left -= TILE;
+    copy16_async(&to->row[0][p.t][k], a.dt + at, left, p.aligned);
+    copy16_async(&to->row[1][p.t][k], a.u + at, left, p.aligned);
+    copy16_async(&to->row[2][p.t][k], a.z + (size_t)(t0 + p.t) * a.ldz + p.c, left, p.aligned);
     asm volatile("cp.async.commit_group;");
 }
-/* The next tile of y, of which `rows` are there. */
-__device__ static void put_rows(const float (*out)[LD], places *p, int rows) {
-    const int r = threadIdx.x / 2, k = threadIdx.x % 2 * 4;
-#pragma unroll
-    for (int i = 0; i < TILE; i += 16, p->y += 16 * p->ld) {
-        const float4 v = *(const float4 *)&out[r + i][k];
-        if (r + i < rows && p->channels > 0) {
-            if (p->aligned) *(float4 *)p->y = v;
-            else for (int j = 0; j < 4 && j < p->channels; j++) p->y[j] = out[r + i][k + j];
-            if (p->half) *(uint2 *)p->half = halves(v);
-        }
-        if (p->half) p->half += 16 * p->ld;
-    }
+/* Rows [t0, t0 + TILE) of y. */
+__device__ static void put_rows(const float (*out)[CHANNELS], const bm_op_scan &a, const places &p, int t0) {
+    if (t0 + p.t >= p.end || p.c >= a.I) return;
+    const float *v = &out[p.t][p.id % (CHANNELS / 4) * 4];
+    const size_t at = (size_t)(t0 + p.t) * a.I + p.c;
+    if (p.aligned) *(float4 *)(a.y + at) = *(const float4 *)v;
+    else for (int i = 0; i < 4 && p.c + i < a.I; i++) a.y[at + i] = v[i];
+    if (p.half) *(uint2 *)(p.half + at) = halves(*(const float4 *)v);
 }
 
-/* Sixteen steps of two states of two channels: d, du of a channel, two steps at a time; B, C of the states; sums of two C h. */
-__device__ static void
-sixteen(float2 (&h)[2], const float2 (&rate)[2], const float4 *step, const float *b, const float *c, float *part) {
-    float4 x[2][GROUP / 2];
+/* Sixteen steps of two states: d, du of the channel, two steps at a time; B, C of the states; the sum of both C h by step. */
+__device__ static void sixteen(float2 *h, float2 rate, const float4 *step, const float *b, const float *c, float *part) {
+    float4 x[GROUP / 2];
     float2 B[GROUP], C[GROUP];
 #pragma unroll
+    for (int s = 0; s < GROUP / 2; s++) x[s] = step[s];
+#pragma unroll
+    for (int s = 0; s < GROUP; s++) B[s] = *(const float2 *)(b + s * N16), C[s] = *(const float2 *)(c + s * N16);
+#pragma unroll
     for (int s = 0; s < GROUP; s++) {
-        B[s] = *(const float2 *)(b + s * N16), C[s] = *(const float2 *)(c + s * N16);
-        if (s % 2) continue;
-        for (int i = 0; i < 2; i++) x[i][s / 2] = step[i * HALF * (GROUP + 2) / 2 + s / 2];
+        const float d = s % 2 ? x[s / 2].z : x[s / 2].x, du = s % 2 ? x[s / 2].w : x[s / 2].y;
+        h->x = scan_state(h->x, d, rate.x, du, B[s].x);
+        h->y = scan_state(h->y, d, rate.y, du, B[s].y);
+        C[s].x = scan_pair(C[s].x, h->x, C[s].y, h->y);
     }
 #pragma unroll
-    for (int s = 0; s < GROUP; s++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float4 v = x[i][s / 2];
-            h[i].x = scan_state(h[i].x, s % 2 ? v.z : v.x, rate[i].x, s % 2 ? v.w : v.y, B[s].x);
-            h[i].y = scan_state(h[i].y, s % 2 ? v.z : v.x, rate[i].y, s % 2 ? v.w : v.y, B[s].y);
-            part[i * HALF * (GROUP * PAD + LANES) + s * PAD] = scan_pair(C[s].x, h[i].x, C[s].y, h[i].y);
-        }
+    for (int s = 0; s < GROUP; s++) part[s * PAD] = C[s].x;
 }
 
-/* d of a lane's two steps of a group, for each of its channels, and what their outputs want of u and z. */
-typedef struct prepared { float d[2][2], u[2][2], z[2][2]; } prepared;
-__device__ static prepared prepare(const tile &w, int g, int left, const float (&bias)[2]) {
-    const int m = threadIdx.x % LANES, own = threadIdx.x / LANES;
-    prepared v;
+/* u and silu(z) of a lane's two steps of a group, whose d and du go to the other warp; `left` rows from the tile's first on. */
+typedef struct gates { float u[2], z[2]; } gates;
+__device__ static gates prepare(const tile &w, float2 *step, int g, int m, int own, int left, float bias) {
+    gates v;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int t = g + m + r * LANES, c = own + i * HALF;
-            const float d = softplus(w.row[0][t][c] + bias[i]);
-            v.d[i][r] = t < left ? d : 0;           /* 0: h stays what it is */
-            v.u[i][r] = w.row[1][t][c], v.z[i][r] = silu(w.row[2][t][c]);
-        }
+    for (int r = 0; r < 2; r++) {
+        const int s = m + r * LANES, t = g + s;
+        const float made = softplus(w.row[0][t][own] + bias), d = t < left ? made : 0;      /* 0: h stays what it is */
+        v.u[r] = w.row[1][t][own], v.z[r] = silu(w.row[2][t][own]);
+        step[s] = make_float2(d, d * v.u[r]);
+    }
     return v;
 }
-/* The sums of a lane's steps of a group, in part, gated. */
-__device__ static void finish(const memory &w, int g, const prepared &v, const float (&D)[2], float (*out)[LD]) {
-    const int m = threadIdx.x % LANES, own = threadIdx.x / LANES;
+__device__ static void finish(const float *part, const gates &v, float D, int m, int own, float (*out)[CHANNELS]) {
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int r = 0; r < 2; r++) {
+        float p[LANES];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float p[LANES];
-#pragma unroll
-            for (int k = 0; k < LANES; k += 4)
-                *(float4 *)(p + k) = *(const float4 *)&w.part[g][own + i * HALF][(m + r * LANES) * PAD + k];
-            out[m + r * LANES][own + i * HALF] = scan_gate(scan_sum(p), D[i], v.u[i][r], v.z[i][r]);
-        }
+        for (int k = 0; k < LANES; k += 4) *(float4 *)(p + k) = *(const float4 *)(part + (m + r * LANES) * PAD + k);
+        out[m + r * LANES][own] = scan_gate(scan_sum(p), D, v.u[r], v.z[r]);
+    }
 }
 
-/* In a round the warp goes through a group, prepares the next and finishes the last: things that do not wait for each other. */
-__global__ void __launch_bounds__(32) long_rows(const bm_op_scan a, bool states_aligned, bool aligned, uint16_t *half) {
+/* The two warps of four channels meet between groups, all warps between tiles. */
+__device__ static void meet(int g, int pair) {
+    if (g) asm volatile("bar.sync %0, 64;" :: "r"(1 + pair) : "memory");
+    else __syncthreads();
+}
+
+/* In a round one warp goes through group R while the other finishes R - 1 and prepares R + 1; so T rows take a round more. */
+__device__ static void scan_rounds(memory &w, const bm_op_scan &a, int q, int c0, int T, int pair) {
+    const int lane = threadIdx.x % 32, m = lane % LANES, own = pair * 4 + lane / LANES, here = c0 + own < a.I ? a.N - 2 * m : 0;
+    const size_t at = (size_t)(2 * m) * a.I + c0 + own;
+    float *state = state_of(a, q) + at;
+    float2 h = make_float2(here > 0 ? state[0] : 0, here > 1 ? state[a.I] : 0);
+    const float2 rate = make_float2(here > 0 ? scan_rate(a.A[at]) : 0, here > 1 ? scan_rate(a.A[at + a.I]) : 0);
+    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
+        const tile &now = w.tiles[i % AHEAD];
+#pragma unroll
+        for (int g = 0; g < TILE / GROUP; g++) {
+            meet(g, pair);
+            const float *b = &now.b[g * GROUP][2 * m], *c = &now.c[g * GROUP][2 * m];
+            sixteen(&h, rate, (const float4 *)w.step[g][own], b, c, &w.part[g][own][m]);
+        }
+    }
+    if (here > 0) state[0] = h.x;
+    if (here > 1) state[a.I] = h.y;
+}
+__device__ static void help_rounds(memory &w, const bm_op_scan &a, const places &p, int begin, int c0, int T, int pair) {
+    const int m = p.id % LANES, own = pair * 4 + p.id % 32 / LANES, c = c0 + own;
+    const float bias = c < a.I ? a.dt_bias[c] : 0, D = c < a.I ? a.D[c] : 0;
+    for (int i = 0; i < AHEAD - 1; i++) fetch(&w.tiles[i], a, p, begin + i * TILE);
+    asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2));
+    asm volatile("bar.sync 15, %0;" :: "n"((int)HELPERS) : "memory");
+    gates last, now = prepare(w.tiles[0], w.step[0][own], 0, m, own, T, bias);
+    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
+        asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 3));      /* this tile and the next are there */
+#pragma unroll
+        for (int g = 0; g < TILE / GROUP; g++) {
+            meet(g, pair);
+            const tile &behind = w.tiles[(i + g) % AHEAD];
+            const gates next = prepare(behind, w.step[g ^ 1][own], g ? 0 : GROUP, m, own, T - t0 - g * TILE, bias);
+            float (*out)[CHANNELS] = &w.out[(i + 2 + g) % 3][g ? 0 : GROUP];        /* of the tile before, or of this one */
+            finish(w.part[g ^ 1][own], last, D, m, own, out);
+            last = now, now = next;
+            if (g == 0) fetch(&w.tiles[(i + AHEAD - 1) % AHEAD], a, p, begin + t0 + (AHEAD - 1) * TILE);
+            else if (i > 1) put_rows(w.out[(i + 1) % 3], a, p, begin + t0 - 2 * TILE);
+        }
+    }
+}
+__global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool states_aligned, bool aligned, uint16_t *half) {
     after_previous();
     extern __shared__ float4 shared[];
     memory &w = *(memory *)shared;
-    const int m = threadIdx.x % LANES, own = threadIdx.x / LANES, q = blockIdx.y, begin = a.start[q], T = a.start[q + 1] - begin;
-    const int c0 = (int)blockIdx.x * CHANNELS;
+    const int q = blockIdx.y, begin = a.start[q], end = a.start[q + 1], T = end - begin, c0 = (int)blockIdx.x * CHANNELS;
+    const int warp = threadIdx.x / 32;      /* warps w and w + 4 share a scheduler: none has three that scan */
+    const bool scans = warp < 4 || warp == 6;
+    const int pair = scans ? (warp < 4 ? warp : 4) : warp - 4 - (warp > 6), id = 32 * pair + (int)threadIdx.x % 32;
+    const places p = { id, id / (CHANNELS / 4), c0 + id % (CHANNELS / 4) * 4, end, states_aligned, aligned, half };
     if (!T) return;
-    places p = begin_at(a, begin, T, c0, states_aligned, aligned, half);
-    float *state = state_of(a, q), bias[2], D[2];
-    float2 h[2], rate[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int c = c0 + own + i * HALF, here = c < a.I ? a.N - 2 * m : 0;
-        const size_t at = (size_t)(2 * m) * a.I + c;
-        bias[i] = c < a.I ? a.dt_bias[c] : 0, D[i] = c < a.I ? a.D[c] : 0;
-        h[i] = make_float2(here > 0 ? state[at] : 0, here > 1 ? state[at + a.I] : 0);
-        rate[i] = make_float2(here > 0 ? scan_rate(a.A[at]) : 0, here > 1 ? scan_rate(a.A[at + a.I]) : 0);
-    }
-    for (int i = 0; i < AHEAD - 1; i++) fetch(&w.tiles[i], &p);
-    asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2));
-    __syncwarp();
-    prepared last, now = prepare(w.tiles[0], 0, T, bias);
-    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {          /* the last sums come a round later */
-        asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 3));      /* this tile and the next are there */
-        __syncwarp();
-        fetch(&w.tiles[(i + AHEAD - 1) % AHEAD], &p);
-        if (i > 1) put_rows(w.out[(i + 1) % 3], &p, TILE);
-#pragma unroll
-        for (int g = 0; g < TILE / GROUP; g++) {
-            const tile &here = w.tiles[i % AHEAD], &behind = w.tiles[(i + g) % AHEAD];
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const float d = now.d[k / 2][k % 2];
-                w.step[g][own + k / 2 * HALF][m + k % 2 * LANES] = make_float2(d, d * now.u[k / 2][k % 2]);
-            }
-            __syncwarp();
-            const prepared next = prepare(behind, g ? 0 : GROUP, T - t0 - g * TILE, bias);
-            finish(w, g ^ 1, last, D, &w.out[(i + 2 + g) % 3][g ? 0 : GROUP]);      /* of the tile before, or of this one */
-            const float *b = &here.b[g * GROUP][2 * m], *c = &here.c[g * GROUP][2 * m];
-            sixteen(h, rate, (const float4 *)w.step[g][own], b, c, &w.part[g][own][m]);
-            last = now, now = next;
-        }
-    }
-    __syncwarp();
+    if (scans) scan_rounds(w, a, q, c0, T, pair);
+    else help_rounds(w, a, p, begin, c0, T, pair);
+    __syncthreads();
     const int tiles = (T + GROUP + TILE - 1) / TILE;
-    for (int i = tiles > 1 ? tiles - 2 : 0; i < tiles; i++) put_rows(w.out[i % 3], &p, T - i * TILE);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int c = c0 + own + i * HALF, here = c < a.I ? a.N - 2 * m : 0;
-        const size_t at = (size_t)(2 * m) * a.I + c;
-        if (here > 0) state[at] = h[i].x;
-        if (here > 1) state[at + a.I] = h[i].y;
-    }
+    for (int i = tiles > 1 ? tiles - 2 : 0; !scans && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
 }
 
 /* Row q is the one row of sequence q; a block makes its channels of SOME sequences. */
@@ -261,9 +232,10 @@ void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
     if (wide) bm_cuda_start(c, wide_rows, dim3(blocks, a->Q), WIDTH, 0, *a);
     else if (single) bm_cuda_start(c, single_rows, dim3(blocks, blocks_of((size_t)a->Q, SOME)), WIDTH, 0, *a, half);
     else {
-        cudaFuncSetAttribute(long_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(memory));
-        cudaFuncSetAttribute(long_rows, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-        bm_cuda_start(c, long_rows, dim3(blocks_of((size_t)a->I, CHANNELS), a->Q), 32, sizeof(memory), *a, states, rows, half);
+        const size_t all = c->chip.sharedMemPerBlockOptin, most = sizeof(memory) > all / 2 + 1 ? sizeof(memory) : all / 2 + 1;
+        const size_t shared = a->Q == 1 ? most : sizeof(memory);    /* of one sequence no two blocks on a processor */
+        cudaFuncSetAttribute(long_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        bm_cuda_start(c, long_rows, dim3(blocks_of((size_t)a->I, CHANNELS), a->Q), THREADS, shared, *a, states, rows, half);
     }
     bm_cuda_check(c, cudaGetLastError(), "scan");
 }
