@@ -107,7 +107,8 @@ static void test_wide(void **state) {
     (void)state;
     for (int i = 0; i < 6; i++)
         for (int k = 0; k < 7; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
-    linear_in(BM_ARITH_NATIVE, BM_BF16, 1500, 2304, 72, false, 1e-5);       /* tiles of more rows */
+    linear_in(BM_ARITH_NATIVE, BM_BF16, 1500, 2304, 72, false, 1e-5);       /* larger tiles */
+    linear_in(BM_ARITH_NATIVE, BM_BF16, 2048, 1152, 72, false, 1e-5);
 }
 
 /* Rows of two sequences, one of them empty in between, in slots 2 and 0. */
@@ -217,7 +218,7 @@ static void test_wide_experts(void **state) {
     for (int gated = 0; gated < 2; gated++) {
         experts_case((experts){ 300, 72, 136, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });
         experts_case((experts){ 331, 200, 328, 5, 1, BM_ROUTE_SIGMOID, gated, true, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 1500, 72, 1920, 5, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });
+        experts_case((experts){ 1500, 72, gated ? 1152 : 2304, 5, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });
         experts_case((experts){ 129, 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, false, BM_ARITH_NATIVE, 2e-3 });
         experts_case((experts){ 90, 60, 100, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });    /* no whole 16 bytes */
     }

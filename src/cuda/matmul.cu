@@ -14,7 +14,7 @@ enum { PAPER = 16 * 40 * 4 };                   /* bytes in which a warp turns i
 
 /* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up. */
 enum { PLAIN, ACT, GATED };
-typedef struct ending { uint16_t *act; const float *gate_bias; bool is_gelu; } ending;
+typedef struct ending { uint16_t *act; const float *gate_bias; bool is_gelu, apart; } ending;
 
 struct bm_cuda_wide {
     PFN_cuTensorMapEncodeTiled_v12000 encode;
@@ -29,25 +29,30 @@ template <int BN, int GROUPS, int CTAS> struct shape {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* ---- tiles: rows fastest, then columns, then groups ------------------------------------- */
+/* ---- tiles: rows fastest, then columns, then groups ------------------------------------------------------- */
 
-/* A group, its rows and tiles; this one's first row and column. */
-typedef struct tile { int e, begin, end, t0, tiles, row, col; } tile;
+/* One of X runs of tiles, or of 2 X: those full of rows, then what groups end with, which takes less time and so comes last.  Its
+ * first row, the group's end, its tiles; this one's first row and column. */
+typedef struct tile { int run, e, begin, end, t0, tiles, row, col; } tile;
 
-__device__ static void enter(const bm_product &p, tile *w, int e, int rows, int col_tiles) {
-    w->e = e;
-    w->begin = p.first ? p.first[e] : 0;
-    w->end = p.first ? p.first[e + 1] : p.M;
+__device__ static void enter(const bm_product &p, bool apart, tile *w, int run, int rows, int col_tiles) {
+    const bool first = run < p.X;
+    w->run = run;
+    w->e = first ? run : run - p.X;
+    w->begin = p.first ? p.first[w->e] : 0;
+    w->end = p.first ? p.first[w->e + 1] : p.M;
     w->t0 += w->tiles;
-    w->tiles = (w->end - w->begin + rows - 1) / rows * col_tiles;
+    const int n = w->end - w->begin, whole = n / rows, ends = n > whole * rows;
+    w->tiles = (!first ? ends : apart ? whole : whole + ends) * col_tiles;
+    if (!first) w->begin += whole * rows;
 }
 /* Tile t, t never less than before; false past the last. */
-__device__ static bool find(const bm_product &p, tile *w, int t, int rows, int cols) {
+__device__ static bool find(const bm_product &p, bool apart, tile *w, int t, int rows, int cols) {
     const int col_tiles = (p.N + cols - 1) / cols;
-    if (w->e < 0) enter(p, w, 0, rows, col_tiles);
+    if (w->run < 0) enter(p, apart, w, 0, rows, col_tiles);
     while (t >= w->t0 + w->tiles) {
-        if (w->e + 1 == p.X) return false;
-        enter(p, w, w->e + 1, rows, col_tiles);
+        if (w->run + 1 == (apart ? 2 : 1) * p.X) return false;
+        enter(p, apart, w, w->run + 1, rows, col_tiles);
     }
     const int row_tiles = w->tiles / col_tiles, at = t - w->t0;
     w->row = w->begin + at % row_tiles * rows;
@@ -113,18 +118,25 @@ __device__ static void multiply(float (&c)[64], uint64_t x, uint64_t w, int add)
         "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;}"
         : F16(0), F16(16), F16(32), F16(48) : "l"(x), "l"(w), "r"(add));
 }
+__device__ static void multiply(float (&c)[48], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %50, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, %48, %49, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32) : "l"(x), "l"(w), "r"(add));
+}
 
 /* ---- one warp brings, the others multiply -------------------------------------------------- */
 
 typedef struct ring { uint8_t *stage; uint64_t *full, *empty; } ring;
 
 template <int BN, int GROUPS, int CTAS, int END> __device__ static void
-bring_tiles(const bm_product &p, const ring &r, int rank, const CUtensorMap *x, const CUtensorMap *w, const CUtensorMap *gate) {
+bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, const CUtensorMap *x, const CUtensorMap *w,
+            const CUtensorMap *gate) {
     typedef shape<BN, GROUPS, CTAS> S;
     enum { COLS = END == GATED ? BN / 2 : BN, SHARE = S::ROWS / CTAS };
     tile at = { -1 };
     int n = 0;                  /* stages filled */
-    for (int t = blockIdx.x / CTAS; find(p, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS)
+    for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS)
         for (int k = 0; k < p.K; k += DEPTH, n++) {
             const int s = n % S::STAGES, col = at.col + rank * COLS;
             uint8_t *to = r.stage + s * S::BYTES;
@@ -140,9 +152,9 @@ bring_tiles(const bm_product &p, const ring &r, int rank, const CUtensorMap *x, 
 
 /* x/2 erfc(-x / sqrt 2) to 1.5e-7 |x|, far below a bf16: Abramowitz and Stegun, 7.1.26. */
 __device__ static float gelu_fast(float x) {
-    const float t = fabsf(x) * 0.707106781f, k = __fdividef(1, fmaf(0.3275911f, t, 1));
-    const float s = fmaf(fmaf(fmaf(fmaf(1.061405429f, k, -1.453152027f), k, 1.421413741f), k, -0.284496736f), k, 0.254829592f);
-    const float tail = 0.5f * s * k * __expf(-t * t);
+    const float k = inverse_fast(fmaf(0.231641888f, fabsf(x), 1));
+    const float s = fmaf(fmaf(fmaf(fmaf(0.530702715f, k, -0.726576014f), k, 0.710706871f), k, -0.142248368f), k, 0.127414796f);
+    const float tail = s * k * exp2_fast(-0.721347520f * x * x);
     return x * (x > 0 ? 1 - tail : tail);
 }
 __device__ static float activate(float x, bool is_gelu) { return is_gelu ? gelu_fast(x) : silu(x); }
@@ -244,7 +256,7 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
     float *paper = (float *)(r.stage + S::STAGES * S::BYTES + threadIdx.x / 32 * PAPER), c[BN / 2];
     tile at = { -1 };
     int n = 0;
-    for (int t = blockIdx.x / CTAS; find(p, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS) {
+    for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS) {
         const bool any = at.row + own < at.end;     /* else the warpgroup's rows belong to nobody */
         for (int k = 0; k < steps; k++, n++) {
             const int s = n % S::STAGES;
@@ -291,7 +303,7 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
     after_previous();
     if (threadIdx.x >= 128 * GROUPS) {      /* registers go to where outputs are held */
         if (GROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 32 : 40));
-        if (threadIdx.x == 128 * GROUPS) bring_tiles<BN, GROUPS, CTAS, END>(p, r, rank, &x, &w, &gate);
+        if (threadIdx.x == 128 * GROUPS) bring_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank, &x, &w, &gate);
     } else {
         if (GROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 160 : 232));
         multiply_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank);
@@ -303,11 +315,13 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
 
 /* ---- activations as bf16 ------------------------------------------------------------------- */
 
-/* Rows from[0], from[1], ... of x, to the last of the groups. */
-__global__ void round_rows(const bm_product p, bool aligned, uint16_t *half) {
+enum { ROUNDERS = 256 };
+
+/* Rows from[0], from[1], ... of x, to the last of the groups: a thread rounds eight elements. */
+__global__ void __launch_bounds__(ROUNDERS) round_rows(const bm_product p, bool aligned, uint16_t *half) {
     after_previous();
-    const int k = 8 * (int)(blockIdx.x * blockDim.x + threadIdx.x), i = blockIdx.y;
-    if (k >= p.K || i >= (p.first ? p.first[p.X] : p.M)) return;
+    const int at = (int)(blockIdx.x * ROUNDERS + threadIdx.x), i = at / (p.K / 8), k = at % (p.K / 8) * 8;
+    if (i >= (p.first ? p.first[p.X] : p.M)) return;
     const float *in = p.x + (size_t)(p.from ? p.from[i] : i) * p.ldx + k;
     float4 v[2];
     if (aligned) v[0] = *(const float4 *)in, v[1] = *(const float4 *)(in + 4);
@@ -331,19 +345,21 @@ static const uint16_t *activations(bm_cuda *c, const bm_product *p) {
     if (p->half) return p->half;
     if (w->of == p->x && w->cols == p->K && p->ldx == (size_t)p->K && !p->from) return w->half;
     const bool aligned = ((uintptr_t)p->x | 4 * p->ldx) % 16 == 0;
-    bm_cuda_start(c, round_rows, dim3(blocks_of((size_t)p->K, 8 * 128), p->M), 128, 0, *p, aligned, w->half);
+    const int blocks = blocks_of((size_t)p->M * (p->K / 8), ROUNDERS);
+    bm_cuda_start(c, round_rows, blocks, ROUNDERS, 0, *p, aligned, w->half);
     w->of = NULL;
     return w->half;
 }
 
 /* ---- launches ------------------------------------------------------------------------------ */
 
+enum { APART = 512 };           /* rows of a group from which weights are not read once more for its end alone */
 typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; } job;
 
 /* Matrices (count,rows,K) of bf16, read `box` rows and DEPTH columns at a time; zeros past the edges. */
 static bool
-describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t matrix, int box) {
-    const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, matrix };
+describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each, int box) {
+    const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, each };
     const cuuint32_t part[3] = { DEPTH, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
     return !c->wide->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)data, size, stride, part, step,
                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -376,16 +392,17 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
     return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, *p, j->end, x, w, gate), "a matrix product");
 }
-/* Rounds that all blocks take for tiles of 64 `groups` rows, were the groups of p alike, by what one costs; the larger tile reads
- * less. */
-static int rounds(const bm_cuda *c, const bm_product *p, int cols, int groups) {
-    const int tiles = p->X * blocks_of((size_t)blocks_of((size_t)p->M, p->X), 64 * groups) * blocks_of((size_t)p->N, 2 * cols);
-    return blocks_of((size_t)tiles, c->chip.multiProcessorCount / 2) * groups;
+/* What rounds of tiles of 64 groups rows by cols columns cost, all blocks at once; smaller tiles read more.  Groups of rows end
+ * anywhere in a tile. */
+static int cost(const bm_cuda *c, const bm_product *p, int groups, int cols, int each) {
+    const int tall = p->M / (64 * groups) + (p->X > 1 ? p->X / 2 : p->M % (64 * groups) > 0);
+    return blocks_of((size_t)tall * blocks_of((size_t)p->N, 2 * (size_t)cols), c->chip.multiProcessorCount / 2) * each;
 }
 template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
-    const int cols = END == GATED ? 96 : 192;
-    if (8 * rounds(c, j->p, cols, 3) <= 9 * rounds(c, j->p, cols, 2)) return launch<192, 3, 2, END>(c, j);
-    return launch<192, 2, 2, END>(c, j);
+    const int cols = END == GATED ? 96 : 192, three = cost(c, j->p, 3, cols, 30), two = cost(c, j->p, 2, cols, 22);
+    const bool narrow = END == PLAIN && j->p->X == 1 && cost(c, j->p, 2, 96, 13) < (two < three ? two : three);
+    if (narrow) return launch<96, 2, 2, PLAIN>(c, j);
+    return two < three ? launch<192, 2, 2, END>(c, j) : launch<192, 3, 2, END>(c, j);
 }
 static bool launch_any(bm_cuda *c, const job *j) {
     if (j->gate) return launch_tall<GATED>(c, j);
@@ -425,11 +442,11 @@ bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
     return good;
 }
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
-    const job j = { p, NULL, {}, activations(c, p) };
+    const job j = { p, NULL, { .apart = p->M >= APART * p->X }, activations(c, p) };
     run(c, &j);
 }
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act) {
-    const job j = { up, gate, { act, gate ? gate->bias : NULL, is_gelu }, activations(c, up) };
+    const job j = { up, gate, { act, gate ? gate->bias : NULL, is_gelu, up->M >= APART * up->X }, activations(c, up) };
     run(c, &j);
 }
 

@@ -1,12 +1,12 @@
 /* scan.cu - the selective scan (arXiv 2312.00752, equation 2), one step after another.  Room: cuda.
- * long_rows, N <= 16: eight lanes a channel, states 2 m and 2 m + 1 in lane m; a second warp makes d and d u of each 16 steps
- *   before and sums C h after, by way of shared memory.
+ * long_rows, N <= 16: eight lanes a channel, states 2 m and 2 m + 1 in lane m.  A second warp makes d and d u of each 16 steps
+ *   before, a third sums C h after, by way of shared memory.
  * single_rows, N <= 16, one row a sequence: a thread for each channel, the same arithmetic and so the same bits.
  * wide_rows, N > 16: a thread for each channel, states where they are kept, sums over N in order. */
 #include "cuda/steps.cuh"
 
-enum { N16 = SCAN_STATES, LANES = N16 / 2, PAIRS = 5, CHANNELS = PAIRS * 32 / LANES, GROUP = 16, TILE = 2 * GROUP };
-enum { HELPERS = 32 * PAIRS, THREADS = 2 * HELPERS };   /* a block of d_inner 2304 for nearly each of 132 processors */
+enum { N16 = SCAN_STATES, LANES = N16 / 2, SETS = 5, CHANNELS = SETS * 32 / LANES, GROUP = 16, TILE = 2 * GROUP };
+enum { ROLE = 32 * SETS, THREADS = 3 * ROLE };         /* a block of d_inner 2304 for nearly each of 132 processors */
 enum { AHEAD = 4, PAD = 12 };                           /* tiles in memory; a stride that meets no bank twice */
 enum { WIDTH = 128 };                                   /* threads of a block where each has a channel */
 
@@ -23,7 +23,7 @@ __device__ static void copy16_async(float *to, const float *from, int left, bool
     else for (int i = 0; i < 4; i++) copy4_async(to + i, from + i, i < left);
 }
 
-/* What a tile of rows brings: B and C; dt, u and z of the block's channels.  Then what goes between two warps: d, du; sums of two
+/* What a tile of rows brings: B and C; dt, u and z of the block's channels.  Then what goes between warps: d, du; sums of two
  * C h by step and lane; y of tiles that are made, and of one that is written. */
 typedef struct tile { float b[TILE][N16], c[TILE][N16], row[3][TILE][CHANNELS]; } tile;
 typedef struct memory {
@@ -32,7 +32,7 @@ typedef struct memory {
     float part[2][CHANNELS][GROUP * PAD + LANES], out[3][TILE][CHANNELS];
 } memory;
 
-/* Of the helper `id`: four columns of row id / (CHANNELS / 4), from c on, and of the first 128 four states of row id / 4. */
+/* Of thread `id` of a role: four columns of row id / (CHANNELS / 4), from c on, and of the first 128 four states of row id / 4. */
 typedef struct places { int id, t, c, end; bool states_aligned, aligned; uint16_t *half; } places;
 
 __device__ static void fetch(tile *to, const bm_op_scan &a, const places &p, int t0) {
@@ -76,17 +76,21 @@ __device__ static void sixteen(float2 *h, float2 rate, const float4 *step, const
     for (int s = 0; s < GROUP; s++) part[s * PAD] = C[s].x;
 }
 
-/* u and silu(z) of a lane's two steps of a group, whose d and du go to the other warp; `left` rows from the tile's first on. */
-typedef struct gates { float u[2], z[2]; } gates;
-__device__ static gates prepare(const tile &w, float2 *step, int g, int m, int own, int left, float bias) {
-    gates v;
+/* d and du of a lane's two steps of a group; `left` rows from the tile's first on. */
+__device__ static void prepare(const tile &w, float2 *step, int g, int m, int own, int left, float bias) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int s = m + r * LANES, t = g + s;
         const float made = softplus(w.row[0][t][own] + bias), d = t < left ? made : 0;      /* 0: h stays what it is */
-        v.u[r] = w.row[1][t][own], v.z[r] = silu(w.row[2][t][own]);
-        step[s] = make_float2(d, d * v.u[r]);
+        step[s] = make_float2(d, d * w.row[1][t][own]);
     }
+}
+/* D u and silu(z) of a lane's two steps of a group; the outputs. */
+typedef struct gates { float u[2], z[2]; } gates;
+__device__ static gates read_gates(const tile &w, int g, int m, int own) {
+    gates v;
+#pragma unroll
+    for (int r = 0; r < 2; r++) v.u[r] = w.row[1][g + m + r * LANES][own], v.z[r] = silu(w.row[2][g + m + r * LANES][own]);
     return v;
 }
 __device__ static void finish(const float *part, const gates &v, float D, int m, int own, float (*out)[CHANNELS]) {
@@ -99,15 +103,15 @@ __device__ static void finish(const float *part, const gates &v, float D, int m,
     }
 }
 
-/* The two warps of four channels meet between groups, all warps between tiles. */
-__device__ static void meet(int g, int pair) {
-    if (g) asm volatile("bar.sync %0, 64;" :: "r"(1 + pair) : "memory");
+/* The three warps of four channels meet between groups, all warps between tiles. */
+__device__ static void meet(int g, int set) {
+    if (g) asm volatile("bar.sync %0, 96;" :: "r"(1 + set) : "memory");
     else __syncthreads();
 }
 
-/* In a round one warp goes through group R while the other finishes R - 1 and prepares R + 1; so T rows take a round more. */
-__device__ static void scan_rounds(memory &w, const bm_op_scan &a, int q, int c0, int T, int pair) {
-    const int lane = threadIdx.x % 32, m = lane % LANES, own = pair * 4 + lane / LANES, here = c0 + own < a.I ? a.N - 2 * m : 0;
+/* In a round one warp goes through group R, one prepares R + 1, one finishes R - 1; so T rows take a round more. */
+__device__ static void step_rounds(memory &w, const bm_op_scan &a, int q, int c0, int T, int set) {
+    const int lane = threadIdx.x % 32, m = lane % LANES, own = set * 4 + lane / LANES, here = c0 + own < a.I ? a.N - 2 * m : 0;
     const size_t at = (size_t)(2 * m) * a.I + c0 + own;
     float *state = state_of(a, q) + at;
     float2 h = make_float2(here > 0 ? state[0] : 0, here > 1 ? state[a.I] : 0);
@@ -116,7 +120,7 @@ __device__ static void scan_rounds(memory &w, const bm_op_scan &a, int q, int c0
         const tile &now = w.tiles[i % AHEAD];
 #pragma unroll
         for (int g = 0; g < TILE / GROUP; g++) {
-            meet(g, pair);
+            meet(g, set);
             const float *b = &now.b[g * GROUP][2 * m], *c = &now.c[g * GROUP][2 * m];
             sixteen(&h, rate, (const float4 *)w.step[g][own], b, c, &w.part[g][own][m]);
         }
@@ -124,25 +128,36 @@ __device__ static void scan_rounds(memory &w, const bm_op_scan &a, int q, int c0
     if (here > 0) state[0] = h.x;
     if (here > 1) state[a.I] = h.y;
 }
-__device__ static void help_rounds(memory &w, const bm_op_scan &a, const places &p, int begin, int c0, int T, int pair) {
-    const int m = p.id % LANES, own = pair * 4 + p.id % 32 / LANES, c = c0 + own;
-    const float bias = c < a.I ? a.dt_bias[c] : 0, D = c < a.I ? a.D[c] : 0;
+__device__ static void prepare_rounds(memory &w, const bm_op_scan &a, const places &p, int begin, int c0, int T, int set) {
+    const int m = p.id % LANES, own = set * 4 + p.id % 32 / LANES, c = c0 + own;
+    const float bias = c < a.I ? a.dt_bias[c] : 0;
     for (int i = 0; i < AHEAD - 1; i++) fetch(&w.tiles[i], a, p, begin + i * TILE);
     asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2));
-    asm volatile("bar.sync 15, %0;" :: "n"((int)HELPERS) : "memory");
-    gates last, now = prepare(w.tiles[0], w.step[0][own], 0, m, own, T, bias);
+    asm volatile("bar.sync 15, %0;" :: "n"((int)ROLE) : "memory");
+    prepare(w.tiles[0], w.step[0][own], 0, m, own, T, bias);
     for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
         asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 3));      /* this tile and the next are there */
 #pragma unroll
         for (int g = 0; g < TILE / GROUP; g++) {
-            meet(g, pair);
-            const tile &behind = w.tiles[(i + g) % AHEAD];
-            const gates next = prepare(behind, w.step[g ^ 1][own], g ? 0 : GROUP, m, own, T - t0 - g * TILE, bias);
+            meet(g, set);
+            prepare(w.tiles[(i + g) % AHEAD], w.step[g ^ 1][own], g ? 0 : GROUP, m, own, T - t0 - g * TILE, bias);
+            if (g == 0) fetch(&w.tiles[(i + AHEAD - 1) % AHEAD], a, p, begin + t0 + (AHEAD - 1) * TILE);
+        }
+    }
+}
+__device__ static void finish_rounds(memory &w, const bm_op_scan &a, const places &p, int begin, int c0, int T, int set) {
+    const int m = p.id % LANES, own = set * 4 + p.id % 32 / LANES;
+    const float D = c0 + own < a.I ? a.D[c0 + own] : 0;
+    gates last = {};
+    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
+#pragma unroll
+        for (int g = 0; g < TILE / GROUP; g++) {
+            meet(g, set);
+            const gates now = read_gates(w.tiles[i % AHEAD], g * GROUP, m, own);
             float (*out)[CHANNELS] = &w.out[(i + 2 + g) % 3][g ? 0 : GROUP];        /* of the tile before, or of this one */
             finish(w.part[g ^ 1][own], last, D, m, own, out);
-            last = now, now = next;
-            if (g == 0) fetch(&w.tiles[(i + AHEAD - 1) % AHEAD], a, p, begin + t0 + (AHEAD - 1) * TILE);
-            else if (i > 1) put_rows(w.out[(i + 1) % 3], a, p, begin + t0 - 2 * TILE);
+            last = now;
+            if (g && i > 1) put_rows(w.out[(i + 1) % 3], a, p, begin + t0 - 2 * TILE);
         }
     }
 }
@@ -151,16 +166,18 @@ __global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool st
     extern __shared__ float4 shared[];
     memory &w = *(memory *)shared;
     const int q = blockIdx.y, begin = a.start[q], end = a.start[q + 1], T = end - begin, c0 = (int)blockIdx.x * CHANNELS;
-    const int warp = threadIdx.x / 32;      /* warps w and w + 4 share a scheduler: none has three that scan */
-    const bool scans = warp < 4 || warp == 6;
-    const int pair = scans ? (warp < 4 ? warp : 4) : warp - 4 - (warp > 6), id = 32 * pair + (int)threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;      /* warps w, w + 4, ... share a scheduler: two of five that step, with one other */
+    const bool steps = warp < 4 || warp == 7, finishes = warp >= 2 * SETS;
+    const int set = steps ? (warp < 4 ? warp : 4) : finishes ? warp - 2 * SETS : warp - 4 - (warp > 7);
+    const int id = 32 * set + (int)threadIdx.x % 32;
     const places p = { id, id / (CHANNELS / 4), c0 + id % (CHANNELS / 4) * 4, end, states_aligned, aligned, half };
     if (!T) return;
-    if (scans) scan_rounds(w, a, q, c0, T, pair);
-    else help_rounds(w, a, p, begin, c0, T, pair);
+    if (steps) step_rounds(w, a, q, c0, T, set);
+    else if (finishes) finish_rounds(w, a, p, begin, c0, T, set);
+    else prepare_rounds(w, a, p, begin, c0, T, set);
     __syncthreads();
     const int tiles = (T + GROUP + TILE - 1) / TILE;
-    for (int i = tiles > 1 ? tiles - 2 : 0; !scans && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
+    for (int i = tiles > 1 ? tiles - 2 : 0; finishes && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
 }
 
 /* Row q is the one row of sequence q; a block makes its channels of SOME sequences. */
