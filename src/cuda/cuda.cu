@@ -43,6 +43,7 @@ static void cuda_release(bm_backend *b, void *p) {
 }
 static void move(bm_backend *b, void *dst, const void *src, size_t bytes, cudaMemcpyKind kind) {
     bm_cuda *c = cuda_of(b);
+    bm_cuda_rounded(c, NULL, 0, 0);
     if (!c->failed && bytes) bm_cuda_check(c, cudaMemcpyAsync(dst, src, bytes, kind, c->stream), "copying");
 }
 /* Pageable memory: put returns when the bytes were taken, get when they are there. */

@@ -68,7 +68,7 @@ void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *u
 /* The same of f32 weights with few columns. */
 bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type);
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p);
-/* Where a kernel that writes x (M,cols) puts it as bf16 too, for such a product behind it; NULL: not wanted. */
+/* Where a kernel that writes x (M,cols) puts it as bf16 too, for the product that reads x next; NULL: not wanted. */
 uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols);
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols);
 size_t bm_cuda_reserved(bm_backend *b);
@@ -85,7 +85,7 @@ static void bm_cuda_start(const bm_cuda *c, void (*kernel)(P...), dim3 grid, int
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = c->stream;
-    config.attrs = &early, config.numAttrs = c->chip.major >= 9;
+    config.attrs = &early, config.numAttrs = c->chip.major == 9;    /* later chips may run PTX of earlier ones, which does not wait */
     cudaLaunchKernelEx(&config, kernel, a...);
 }
 __device__ inline void after_previous() {

@@ -19,7 +19,7 @@ typedef struct ending { uint16_t *act; const float *gate_bias; bool is_gelu, apa
 struct bm_cuda_wide {
     PFN_cuTensorMapEncodeTiled_v12000 encode;
     uint16_t *half; size_t room;                /* activations as bf16, and how many fit */
-    const float *of; int cols;                  /* whose rows they are; NULL: no longer anybody's */
+    const float *of; int cols;                  /* whose rows they are, until a product has read them; else NULL */
 };
 
 /* A tile is 64 GROUPS rows by BN columns of w.  CTAS blocks make tiles beside each other and share their rows of x. */
@@ -343,11 +343,12 @@ uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols) {
 static const uint16_t *activations(bm_cuda *c, const bm_product *p) {
     bm_cuda_wide *w = c->wide;
     if (p->half) return p->half;
-    if (w->of == p->x && w->cols == p->K && p->ldx == (size_t)p->K && !p->from) return w->half;
+    const bool there = w->of == p->x && w->cols == p->K && p->ldx == (size_t)p->K && !p->from;
+    w->of = NULL;
+    if (there) return w->half;
     const bool aligned = ((uintptr_t)p->x | 4 * p->ldx) % 16 == 0;
     const int blocks = blocks_of((size_t)p->M * (p->K / 8), ROUNDERS);
     bm_cuda_start(c, round_rows, blocks, ROUNDERS, 0, *p, aligned, w->half);
-    w->of = NULL;
     return w->half;
 }
 
