@@ -24,7 +24,7 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
     const float *x = a.x ? a.x + at : NULL, *residual = a.residual ? a.residual + at : NULL;
     float4 s[HELD];
     float total = 0, square = 0;
-#pragma unroll
+#pragma unroll(HELD > 4 ? 1 : HELD)
     for (int i = 0; i < HELD; i++) {
         const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
         s[i] = make_float4(0, 0, 0, 0);
@@ -38,7 +38,7 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
     const float mean = a.centered ? block_sum(total) / (float)a.D : 0;
     if (a.centered) {
         square = 0;
-#pragma unroll
+#pragma unroll(HELD > 4 ? 1 : HELD)
         for (int i = 0; i < HELD; i++)
             for (int j = 0; j < 4; j++) {
                 float *e = &s[i].x + j;
@@ -48,7 +48,7 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
             }
     }
     const float scale = norm_scale(block_sum(square) / (float)a.D, a.eps);
-#pragma unroll
+#pragma unroll(HELD > 4 ? 1 : HELD)
     for (int i = 0; i < HELD; i++) {
         const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
         if (k >= a.D) continue;
