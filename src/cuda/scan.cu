@@ -103,10 +103,11 @@ __device__ static void finish(const float *part, const gates &v, float D, int m,
     }
 }
 
-/* The three warps of four channels meet between groups, all warps between tiles. */
+/* All warps meet between tiles, the three of four channels between groups. */
+__device__ static void meet_all(void) { asm volatile("bar.sync 0, %0;" :: "n"((int)THREADS) : "memory"); }
 __device__ static void meet(int g, int set) {
     if (g) asm volatile("bar.sync %0, 96;" :: "r"(1 + set) : "memory");
-    else __syncthreads();
+    else meet_all();
 }
 
 /* In a round one warp goes through group R, one prepares R + 1, one finishes R - 1; so T rows take a round more. */
@@ -131,9 +132,6 @@ __device__ static void step_rounds(memory &w, const bm_op_scan &a, int q, int c0
 __device__ static void prepare_rounds(memory &w, const bm_op_scan &a, const places &p, int begin, int c0, int T, int set) {
     const int m = p.id % LANES, own = set * 4 + p.id % 32 / LANES, c = c0 + own;
     const float bias = c < a.I ? a.dt_bias[c] : 0;
-    for (int i = 0; i < AHEAD - 1; i++) fetch(&w.tiles[i], a, p, begin + i * TILE);
-    asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2));
-    asm volatile("bar.sync 15, %0;" :: "n"((int)ROLE) : "memory");
     prepare(w.tiles[0], w.step[0][own], 0, m, own, T, bias);
     for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
         asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 3));      /* this tile and the next are there */
@@ -172,10 +170,14 @@ __global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool st
     const int id = 32 * set + (int)threadIdx.x % 32;
     const places p = { id, id / (CHANNELS / 4), c0 + id % (CHANNELS / 4) * 4, end, states_aligned, aligned, half };
     if (!T) return;
+    const bool prepares = !steps && !finishes;
+    for (int i = 0; prepares && i < AHEAD - 1; i++) fetch(&w.tiles[i], a, p, begin + i * TILE);
+    asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2));      /* the first tile is there */
+    meet_all();
     if (steps) step_rounds(w, a, q, c0, T, set);
     else if (finishes) finish_rounds(w, a, p, begin, c0, T, set);
     else prepare_rounds(w, a, p, begin, c0, T, set);
-    __syncthreads();
+    meet_all();
     const int tiles = (T + GROUP + TILE - 1) / TILE;
     for (int i = tiles > 1 ? tiles - 2 : 0; finishes && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
 }
