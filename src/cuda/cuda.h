@@ -85,7 +85,7 @@ static void bm_cuda_start(const bm_cuda *c, void (*kernel)(P...), dim3 grid, int
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = c->stream;
-    config.attrs = &early, config.numAttrs = c->chip.major == 9;    /* later chips may run PTX for earlier ones: it does not wait */
+    config.attrs = &early, config.numAttrs = c->chip.major == 9;    /* later ones may run PTX for earlier ones: no wait in it */
     cudaLaunchKernelEx(&config, kernel, a...);
 }
 __device__ inline void after_previous() {

@@ -79,7 +79,8 @@ __device__ static void barrier_wait(uint64_t *b, int parity) {
                  :: "r"(shared_at(b)), "r"(parity) : "memory");
 }
 __device__ static void bring(void *to, const CUtensorMap *map, uint64_t *b, int k, int row, int e) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];"
                  :: "r"(shared_at(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(shared_at(b)) : "memory");
 }
 /* To the same place in both blocks, each barrier told of its own. */
@@ -173,7 +174,8 @@ __device__ static float2 biased(const bm_product &p, int e, int n, float x, floa
     return make_float2(x * scale, y * scale);
 }
 /* act(gate) up of two columns. */
-template <int BN, int END> __device__ static uint32_t hidden(const bm_product &p, const ending &end, int e, int n, const float *c) {
+template <int BN, int END> __device__ static uint32_t
+hidden(const bm_product &p, const ending &end, int e, int n, const float *c) {
     const size_t b = (size_t)e * p.bias_stride + n;
     float2 v = make_float2(c[0], c[1]), up = make_float2(1, 1);
     const float *bias = n < p.N ? END == GATED ? end.gate_bias : p.bias : NULL;
@@ -185,8 +187,8 @@ template <int BN, int END> __device__ static uint32_t hidden(const bm_product &p
     return halves(activate(v.x, end.is_gelu) * up.x, activate(v.y, end.is_gelu) * up.y);
 }
 
-/* A warp's 16 rows from row0 on, 32 columns at a time: a lane holds two columns of each eight of rows lane / 4 and 8 on, and writes
- * 16 bytes of a row with its neighbours beside it. */
+/* A warp's 16 rows from row0 on, 32 columns at a time: a lane holds two columns of each eight of rows lane / 4 and 8 on, and
+ * writes 16 bytes of a row with its neighbours beside it. */
 template <int BN> __device__ static void
 put_rows(const bm_product &p, const tile &at, int row0, int col0, const float (&c)[BN / 2], float *paper) {
     enum { LD = 40 };
@@ -226,7 +228,8 @@ put_rows(const bm_product &p, const tile &at, int row0, int col0, const float (&
 }
 /* The same of hidden columns, of which there are whole eights. */
 template <int BN, int END> __device__ static void
-put_hidden(const bm_product &p, const ending &end, const tile &at, int row0, int col0, const float (&c)[BN / 2], uint32_t *paper) {
+put_hidden(const bm_product &p, const ending &end, const tile &at, int row0, int col0, const float (&c)[BN / 2],
+           uint32_t *paper) {
     enum { COLS = END == GATED ? BN / 2 : BN, LD = 20 };
     const int lane = threadIdx.x % 32, own = lane / 4, pair = lane % 4;
 #pragma unroll

@@ -16,8 +16,8 @@ __device__ static void put_four(float *row, int k, int D, bool aligned, float4 v
 __device__ static float sum_of(float4 v) { return (v.x + v.y) + (v.z + v.w); }
 __device__ static float squares(float4 v) { return fmaf(v.x, v.x, v.y * v.y) + fmaf(v.z, v.z, v.w * v.w); }
 
-/* RMSNorm: s / sqrt(mean(s^2) + eps) * weight.  LayerNorm: (s - mean) / sqrt(var + eps) * weight + bias.  half: y as bf16, or NULL.
- * Thread j of a row holds fours j, j + blockDim, ... in registers, HELD of them: the order of sums depends on D alone. */
+/* RMSNorm: s / sqrt(mean(s^2) + eps) * weight.  LayerNorm: (s - mean) / sqrt(var + eps) * weight + bias.  half: y as bf16, or
+ * NULL.  Thread j of a row holds fours j, j + blockDim, ... in registers, HELD of them: the order of sums depends on D alone. */
 template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_norm a, bool aligned, uint16_t *half) {
     after_previous();
     const size_t at = (size_t)blockIdx.x * a.D;
@@ -63,8 +63,8 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
 void bm_cuda_norm(bm_backend *b, const bm_op_norm *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->residual | (uintptr_t)a->weight | (uintptr_t)a->bias | (uintptr_t)a->sum |
-                          (uintptr_t)a->y;
+    const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->residual | (uintptr_t)a->weight | (uintptr_t)a->bias |
+                          (uintptr_t)a->sum | (uintptr_t)a->y;
     const bool aligned = a->D % 4 == 0 && all % 16 == 0;
     uint16_t *half = a->D % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->D) : NULL;
     if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<4>, a->M, 32 * blocks_of((size_t)a->D, 16 * 32), 0, *a, aligned, half);

@@ -32,7 +32,8 @@ typedef struct memory {
     float part[2][CHANNELS][GROUP * PAD + LANES], out[3][TILE][CHANNELS];
 } memory;
 
-/* Of thread `id` of a role: four columns of row id / (CHANNELS / 4), from c on, and of the first 128 four states of row id / 4. */
+/* Of thread `id` of a role: four columns of row id / (CHANNELS / 4), from c on, and of the first 128 four states of row
+ * id / 4. */
 typedef struct places { int id, t, c, end; bool states_aligned, aligned; uint16_t *half; } places;
 
 __device__ static void fetch(tile *to, const bm_op_scan &a, const places &p, int t0) {
