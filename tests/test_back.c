@@ -372,7 +372,7 @@ static scan_case make_scan(int I, int N) {
     memcpy(s.x, x, sizeof x);
     for (int i = 0; i < I * N; i++) x[3][i] = -fabsf(x[3][i]) * (float)(1 + i / I);
     for (int i = 0; i < M * I; i += 97) x[1][i] = 25 + (float)(i % 10);         /* past the bend of softplus */
-    s.op = (bm_op_scan){ .Q = Q, .start = start, .slot = slot, .I = I, .N = N, .ldz = ldz, .ldbc = ldbc, .u = x[0],
+    s.op = (bm_op_scan){ .M = M, .Q = Q, .start = start, .slot = slot, .I = I, .N = N, .ldz = ldz, .ldbc = ldbc, .u = x[0],
                          .dt = x[1], .dt_bias = x[2], .A = x[3], .B = x[4], .C = x[4] + N, .D = x[5], .z = x[6],
                          .dy = x[7], .state = x[8],
                          .stride = IN, .y = x[9] };

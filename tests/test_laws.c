@@ -1,5 +1,5 @@
 /* tests/test_laws.c - the laws of the whole model, bit for bit, in each arithmetic and weight type:
- * prefill == decode == any chunking == any batch == any number of threads == restored. */
+ * prefill == decode == any chunking == any batch == any number of threads == restored.  One arithmetic of a GPU excepted. */
 #include "lib_tiny.h"
 #include <math.h>
 
@@ -19,10 +19,30 @@ static void law_close(law *w) {
     free(w->want);
     free(w->got);
 }
-static void same(const law *w, const char *what) {
+/* On a GPU native products with bf16 weights are made by one kernel up to 64 rows and by another, which sums in another order,
+ * from there on: across the two the law is a bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md). */
+enum { MANY = 65 };
+static bool two_kernels(const law *w) {
+    return w->type == BM_BF16 && w->arith == BM_ARITH_NATIVE && strncmp(test_device(), "cuda", 4) == 0;
+}
+static void near(const law *w, const char *what) {
+    const size_t n = T * (size_t)w->r.V;
+    double peak = 0, most = 0;
+    for (size_t i = 0; i < n; i++) {
+        peak = fmax(peak, fabs((double)w->want[i]));
+        most = fmax(most, fabs((double)w->want[i] - (double)w->got[i]));
+    }
+    if (!(most <= sqrt(12) / 256 * peak)) fail_msg("bf16, native: %s is off by %g of %g", what, most, peak);
+    memset(w->got, 0, sizeof(float) * n);
+}
+static void same_bits(const law *w, const char *what) {
     if (memcmp(w->want, w->got, sizeof(float) * T * (size_t)w->r.V))
         fail_msg("%s, %s: %s differs", bm_dtype_name(w->type), w->arith == BM_ARITH_F32 ? "f32" : "native", what);
     memset(w->got, 0, sizeof(float) * T * (size_t)w->r.V);
+}
+static void same(const law *w, const char *what) {
+    if (two_kernels(w)) near(w, what);
+    else same_bits(w, what);
 }
 
 static void in_steps(law *w, int slot, const size_t *step, size_t n_steps) {
@@ -52,6 +72,8 @@ static void chunking(law *w) {
     same(w, "token by token");
     in_steps(w, 0, (size_t[]){ 3, 1, 17, 2, 64 }, 5);
     same(w, "uneven pieces");
+    in_steps(w, 0, (size_t[]){ MANY, T - MANY }, 2);
+    same_bits(w, "pieces of many rows");
     float *want = w->want;
     w->want = NULL;
     law_close(w);
@@ -115,11 +137,11 @@ static void restored(law *w) {
     OK(bm_state_get(w->r.s, 0, state));
     OK(bm_state_copy(w->r.s, 1, 0));
     all_logits(w->r.s, 1, w->ids + half, T - half, w->got + half * V);
-    same(w, "a copied slot");
+    same_bits(w, "a copied slot");
     OK(bm_state_set(w->r.s, 2, state));
     memcpy(w->got, w->want, sizeof(float) * half * V);
     all_logits(w->r.s, 2, w->ids + half, T - half, w->got + half * V);
-    same(w, "a restored slot");
+    same_bits(w, "a restored slot");
     free(state);
     law_close(w);
 }

@@ -51,7 +51,7 @@ static void scan_bare(bm_backend *b, int I, const float *dt, const float *A, con
     float *zero = floats((size_t)I), *y = floats((size_t)I);
     const int32_t start[2] = { 0, 1 }, slot[1] = { 0 };
     const float unit = 1;
-    b->scan(b, &(bm_op_scan){ .Q = 1, .start = start, .slot = slot, .I = I, .N = 1, .ldz = I, .ldbc = 1, .u = u,
+    b->scan(b, &(bm_op_scan){ .M = 1, .Q = 1, .start = start, .slot = slot, .I = I, .N = 1, .ldz = I, .ldbc = 1, .u = u,
                               .dt = dt, .dt_bias = zero, .A = A, .B = &unit, .C = &unit, .D = zero, .z = zero, .y = y,
                               .state = h, .stride = (size_t)I });
     drop(zero); drop(y);
@@ -182,7 +182,7 @@ static void run(bm_backend *b, const sequence *s, bool scan, int first, int Q, c
     const size_t I = (size_t)s->I, at = (size_t)first * I, stride = (size_t)(s->K + s->N) * I;
     const int ldbc = 2 * s->N + 3;
     if (scan)
-        b->scan(b, &(bm_op_scan){ .Q = Q, .start = start, .slot = slot, .I = s->I, .N = s->N, .ldz = 2 * s->I,
+        b->scan(b, &(bm_op_scan){ .M = start[Q], .Q = Q, .start = start, .slot = slot, .I = s->I, .N = s->N, .ldz = 2 * s->I,
                                   .ldbc = ldbc, .u = s->xz + at,
                                   .dt = s->dt + at, .dt_bias = s->bias, .A = s->A, .B = s->BC + first * ldbc,
                                   .C = s->BC + first * ldbc + s->N,

@@ -4,13 +4,6 @@
 
 enum { THREADS = 512, FEW = BM_CUDA_BEST_ROWS, BLOCKS = 32 };
 
-/* Ordered as the values are, NaN and -inf least (0); of equal ones the lowest column is the largest. */
-__device__ static unsigned long long key_of(float v, int column) {
-    const unsigned bits = __float_as_uint(v + 0.0f);        /* -0 is +0 */
-    const unsigned order = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return v > -INFINITY ? (unsigned long long)order << 32 | (unsigned)~column : 0;
-}
-__device__ static bm_token column_of(unsigned long long key) { return key ? (bm_token)~(unsigned)key : -1; }
 __device__ static unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
 
 /* Row blockIdx.y, of which block blockIdx.x takes every gridDim.x-th piece; between: what blocks of a row share, zeros
@@ -20,7 +13,7 @@ __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bm_cuda_row *be
     const float *l = a.logits + (size_t)blockIdx.y * a.ld;
     unsigned long long key = 0;
 #pragma unroll 4
-    for (int k = blockIdx.x * THREADS + threadIdx.x; k < a.V; k += gridDim.x * THREADS) key = larger(key, key_of(l[k], k));
+    for (int k = blockIdx.x * THREADS + threadIdx.x; k < a.V; k += gridDim.x * THREADS) key = larger(key, logit_key(l[k], k));
     for (int d = 16; d; d /= 2) key = larger(key, __shfl_xor_sync(~0u, key, d));
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = key;
     __syncthreads();
@@ -34,7 +27,7 @@ __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bm_cuda_row *be
         key = atomicExch(&r->key, 0);
         r->blocks = 0;
     }
-    a.best[blockIdx.y] = column_of(key);
+    a.best[blockIdx.y] = key_column(key);
 }
 
 void bm_cuda_best(bm_backend *b, const bm_op_best *a) {

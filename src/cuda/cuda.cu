@@ -59,6 +59,7 @@ static void cuda_release_host(bm_backend *b, void *p) {
 }
 static void move(bm_backend *b, void *dst, const void *src, size_t bytes) {
     bm_cuda *c = cuda_of(b);
+    bm_cuda_rounded(c, NULL, 0, 0);
     if (!c->failed && bytes) bm_cuda_check(c, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, c->stream), "copying");
 }
 /* Other memory than alloc_host's: put returns when the bytes were taken, get when they are there. */
@@ -75,14 +76,13 @@ static uint64_t cuda_left(bm_backend *b) {
     bm_cuda_check(cuda_of(b), cudaMemGetInfo(&left, &all), "asking for free memory");
     return left;
 }
-static bm_status cuda_reserve(bm_backend *, int, int) { return BM_OK; }
-static size_t cuda_reserved(bm_backend *) { return 0; }
 static double cuda_waited(bm_backend *, bool) { return 0; }
 
 static void cuda_close(bm_backend *b) {
     if (!b) return;
     bm_cuda_forget(b, NULL);
     cudaFree(cuda_of(b)->rows);
+    bm_cuda_wide_close(cuda_of(b));
     cudaStreamDestroy(cuda_of(b)->stream);
     free(b);
 }
@@ -130,8 +130,8 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     b->alloc = cuda_alloc, b->release = cuda_release;
     b->alloc_host = cuda_alloc_host, b->release_host = cuda_release_host;
     b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
-    b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = cuda_reserve;
-    b->reserved = cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
+    b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = bm_cuda_reserve, b->reserving = bm_cuda_reserving;
+    b->reserved = bm_cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
     b->embed = bm_cuda_embed, b->norm = bm_cuda_norm, b->linear = bm_cuda_linear, b->conv = bm_cuda_conv;
     b->scan = bm_cuda_scan, b->route = bm_cuda_route, b->experts = bm_cuda_experts, b->loss = bm_cuda_loss;
     b->attention = bm_cuda_attention, b->best = bm_cuda_best;

@@ -25,6 +25,7 @@ typedef struct bm_cuda {
     cudaDeviceProp chip;
     struct bm_cuda_graphs *graphs;          /* what was recorded: graph.cu */
     bm_cuda_row *rows;                      /* (BM_CUDA_BEST_ROWS) zeros between operations */
+    struct bm_cuda_wide *wide;              /* products of many rows: matmul.cu */
     bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
 } bm_cuda;
 
@@ -57,6 +58,7 @@ typedef struct bm_product {
     int X, M, N, K;
     const int32_t *first;       /* (X+1) rows of each group */
     const float *x; size_t ldx; const int32_t *from;    /* from, to: NULL is the row itself */
+    const uint16_t *half;       /* instead of x: rows of K, in order of groups, as bf16; only where bm_cuda_wide_takes */
     const float *bias; size_t bias_stride;              /* bias may be NULL */
     const float *scale;                                 /* by row to(i); may be NULL */
     float *y; size_t ldy; const int32_t *to;
@@ -64,8 +66,39 @@ typedef struct bm_product {
 } bm_product;
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
 
+/* Products of many rows, matmul.cu: whether it takes one, then that; or act (M,N) bf16 = act(gate) up, or act(up). */
+bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p);
+void bm_cuda_wide_product(bm_cuda *c, const bm_product *p);
+void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act);
+/* The same of f32 weights with few columns. */
+bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type);
+void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p);
+/* Where a kernel that writes x (M,cols) puts it as bf16 too, for the product that reads x next; NULL: not wanted. */
+uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols);
+size_t bm_cuda_reserving(bm_backend *b, int rows, int cols);
+bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols);
+size_t bm_cuda_reserved(bm_backend *b);
+void bm_cuda_wide_close(bm_cuda *c);
+
 static inline bm_cuda *cuda_of(bm_backend *b) { return (bm_cuda *)b; }
 static inline int blocks_of(size_t n, size_t size) { return (int)((n + size - 1) / size); }
+
+/* Starts a kernel that waits with after_previous() before it looks at memory: it is set up while the one before it ends. */
+template <class... P, class... A>
+static void bm_cuda_start(const bm_cuda *c, void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... a) {
+    cudaLaunchAttribute early = {};
+    cudaLaunchConfig_t config = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = c->stream;
+    config.attrs = &early, config.numAttrs = c->chip.major == 9;    /* later ones may run PTX for earlier ones: no wait in it */
+    cudaLaunchKernelEx(&config, kernel, a...);
+}
+__device__ inline void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 /* The sequence a row belongs to; start (Q+1), sequences without rows are passed over. */
 __device__ inline int sequence_of(const int32_t *start, int Q, int row) {
@@ -82,6 +115,10 @@ __device__ inline float warp_sum(float v) {
     for (int d = 16; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
     return v;
 }
+__device__ inline float warp_max(float v) {
+    for (int d = 16; d; d /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, d));
+    return v;
+}
 /* Of a block of whole warps, at most 1,024 threads; every thread gets it. */
 __device__ inline float block_sum(float v) {
     __shared__ float part[32];
@@ -93,10 +130,13 @@ __device__ inline float block_sum(float v) {
     __syncthreads();
     return v;
 }
-__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
-/* x/2 (1 + erf(x / sqrt 2)) */
-__device__ inline float gelu(float x) { return 0.5f * x * erfcf(-0.707106781f * x); }
-__device__ inline float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+/* Ordered as the values are, NaN and -inf least (0); of equal ones the lowest column is the largest. */
+__device__ inline unsigned long long logit_key(float v, int column) {
+    const unsigned bits = __float_as_uint(v + 0.0f);        /* -0 is +0 */
+    const unsigned order = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return v > -INFINITY ? (unsigned long long)order << 32 | (unsigned)~column : 0;
+}
+__device__ inline bm_token key_column(unsigned long long key) { return key ? (bm_token)~(unsigned)key : -1; }
 
 #pragma GCC visibility pop
 #endif

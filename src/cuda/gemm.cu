@@ -143,7 +143,9 @@ template <int TYPE> static void launch(bm_cuda *c, const bm_product *p) {
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type) {
     if (c->failed || !p->M) return;
 #define DO(TYPE) launch<TYPE>(c, p)
-    if (p->rounded) launch_tiles(c, p);
+    if (bm_cuda_wide_takes(c, p)) bm_cuda_wide_product(c, p);
+    else if (bm_cuda_narrow_takes(p, type)) bm_cuda_narrow_product(c, p);
+    else if (p->rounded) launch_tiles(c, p);
     else BM_CUDA_TYPES(type, DO)
 #undef DO
     bm_cuda_check(c, cudaGetLastError(), "a matrix product");
@@ -168,7 +170,8 @@ template <int TYPE> __global__ void rows_of(const uint8_t *table, size_t stride,
     const int k = 8 * (int)(blockIdx.x * blockDim.x + threadIdx.x), m = blockIdx.y;
     if (k >= D) return;
     alignas(16) float w[8];
-    weights8<TYPE>(table + (size_t)token[m] * stride, k, D - k, false, w);
+    const uint8_t *row = table + (size_t)token[m] * stride;
+    weights8<TYPE>(row, k, D - k, D - k >= 8 && (uintptr_t)row % 16 == 0, w);
     for (int i = 0; i < 8 && k + i < D; i++) y[(size_t)m * D + k + i] = w[i];
 }
 

@@ -1,21 +1,30 @@
 /* graph.cu - operations recorded once and launched together from then on.  Room: cuda.
- * In: operations between replay() and recorded().  Out: one CUDA graph for each owner and number of rows. */
-#include "cuda/cuda.h"
+ * In: operations between replay() and recorded().  Out: for each owner and number of rows one kernel that does a whole
+ * token (token.cu), or a CUDA graph of their kernels. */
+#include "cuda/token.h"
 #include <stdlib.h>
+#include <string.h>
 
-enum { MOST = 64 };         /* graphs kept; the one not used for longest makes room */
-typedef struct recording { const void *owner; int M; cudaGraphExec_t graph; uint64_t used; } recording;
-struct bm_cuda_graphs { recording r[MOST]; recording *now; uint64_t clock; };
+enum { MOST = 64 };         /* recordings kept; the one not used for longest makes room */
+typedef struct recording { const void *owner; int M; cudaGraphExec_t graph; bm_cuda_token *token; uint64_t used; } recording;
+struct bm_cuda_graphs {
+    recording r[MOST], *now;
+    uint64_t clock;
+    bm_backend door;        /* as it was before operations were noted */
+    bm_cuda_op *op; int n, room;
+};
 
 static void drop(recording *r) {
     if (r->graph) cudaGraphExecDestroy(r->graph);
+    bm_cuda_token_free(r->token);
     *r = {};
 }
+static bool made(const recording *r) { return r->graph || r->token; }
 
 static recording *place_for(bm_cuda_graphs *g, const void *owner, int M) {
     recording *oldest = &g->r[0];
     for (int i = 0; i < MOST; i++) {
-        if (g->r[i].graph && g->r[i].owner == owner && g->r[i].M == M) return &g->r[i];
+        if (made(&g->r[i]) && g->r[i].owner == owner && g->r[i].M == M) return &g->r[i];
         if (g->r[i].used < oldest->used) oldest = &g->r[i];
     }
     drop(oldest);
@@ -24,37 +33,115 @@ static recording *place_for(bm_cuda_graphs *g, const void *owner, int M) {
     return oldest;
 }
 
+/* ---- noting: the door's operations while recording ------------------------------------------------------- */
+
+static bm_cuda_op *noted(bm_backend *b, bm_cuda_kind kind) {
+    bm_cuda_graphs *g = cuda_of(b)->graphs;
+    if (g->n == g->room) {
+        const int room = g->room ? 2 * g->room : 256;
+        bm_cuda_op *more = (bm_cuda_op *)realloc(g->op, sizeof *more * (size_t)room);
+        if (!more) {
+            bm_cuda_check(cuda_of(b), cudaErrorMemoryAllocation, "recording");
+            return NULL;
+        }
+        g->op = more;
+        g->room = room;
+    }
+    g->op[g->n].kind = kind;
+    return &g->op[g->n++];
+}
+#define NOTE(name, KIND)                                                            \
+    static void note_##name(bm_backend *b, const bm_op_##name *a) {                 \
+        bm_cuda_op *o = noted(b, KIND);                                             \
+        if (o) o->name = *a;                                                        \
+    }
+NOTE(embed, BM_CUDA_EMBED)
+NOTE(norm, BM_CUDA_NORM)
+NOTE(linear, BM_CUDA_LINEAR)
+NOTE(conv, BM_CUDA_CONV)
+NOTE(scan, BM_CUDA_SCAN)
+NOTE(route, BM_CUDA_ROUTE)
+NOTE(attention, BM_CUDA_ATTENTION)
+NOTE(best, BM_CUDA_BEST)
+static void note_experts(bm_backend *b, const bm_op_experts *a) {
+    bm_cuda_op *o = noted(b, BM_CUDA_EXPERTS);
+    if (!o) return;
+    o->experts = *a;
+    if (a->route) o->of = *a->route;
+}
+
+static void issue(bm_backend *b, bm_cuda_op *o) {
+    switch (o->kind) {
+    case BM_CUDA_EMBED:  bm_cuda_embed(b, &o->embed); break;
+    case BM_CUDA_NORM:   bm_cuda_norm(b, &o->norm); break;
+    case BM_CUDA_LINEAR: bm_cuda_linear(b, &o->linear); break;
+    case BM_CUDA_CONV:   bm_cuda_conv(b, &o->conv); break;
+    case BM_CUDA_SCAN:   bm_cuda_scan(b, &o->scan); break;
+    case BM_CUDA_ROUTE:  bm_cuda_route(b, &o->route); break;
+    case BM_CUDA_EXPERTS:
+        if (o->experts.route) o->experts.route = &o->of;
+        bm_cuda_experts(b, &o->experts);
+        break;
+    case BM_CUDA_ATTENTION: bm_cuda_attention(b, &o->attention); break;
+    case BM_CUDA_BEST: bm_cuda_best(b, &o->best); break;
+    }
+}
+
+/* ---- replay, record --------------------------------------------------------------------------------------- */
+
+static bool launch(bm_cuda *c, const recording *r) {
+    if (r->token) return bm_cuda_token_run(c, r->token);
+    return bm_cuda_check(c, cudaGraphLaunch(r->graph, c->stream), "a recorded token");
+}
+
 bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     bm_cuda *c = cuda_of(b);
     if (c->failed) return false;
+    bm_cuda_rounded(c, NULL, 0, 0);
     if (!c->graphs) c->graphs = (bm_cuda_graphs *)calloc(1, sizeof *c->graphs);
     bm_cuda_graphs *g = c->graphs;
     if (!g) return false;
     recording *r = place_for(g, owner, M);
     r->used = ++g->clock;
-    if (r->graph) return bm_cuda_check(c, cudaGraphLaunch(r->graph, c->stream), "a recorded token");
-    if (bm_cuda_check(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording")) g->now = r;
+    if (made(r)) return launch(c, r);
+    g->now = r;
+    g->n = 0;
+    g->door = *b;
+    b->embed = note_embed, b->norm = note_norm, b->linear = note_linear, b->conv = note_conv, b->scan = note_scan;
+    b->route = note_route, b->experts = note_experts, b->attention = note_attention, b->best = note_best;
     return false;
+}
+
+static void capture(bm_backend *b, recording *r) {
+    bm_cuda *c = cuda_of(b);
+    cudaGraph_t graph = NULL;
+    if (!bm_cuda_check(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording")) return;
+    for (int i = 0; i < c->graphs->n; i++) issue(b, &c->graphs->op[i]);
+    if (bm_cuda_check(c, cudaStreamEndCapture(c->stream, &graph), "recording"))
+        bm_cuda_check(c, cudaGraphInstantiate(&r->graph, graph, 0), "recording");
+    if (graph) cudaGraphDestroy(graph);
 }
 
 void bm_cuda_recorded(bm_backend *b) {
     bm_cuda *c = cuda_of(b);
-    cudaGraph_t graph = NULL;
-    if (!c->graphs || !c->graphs->now) return;
-    recording *r = c->graphs->now;
-    c->graphs->now = NULL;
-    bool good = bm_cuda_check(c, cudaStreamEndCapture(c->stream, &graph), "recording");
-    if (good) good = bm_cuda_check(c, cudaGraphInstantiate(&r->graph, graph, 0), "recording");
-    if (graph) cudaGraphDestroy(graph);
-    if (good) bm_cuda_check(c, cudaGraphLaunch(r->graph, c->stream), "a recorded token");
-    else drop(r);
+    bm_cuda_graphs *g = c->graphs;
+    if (!g || !g->now) return;
+    recording *r = g->now;
+    g->now = NULL;
+    *b = g->door;
+    if (c->failed) return;
+    r->token = bm_cuda_token_make(c, g->op, g->n);
+    if (!r->token) capture(b, r);
+    if (c->failed) drop(r);         /* part of it may be missing */
+    else launch(c, r);
 }
 
 void bm_cuda_forget(bm_backend *b, const void *owner) {
     bm_cuda_graphs *g = cuda_of(b)->graphs;
     for (int i = 0; g && i < MOST; i++)
-        if (g->r[i].graph && (!owner || g->r[i].owner == owner)) drop(&g->r[i]);
-    if (owner) return;
+        if (made(&g->r[i]) && (!owner || g->r[i].owner == owner)) drop(&g->r[i]);
+    if (owner || !g) return;
+    free(g->op);
     free(g);
     cuda_of(b)->graphs = NULL;
 }

@@ -2,10 +2,11 @@
  *
  * Rows go through the products of their expert in the order of groups, which lies on the device: gathered as they are
  * read, scattered as they are written. */
-#include "cuda/cuda.h"
+#include "cuda/steps.cuh"
 
 /* hidden (rows,2F): its first half becomes act(gate) * up, or act(up); or act (rows,F) does. */
 __global__ void activate(const int32_t *first, int X, int M, int F, float *hidden, float *act, bool gated, bool is_gelu) {
+    after_previous();
     const int k = (int)(blockIdx.x * blockDim.x + threadIdx.x), rows = first ? first[X] : M;
     if (k >= F || (int)blockIdx.y >= rows) return;
     float *h = hidden + (size_t)blockIdx.y * 2 * F + k;
@@ -16,38 +17,45 @@ __global__ void activate(const int32_t *first, int X, int M, int F, float *hidde
     else h[0] = v;
 }
 
-/* One of gate, up and down of all experts, BM_CUDA_MATRICES at a time. */
-static void products(bm_cuda *c, const bm_op_experts *a, const bm_tensor *w, const float *bias, bm_product p) {
-    const int X = a->route ? a->X : 1;
+/* One of gate, up and down of experts [e0, e0 + X), X <= BM_CUDA_MATRICES. */
+static bm_product batch(const bm_op_experts *a, const bm_tensor *w, const float *bias, int e0, bm_product p) {
+    const int left = (a->route ? a->X : 1) - e0;
     p.w_stride = bm_dtype_bytes(w->type, (size_t)w->cols);
-    p.M = a->M, p.N = w->rows, p.K = w->cols;
+    p.X = left < BM_CUDA_MATRICES ? left : BM_CUDA_MATRICES, p.M = a->M, p.N = w->rows, p.K = w->cols;
+    p.first = a->route ? a->route->first + e0 : NULL;
     p.bias_stride = (size_t)w->rows;
+    p.bias = bias ? bias + (size_t)e0 * p.bias_stride : NULL;
     p.rounded = a->arith == BM_ARITH_NATIVE && w->type == BM_BF16;
-    for (int e0 = 0; e0 < X; e0 += BM_CUDA_MATRICES) {
-        p.X = X - e0 < BM_CUDA_MATRICES ? X - e0 : BM_CUDA_MATRICES;
-        p.first = a->route ? a->route->first + e0 : NULL;
-        p.bias = bias ? bias + (size_t)e0 * p.bias_stride : NULL;
-        for (int e = 0; e < p.X; e++) p.w[e] = (const uint8_t *)w[e0 + e].data;
-        bm_cuda_product(c, &p, w->type);
-    }
+    for (int e = 0; e < p.X; e++) p.w[e] = (const uint8_t *)w[e0 + e].data;
+    return p;
+}
+static bool wide(const bm_cuda *c, const bm_product *gate, const bm_product *up, const bm_product *down) {
+    return (!gate || bm_cuda_wide_takes(c, gate)) && bm_cuda_wide_takes(c, up) && bm_cuda_wide_takes(c, down);
 }
 
-/* Running drops no row, so every row of y is written by its expert. */
-void bm_cuda_experts(bm_backend *b, const bm_op_experts *a) {
-    bm_cuda *c = cuda_of(b);
+/* act(gate) up, then down, of a batch.  Running drops no row, so every row of y is written by its expert. */
+static void experts(bm_cuda *c, const bm_op_experts *a, int e0) {
     const bm_op_route *r = a->route;
     const size_t F = (size_t)a->F;
-    if (c->failed || !a->M) return;
-    bm_product p = {};
-    p.x = a->x, p.ldx = (size_t)a->D, p.from = r ? r->order : NULL;
-    p.y = a->hidden, p.ldy = 2 * F;
-    if (a->gate) products(c, a, a->gate, a->gate_bias, p);
-    p.y = a->hidden + F;
-    products(c, a, a->up, a->up_bias, p);
-    activate<<<dim3(blocks_of(F, 256), a->M), 256, 0, c->stream>>>(r ? r->first : NULL, a->X, a->M, a->F, a->hidden, a->act,
-                                                                  a->gate != NULL, a->activation == BM_GELU);
-    p.x = a->act ? a->act : a->hidden, p.ldx = a->act ? F : 2 * F, p.from = NULL;
-    p.y = a->y, p.ldy = (size_t)a->D, p.to = r ? r->order : NULL, p.scale = r ? r->gate : NULL;
-    p.accumulate = a->accumulate;
-    products(c, a, a->down, a->down_bias, p);
+    const bm_product in = { .x = a->x, .ldx = (size_t)a->D, .from = r ? r->order : NULL, .y = a->hidden, .ldy = 2 * F };
+    const bm_product out = { .x = a->act ? a->act : a->hidden, .ldx = a->act ? F : 2 * F, .scale = r ? r->gate : NULL, .y = a->y,
+                             .ldy = (size_t)a->D, .to = r ? r->order : NULL, .accumulate = a->accumulate };
+    bm_product gate = a->gate ? batch(a, a->gate, a->gate_bias, e0, in) : in, up = batch(a, a->up, a->up_bias, e0, in);
+    bm_product down = batch(a, a->down, a->down_bias, e0, out);
+    if (!a->act && wide(c, a->gate ? &gate : NULL, &up, &down)) {
+        down.half = (uint16_t *)a->hidden;
+        bm_cuda_wide_hidden(c, a->gate ? &gate : NULL, &up, a->activation == BM_GELU, (uint16_t *)a->hidden);
+    } else {
+        up.y = a->hidden + F;
+        if (a->gate) bm_cuda_product(c, &gate, a->gate->type);
+        bm_cuda_product(c, &up, a->up->type);
+        bm_cuda_start(c, activate, dim3(blocks_of(F, 256), a->M), 256, 0, up.first, up.X, a->M, a->F, a->hidden, a->act,
+                                                                      a->gate != NULL, a->activation == BM_GELU);
+    }
+    bm_cuda_product(c, &down, a->down->type);
+}
+void bm_cuda_experts(bm_backend *b, const bm_op_experts *a) {
+    bm_cuda *c = cuda_of(b);
+    const int X = a->route ? a->X : 1;
+    for (int e0 = 0; !c->failed && a->M && e0 < X; e0 += BM_CUDA_MATRICES) experts(c, a, e0);
 }

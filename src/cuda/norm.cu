@@ -1,39 +1,74 @@
 /* norm.cu - residual add and norm, and the loss: a block of threads for each row.  Room: cuda. */
-#include "cuda/cuda.h"
+#include "cuda/steps.cuh"
 
-enum { THREADS = 256 };
+enum { THREADS = 256, WIDEST = 1024 };
 
-/* RMSNorm: s / sqrt(mean(s^2) + eps) * weight.  LayerNorm: (s - mean) / sqrt(var + eps) * weight + bias. */
-__global__ void __launch_bounds__(THREADS) norm_rows(bm_op_norm a) {
+/* Four elements of a row at k; what is past its end is 0. */
+__device__ static float4 four(const float *row, int k, int D, bool aligned) {
+    if (!row) return make_float4(0, 0, 0, 0);
+    if (aligned) return *(const float4 *)(row + k);
+    return make_float4(row[k], k + 1 < D ? row[k + 1] : 0, k + 2 < D ? row[k + 2] : 0, k + 3 < D ? row[k + 3] : 0);
+}
+__device__ static void put_four(float *row, int k, int D, bool aligned, float4 v) {
+    if (aligned) *(float4 *)(row + k) = v;
+    else for (int i = 0; i < 4 && k + i < D; i++) row[k + i] = i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+__device__ static float sum_of(float4 v) { return (v.x + v.y) + (v.z + v.w); }
+__device__ static float squares(float4 v) { return fmaf(v.x, v.x, v.y * v.y) + fmaf(v.z, v.z, v.w * v.w); }
+
+/* RMSNorm: s / sqrt(mean(s^2) + eps) * weight.  LayerNorm: (s - mean) / sqrt(var + eps) * weight + bias.  half: y as bf16, or
+ * NULL.  Thread j of a row holds fours j, j + blockDim, ... in registers, HELD of them: the order of sums depends on D alone. */
+template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_norm a, bool aligned, uint16_t *half) {
+    after_previous();
     const size_t at = (size_t)blockIdx.x * a.D;
+    const float *x = a.x ? a.x + at : NULL, *residual = a.residual ? a.residual + at : NULL;
+    float4 s[HELD];
     float total = 0, square = 0;
-    for (int k = threadIdx.x; k < a.D; k += THREADS) {
-        const float s = (a.x ? a.x[at + k] : 0) + (a.residual ? a.residual[at + k] : 0);
-        if (a.sum) a.sum[at + k] = s;
-        a.y[at + k] = s;
-        total += s;
-        square = fmaf(s, s, square);
+#pragma unroll(HELD > 4 ? 1 : HELD)
+    for (int i = 0; i < HELD; i++) {
+        const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
+        s[i] = make_float4(0, 0, 0, 0);
+        if (k >= a.D) continue;
+        const float4 u = four(x, k, a.D, aligned), r = four(residual, k, a.D, aligned);
+        s[i] = make_float4(u.x + r.x, u.y + r.y, u.z + r.z, u.w + r.w);
+        if (a.sum) put_four(a.sum + at, k, a.D, aligned, s[i]);
+        total += sum_of(s[i]);
+        square += squares(s[i]);
     }
-    float mean = 0;
+    const float mean = a.centered ? block_sum(total) / (float)a.D : 0;
     if (a.centered) {
-        mean = block_sum(total) / (float)a.D;
         square = 0;
-        for (int k = threadIdx.x; k < a.D; k += THREADS) {
-            const float s = a.y[at + k] - mean;
-            square = fmaf(s, s, square);
-        }
+#pragma unroll(HELD > 4 ? 1 : HELD)
+        for (int i = 0; i < HELD; i++)
+            for (int j = 0; j < 4; j++) {
+                float *e = &s[i].x + j;
+                if (4 * (int)(threadIdx.x + i * blockDim.x) + j >= a.D) continue;
+                *e -= mean;
+                square = fmaf(*e, *e, square);
+            }
     }
-    const float r = 1 / sqrtf(block_sum(square) / (float)a.D + a.eps);
-    for (int k = threadIdx.x; k < a.D; k += THREADS) {
-        const float v = (a.y[at + k] - mean) * r * a.weight[k];
-        a.y[at + k] = a.bias ? v + a.bias[k] : v;
+    const float scale = norm_scale(block_sum(square) / (float)a.D, a.eps);
+#pragma unroll(HELD > 4 ? 1 : HELD)
+    for (int i = 0; i < HELD; i++) {
+        const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
+        if (k >= a.D) continue;
+        const float4 w = four(a.weight, k, a.D, aligned), b = four(a.bias, k, a.D, aligned);
+        const float4 y = make_float4(norm_out(s[i].x, scale, w.x, b.x), norm_out(s[i].y, scale, w.y, b.y),
+                                     norm_out(s[i].z, scale, w.z, b.z), norm_out(s[i].w, scale, w.w, b.w));
+        put_four(a.y + at, k, a.D, aligned, y);
+        if (half) *(uint2 *)(half + at + k) = halves(y);
     }
 }
 
 void bm_cuda_norm(bm_backend *b, const bm_op_norm *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    norm_rows<<<a->M, THREADS, 0, c->stream>>>(*a);
+    const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->residual | (uintptr_t)a->weight | (uintptr_t)a->bias |
+                          (uintptr_t)a->sum | (uintptr_t)a->y;
+    const bool aligned = a->D % 4 == 0 && all % 16 == 0;
+    uint16_t *half = a->D % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->D) : NULL;
+    if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<4>, a->M, 32 * blocks_of((size_t)a->D, 16 * 32), 0, *a, aligned, half);
+    else bm_cuda_start(c, norm_rows<16>, a->M, WIDEST, 0, *a, aligned, half);      /* D up to 65536 */
     bm_cuda_check(c, cudaGetLastError(), "norm");
 }
 
@@ -65,6 +100,7 @@ __device__ static float block_max(float v) {
 
 /* -log softmax(l)[target] */
 __global__ void __launch_bounds__(THREADS) losses(bm_op_loss a) {
+    after_previous();
     const float *l = a.logits + (size_t)blockIdx.x * a.V;
     const int target = a.target[blockIdx.x];
     float top = -INFINITY;
@@ -83,6 +119,6 @@ __global__ void __launch_bounds__(THREADS) losses(bm_op_loss a) {
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    losses<<<a->M, THREADS, 0, c->stream>>>(*a);
+    bm_cuda_start(c, losses, a->M, THREADS, 0, *a);
     bm_cuda_check(c, cudaGetLastError(), "loss");
 }

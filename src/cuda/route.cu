@@ -9,6 +9,7 @@ __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !
 
 /* The k best of a row, the lowest index where equal; gates by sigmoid or softmax. */
 __global__ void choose(bm_op_route a) {
+    after_previous();
     const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
     if (i >= a.M) return;
     const float *l = a.logits + (size_t)i * a.X;
@@ -29,8 +30,57 @@ __global__ void choose(bm_op_route a) {
     }
 }
 
-/* One block for each choice: a warp counts and places the rows of an expert, in order. */
+/* Up to 32 experts, one block for each choice: a warp counts and places a run of rows, lane e for expert e. */
+__global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
+    after_previous();
+    __shared__ int count[SORTERS / 32][32];
+    const int32_t *expert = a.expert + (size_t)blockIdx.x * a.M;
+    int32_t *order = a.order + (size_t)blockIdx.x * a.M, *first = a.first + (size_t)blockIdx.x * (a.X + 1);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = (a.M + SORTERS - 1) / SORTERS * 32;
+    const int begin = warp * run, end = begin + run < a.M ? begin + run : a.M;
+    int n = 0;
+    for (int i = begin + lane; i - lane < end; i += 32) {
+        const int mine = i < end ? expert[i] : -1;
+        for (int e = 0; e < a.X; e++) {
+            const unsigned all = __ballot_sync(~0u, mine == e);
+            if (lane == e) n += __popc(all);
+        }
+    }
+    count[warp][lane] = n;
+    __syncthreads();
+    if (!warp) {                /* where each warp's rows of each expert begin */
+        int total = 0, before = 0;
+        for (int w = 0; w < SORTERS / 32; w++) total += count[w][lane];
+        for (int e = 0; e < a.X; e++) {
+            const int of = __shfl_sync(~0u, total, e);
+            if (e < lane) before += of;
+        }
+        if (lane < a.X) first[lane] = before;
+        if (lane == a.X - 1) first[a.X] = before + total;
+        for (int w = 0; w < SORTERS / 32; w++) {
+            const int own = count[w][lane];
+            count[w][lane] = before;
+            before += own;
+        }
+    }
+    __syncthreads();
+    int at = count[warp][lane];
+    for (int i = begin + lane; i - lane < end; i += 32) {
+        const int mine = i < end ? expert[i] : -1;
+        int to = 0, taken = 0;
+        for (int e = 0; e < a.X; e++) {
+            const unsigned all = __ballot_sync(~0u, mine == e);
+            const int from = __shfl_sync(~0u, at, e);
+            if (mine == e) to = from + __popc(all & ((1u << lane) - 1));
+            if (lane == e) taken = __popc(all);
+        }
+        if (mine >= 0) order[to] = i;
+        at += taken;
+    }
+}
+/* Any number: a warp counts and places the rows of an expert, in order. */
 __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
+    after_previous();
     const int32_t *expert = a.expert + (size_t)blockIdx.x * a.M;
     int32_t *order = a.order + (size_t)blockIdx.x * a.M, *first = a.first + (size_t)blockIdx.x * (a.X + 1);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -59,7 +109,8 @@ __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
 void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    choose<<<blocks_of((size_t)a->M, THREADS), THREADS, 0, c->stream>>>(*a);
-    group<<<a->k, SORTERS, 0, c->stream>>>(*a);
+    bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
+    if (a->X <= 32) bm_cuda_start(c, group_few, a->k, SORTERS, 0, *a);
+    else bm_cuda_start(c, group, a->k, SORTERS, 0, *a);
     bm_cuda_check(c, cudaGetLastError(), "routing");
 }

@@ -1,47 +1,261 @@
-/* scan.cu - the selective scan (arXiv 2312.00752, equation 2): a thread for each channel of a sequence.  Room: cuda.
- * States lie in registers where N <= 16, else where they are kept; sums over N in order. */
-#include "cuda/cuda.h"
+/* scan.cu - the selective scan (arXiv 2312.00752, equation 2), one step after another.  Room: cuda.
+ * long_rows, N <= 16: eight lanes a channel, states 2 m and 2 m + 1 in lane m.  A second warp makes d and d u of each 16 steps
+ *   before, a third sums C h after, by way of shared memory.
+ * single_rows, N <= 16, one row a sequence: a thread for each channel, the same arithmetic and so the same bits.
+ * wide_rows, N > 16: a thread for each channel, states where they are kept, sums over N in order. */
+#include "cuda/steps.cuh"
 
-enum { THREADS = 64, HELD = 16 };
+enum { N16 = SCAN_STATES, LANES = N16 / 2, SETS = 5, CHANNELS = SETS * 32 / LANES, GROUP = 16, TILE = 2 * GROUP };
+enum { ROLE = 32 * SETS, THREADS = 3 * ROLE };         /* a block of d_inner 2304 for nearly each of 132 processors */
+enum { AHEAD = 4, PAD = 12 };                           /* tiles in memory; a stride that meets no bank twice */
+enum { WIDTH = 128 };                                   /* threads of a block where each has a channel */
 
-template <bool HOLD> __global__ void __launch_bounds__(THREADS) scan_channels(bm_op_scan a) {
-    const int c = (int)(blockIdx.x * THREADS + threadIdx.x), q = blockIdx.y;
-    if (c >= a.I || a.start[q + 1] == a.start[q]) return;
-    float *state = a.state + (size_t)a.slot[q] * a.stride + c, h[HELD], A[HELD];
-    const float bias = a.dt_bias[c], D = a.D[c];
-#pragma unroll
-    for (int n = 0; HOLD && n < HELD; n++) {
-        h[n] = n < a.N ? state[(size_t)n * a.I] : 0;
-        A[n] = n < a.N ? a.A[(size_t)n * a.I + c] : 0;
+__device__ static float *state_of(const bm_op_scan &a, int q) { return a.state + (size_t)a.slot[q] * a.stride; }
+
+/* Zeros where nothing is. */
+__device__ static void copy4_async(float *to, const float *from, bool there) {
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(at), "l"(from), "r"(there ? 4 : 0));
+}
+__device__ static void copy16_async(float *to, const float *from, int left, bool aligned) {
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
+    if (aligned) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(left > 0 ? 16 : 0));
+    else for (int i = 0; i < 4; i++) copy4_async(to + i, from + i, i < left);
+}
+
+/* What a tile of rows brings: B and C; dt, u and z of the block's channels.  Then what goes between warps: d, du; sums of two
+ * C h by step and lane; y of tiles that are made, and of one that is written. */
+typedef struct tile { float b[TILE][N16], c[TILE][N16], row[3][TILE][CHANNELS]; } tile;
+typedef struct memory {
+    tile tiles[AHEAD];
+    float2 step[2][CHANNELS][GROUP + 2];
+    float part[2][CHANNELS][GROUP * PAD + LANES], out[3][TILE][CHANNELS];
+} memory;
+
+/* Of thread `id` of a role: four columns of row id / (CHANNELS / 4), from c on, and of the first 128 four states of row
+ * id / 4. */
+typedef struct places { int id, t, c, end; bool states_aligned, aligned; uint16_t *half; } places;
+
+__device__ static void fetch(tile *to, const bm_op_scan &a, const places &p, int t0) {
+    const int s = p.id / 4, n = p.id % 4 * 4, k = p.id % (CHANNELS / 4) * 4, left = t0 + p.t < p.end ? a.I - p.c : 0;
+    const size_t at = (size_t)(t0 + p.t) * a.I + p.c, bc = (size_t)(t0 + s) * a.ldbc + n;
+    if (s < TILE) {
+        copy16_async(&to->b[s][n], a.B + bc, t0 + s < p.end ? a.N - n : 0, p.states_aligned);
+        copy16_async(&to->c[s][n], a.C + bc, t0 + s < p.end ? a.N - n : 0, p.states_aligned);
     }
+    copy16_async(&to->row[0][p.t][k], a.dt + at, left, p.aligned);
+    copy16_async(&to->row[1][p.t][k], a.u + at, left, p.aligned);
+    copy16_async(&to->row[2][p.t][k], a.z + (size_t)(t0 + p.t) * a.ldz + p.c, left, p.aligned);
+    asm volatile("cp.async.commit_group;");
+}
+/* Rows [t0, t0 + TILE) of y. */
+__device__ static void put_rows(const float (*out)[CHANNELS], const bm_op_scan &a, const places &p, int t0) {
+    if (t0 + p.t >= p.end || p.c >= a.I) return;
+    const float *v = &out[p.t][p.id % (CHANNELS / 4) * 4];
+    const size_t at = (size_t)(t0 + p.t) * a.I + p.c;
+    if (p.aligned) *(float4 *)(a.y + at) = *(const float4 *)v;
+    else for (int i = 0; i < 4 && p.c + i < a.I; i++) a.y[at + i] = v[i];
+    if (p.half) *(uint2 *)(p.half + at) = halves(*(const float4 *)v);
+}
+
+/* Sixteen steps of two states: d, du of the channel, two steps at a time; B, C of the states; the sum of both C h by step. */
+__device__ static void sixteen(float2 *h, float2 rate, const float4 *step, const float *b, const float *c, float *part) {
+    float4 x[GROUP / 2];
+    float2 B[GROUP], C[GROUP];
+#pragma unroll
+    for (int s = 0; s < GROUP / 2; s++) x[s] = step[s];
+#pragma unroll
+    for (int s = 0; s < GROUP; s++) B[s] = *(const float2 *)(b + s * N16), C[s] = *(const float2 *)(c + s * N16);
+#pragma unroll
+    for (int s = 0; s < GROUP; s++) {
+        const float d = s % 2 ? x[s / 2].z : x[s / 2].x, du = s % 2 ? x[s / 2].w : x[s / 2].y;
+        h->x = scan_state(h->x, d, rate.x, du, B[s].x);
+        h->y = scan_state(h->y, d, rate.y, du, B[s].y);
+        C[s].x = scan_pair(C[s].x, h->x, C[s].y, h->y);
+    }
+#pragma unroll
+    for (int s = 0; s < GROUP; s++) part[s * PAD] = C[s].x;
+}
+
+/* d and du of a lane's two steps of a group; `left` rows from the tile's first on. */
+__device__ static void prepare(const tile &w, float2 *step, int g, int m, int own, int left, float bias) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int s = m + r * LANES, t = g + s;
+        const float made = softplus(w.row[0][t][own] + bias), d = t < left ? made : 0;      /* 0: h stays what it is */
+        step[s] = make_float2(d, d * w.row[1][t][own]);
+    }
+}
+/* D u and silu(z) of a lane's two steps of a group; the outputs. */
+typedef struct gates { float u[2], z[2]; } gates;
+__device__ static gates read_gates(const tile &w, int g, int m, int own) {
+    gates v;
+#pragma unroll
+    for (int r = 0; r < 2; r++) v.u[r] = w.row[1][g + m + r * LANES][own], v.z[r] = silu(w.row[2][g + m + r * LANES][own]);
+    return v;
+}
+__device__ static void finish(const float *part, const gates &v, float D, int m, int own, float (*out)[CHANNELS]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float p[LANES];
+#pragma unroll
+        for (int k = 0; k < LANES; k += 4) *(float4 *)(p + k) = *(const float4 *)(part + (m + r * LANES) * PAD + k);
+        out[m + r * LANES][own] = scan_gate(scan_sum(p), D, v.u[r], v.z[r]);
+    }
+}
+
+/* All warps meet between tiles, the three of four channels between groups. */
+__device__ static void meet_all(void) { asm volatile("bar.sync 0, %0;" :: "n"((int)THREADS) : "memory"); }
+__device__ static void meet(int g, int set) {
+    if (g) asm volatile("bar.sync %0, 96;" :: "r"(1 + set) : "memory");
+    else meet_all();
+}
+
+/* In a round one warp goes through group R, one prepares R + 1, one finishes R - 1; so T rows take a round more. */
+__device__ static void step_rounds(memory &w, const bm_op_scan &a, int q, int c0, int T, int set) {
+    const int lane = threadIdx.x % 32, m = lane % LANES, own = set * 4 + lane / LANES, here = c0 + own < a.I ? a.N - 2 * m : 0;
+    const size_t at = (size_t)(2 * m) * a.I + c0 + own;
+    float *state = state_of(a, q) + at;
+    float2 h = make_float2(here > 0 ? state[0] : 0, here > 1 ? state[a.I] : 0);
+    const float2 rate = make_float2(here > 0 ? scan_rate(a.A[at]) : 0, here > 1 ? scan_rate(a.A[at + a.I]) : 0);
+    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
+        const tile &now = w.tiles[i % AHEAD];
+#pragma unroll
+        for (int g = 0; g < TILE / GROUP; g++) {
+            meet(g, set);
+            const float *b = &now.b[g * GROUP][2 * m], *c = &now.c[g * GROUP][2 * m];
+            sixteen(&h, rate, (const float4 *)w.step[g][own], b, c, &w.part[g][own][m]);
+        }
+    }
+    if (here > 0) state[0] = h.x;
+    if (here > 1) state[a.I] = h.y;
+}
+__device__ static void prepare_rounds(memory &w, const bm_op_scan &a, const places &p, int begin, int c0, int T, int set) {
+    const int m = p.id % LANES, own = set * 4 + p.id % 32 / LANES, c = c0 + own;
+    const float bias = c < a.I ? a.dt_bias[c] : 0;
+    prepare(w.tiles[0], w.step[0][own], 0, m, own, T, bias);
+    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
+        asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 3));      /* this tile and the next are there */
+#pragma unroll
+        for (int g = 0; g < TILE / GROUP; g++) {
+            meet(g, set);
+            prepare(w.tiles[(i + g) % AHEAD], w.step[g ^ 1][own], g ? 0 : GROUP, m, own, T - t0 - g * TILE, bias);
+            if (g == 0) fetch(&w.tiles[(i + AHEAD - 1) % AHEAD], a, p, begin + t0 + (AHEAD - 1) * TILE);
+        }
+    }
+}
+__device__ static void finish_rounds(memory &w, const bm_op_scan &a, const places &p, int begin, int c0, int T, int set) {
+    const int m = p.id % LANES, own = set * 4 + p.id % 32 / LANES;
+    const float D = c0 + own < a.I ? a.D[c0 + own] : 0;
+    gates last = {};
+    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
+#pragma unroll
+        for (int g = 0; g < TILE / GROUP; g++) {
+            meet(g, set);
+            const gates now = read_gates(w.tiles[i % AHEAD], g * GROUP, m, own);
+            float (*out)[CHANNELS] = &w.out[(i + 2 + g) % 3][g ? 0 : GROUP];        /* of the tile before, or of this one */
+            finish(w.part[g ^ 1][own], last, D, m, own, out);
+            last = now;
+            if (g && i > 1) put_rows(w.out[(i + 1) % 3], a, p, begin + t0 - 2 * TILE);
+        }
+    }
+}
+__global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool states_aligned, bool aligned, uint16_t *half) {
+    after_previous();
+    extern __shared__ float4 shared[];
+    memory &w = *(memory *)shared;
+    const int q = blockIdx.y, begin = a.start[q], end = a.start[q + 1], T = end - begin, c0 = (int)blockIdx.x * CHANNELS;
+    const int warp = threadIdx.x / 32;      /* warps w, w + 4, ... share a scheduler: two of five that step, with one other */
+    const bool steps = warp < 4 || warp == 7, finishes = warp >= 2 * SETS;
+    const int set = steps ? (warp < 4 ? warp : 4) : finishes ? warp - 2 * SETS : warp - 4 - (warp > 7);
+    const int id = 32 * set + (int)threadIdx.x % 32;
+    const places p = { id, id / (CHANNELS / 4), c0 + id % (CHANNELS / 4) * 4, end, states_aligned, aligned, half };
+    if (!T) return;
+    const bool prepares = !steps && !finishes;
+    for (int i = 0; prepares && i < AHEAD - 1; i++) fetch(&w.tiles[i], a, p, begin + i * TILE);
+    asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2));      /* the first tile is there */
+    meet_all();
+    if (steps) step_rounds(w, a, q, c0, T, set);
+    else if (finishes) finish_rounds(w, a, p, begin, c0, T, set);
+    else prepare_rounds(w, a, p, begin, c0, T, set);
+    meet_all();
+    const int tiles = (T + GROUP + TILE - 1) / TILE;
+    for (int i = tiles > 1 ? tiles - 2 : 0; finishes && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
+}
+
+/* Row q is the one row of sequence q; a block makes its channels of SOME sequences. */
+enum { SOME = 4 };
+__global__ void __launch_bounds__(WIDTH) single_rows(bm_op_scan a, uint16_t *half) {
+    after_previous();
+    __shared__ float B[2][N16], C[2][N16];
+    const int c = (int)(blockIdx.x * WIDTH + threadIdx.x), q0 = (int)blockIdx.y * SOME, q1 = q0 + SOME < a.Q ? q0 + SOME : a.Q;
+    const bool channel = c < a.I;
+    const float bias = channel ? a.dt_bias[c] : 0, D = channel ? a.D[c] : 0;
+    float rate[N16];
+#pragma unroll
+    for (int n = 0; n < N16; n++) rate[n] = channel && n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
+    for (int q = q0; q < q1; q++) {
+        const size_t at = (size_t)q * a.I + c;
+        float *state = state_of(a, q) + c, h[N16], p[LANES], (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
+#pragma unroll
+        for (int n = 0; n < N16; n++) h[n] = channel && n < a.N ? state[(size_t)n * a.I] : 0;
+        const float u = channel ? a.u[at] : 0, dt = channel ? a.dt[at] : 0, z = channel ? a.z[(size_t)q * a.ldz + c] : 0;
+        if (threadIdx.x < N16) {
+            const int n = threadIdx.x;
+            b[n] = n < a.N ? a.B[(size_t)q * a.ldbc + n] : 0;
+            w[n] = n < a.N ? a.C[(size_t)q * a.ldbc + n] : 0;
+        }
+        __syncthreads();
+        if (!channel) continue;
+        const float d = softplus(dt + bias), du = d * u;
+#pragma unroll
+        for (int n = 0; n < N16; n++) {
+            h[n] = scan_state(h[n], d, rate[n], du, b[n]);
+            if (n < a.N) state[(size_t)n * a.I] = h[n];
+        }
+#pragma unroll
+        for (int n = 0; n < N16; n += 2) p[n / 2] = scan_pair(w[n], h[n], w[n + 1], h[n + 1]);
+        const float y = scan_out(scan_sum(p), D, u, z);
+        a.y[at] = y;
+        if (half) half[at] = (uint16_t)halves(y, 0);
+    }
+}
+
+__global__ void __launch_bounds__(WIDTH) wide_rows(bm_op_scan a) {
+    after_previous();
+    const int c = (int)(blockIdx.x * WIDTH + threadIdx.x), q = blockIdx.y;
+    if (c >= a.I) return;
+    float *state = state_of(a, q) + c;
     for (int t = a.start[q]; t < a.start[q + 1]; t++) {
         const size_t at = (size_t)t * a.I + c;
         const float *B = a.B + (size_t)t * a.ldbc, *C = a.C + (size_t)t * a.ldbc;
-        const float d = softplus(a.dt[at] + bias), u = a.u[at], du = d * u, z = a.z[(size_t)t * a.ldz + c];
+        const float u = a.u[at], d = softplus(a.dt[at] + a.dt_bias[c]), du = d * u;
         float y = 0;
-        if (HOLD) {
-#pragma unroll
-            for (int n = 0; n < HELD; n++) {
-                if (n >= a.N) break;
-                h[n] = fmaf(expf(d * A[n]), h[n], du * B[n]);
-                y = fmaf(C[n], h[n], y);
-            }
-        } else for (int n = 0; n < a.N; n++) {
-            float *s = state + (size_t)n * a.I;
-            *s = fmaf(expf(d * a.A[(size_t)n * a.I + c]), *s, du * B[n]);
-            y = fmaf(C[n], *s, y);
+        for (int n = 0; n < a.N; n++) {
+            float *h = state + (size_t)n * a.I;
+            *h = scan_state(*h, d, scan_rate(a.A[(size_t)n * a.I + c]), du, B[n]);
+            y = fmaf(C[n], *h, y);
         }
-        a.y[at] = fmaf(D, u, y) * silu(z);
+        a.y[at] = scan_out(y, a.D[c], u, a.z[(size_t)t * a.ldz + c]);
     }
-#pragma unroll
-    for (int n = 0; HOLD && n < HELD; n++) if (n < a.N) state[(size_t)n * a.I] = h[n];
 }
 
 void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
     bm_cuda *c = cuda_of(b);
-    const dim3 grid(blocks_of((size_t)a->I, THREADS), a->Q);
-    if (c->failed || !a->Q) return;
-    if (a->N <= HELD) scan_channels<true><<<grid, THREADS, 0, c->stream>>>(*a);
-    else scan_channels<false><<<grid, THREADS, 0, c->stream>>>(*a);
+    const bool wide = a->N > N16, single = a->M == a->Q;
+    const uintptr_t of_rows = (uintptr_t)a->dt | (uintptr_t)a->u | (uintptr_t)a->z | (uintptr_t)a->y;
+    const bool rows = of_rows % 16 == 0 && (a->I | a->ldz) % 4 == 0;
+    const bool states = ((uintptr_t)a->B | (uintptr_t)a->C) % 16 == 0 && (a->N | a->ldbc) % 4 == 0;
+    const int blocks = blocks_of((size_t)a->I, WIDTH);
+    if (c->failed || !a->M) return;
+    uint16_t *half = !wide && a->I % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL;
+    if (wide) bm_cuda_start(c, wide_rows, dim3(blocks, a->Q), WIDTH, 0, *a);
+    else if (single) bm_cuda_start(c, single_rows, dim3(blocks, blocks_of((size_t)a->Q, SOME)), WIDTH, 0, *a, half);
+    else {
+        const size_t all = c->chip.sharedMemPerBlockOptin, most = sizeof(memory) > all / 2 + 1 ? sizeof(memory) : all / 2 + 1;
+        const size_t shared = a->Q == 1 ? most : sizeof(memory);    /* of one sequence no two blocks on a processor */
+        cudaFuncSetAttribute(long_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        bm_cuda_start(c, long_rows, dim3(blocks_of((size_t)a->I, CHANNELS), a->Q), THREADS, shared, *a, states, rows, half);
+    }
     bm_cuda_check(c, cudaGetLastError(), "scan");
 }

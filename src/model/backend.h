@@ -59,7 +59,7 @@ typedef struct bm_op_conv {     /* y (M,I) = silu(causal depthwise conv(x) + bia
 enum { BM_SCAN_CHUNK = 64 };    /* tokens between two states kept for the backward */
 
 typedef struct bm_op_scan {     /* d = softplus(dt + dt_bias); h = exp(d A) h + d u B; y = (C.h + D u) silu(z) */
-    int Q; const int32_t *start, *slot;
+    int M, Q; const int32_t *start, *slot;
     int I, N, ldz, ldbc;                        /* row strides of z, and of B and C */
     const float *u, *dt, *dt_bias, *A, *B, *C, *D, *z;  /* u, dt (M,I); A (N,I) = -exp(A_log), transposed; B, C (M,N) */
     float *y, *state; size_t stride;            /* y (M,I), may equal u or dt; state of slot s: state + s*stride, (N,I); updated */
@@ -161,6 +161,7 @@ struct bm_backend {
     void  (*close)(bm_backend *b);
     /* Work space for linear and experts up to rows x cols, so that no operation allocates. */
     bm_status (*reserve)(bm_backend *b, int rows, int cols);
+    size_t (*reserving)(bm_backend *b, int rows, int cols);             /* bytes of its own memory that this takes; NULL: none */
     /* The same for linear_back and experts_back; the largest rows, matrix rows and matrix columns. */
     bm_status (*reserve_back)(bm_backend *b, int M, int rows, int cols);
     size_t (*reserved)(bm_backend *b);                                  /* bytes that both hold */

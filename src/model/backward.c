@@ -20,7 +20,7 @@ static void mamba_back(const bm_pass *p, const bm_back *k, int l) {
 
     be->linear_back(be, &(bm_op_linear){ .M = M, .ldx = I, .w = &w->out, .x = a->y, .arith = p->arith, .dy = k->dsum, .dx = d->y,
                                          .dw = data_of(&g->out), .dbias = G(g->out_bias) });
-    be->scan_back(be, &(bm_op_scan){ .Q = p->Q, .start = p->start, .slot = p->slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = B,
+    be->scan_back(be, &(bm_op_scan){ .M = M, .Q = p->Q, .start = p->start, .slot = p->slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = B,
                                      .u = a->u, .dt = a->dt, .dt_bias = w->dt_bias, .A = w->A, .B = a->xdbl + R,
                                      .C = a->xdbl + R + N, .D = w->D, .z = a->xz + I, .state = ssm_state, .stride = p->stride,
                                      .kept = a->kept, .dy = d->y, .du = d->u, .ddt = d->dt, .dz = d->xz + I, .dB = d->xdbl + R,

@@ -249,7 +249,7 @@ static void conv_once(bench *b) {
 }
 static void scan_once(bench *b) {
     const float *bc = b->noise + R;
-    b->be->scan(b->be, &(bm_op_scan){ .Q = 1, .start = b->start, .slot = b->first, .I = I, .N = N, .ldz = 2 * I,
+    b->be->scan(b->be, &(bm_op_scan){ .M = ROWS, .Q = 1, .start = b->start, .slot = b->first, .I = I, .N = N, .ldz = 2 * I,
                                       .ldbc = R + 2 * N, .u = b->noise, .dt = b->noise + I, .dt_bias = b->noise,
                                       .A = b->A, .B = bc, .C = bc + N, .D = b->noise, .z = b->noise + I, .y = b->out,
                                       .state = b->state });

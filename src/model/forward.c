@@ -55,7 +55,7 @@ static void mamba_forward(const bm_pass *p, int l) {
     be->linear(be, &(bm_op_linear){ .M = M, .ldx = I, .w = &w->x, .x = a->u, .y = a->xdbl, .arith = p->arith });
     be->linear(be, &(bm_op_linear){ .M = M, .ldx = B, .w = &w->dt, .x = a->xdbl, .y = a->dt, .arith = p->arith });
     bm_profile_mark(p, BM_STAGE_PROJECTIONS);
-    be->scan(be, &(bm_op_scan){ .Q = p->Q, .start = p->start, .slot = p->slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = B, .u = a->u,
+    be->scan(be, &(bm_op_scan){ .M = M, .Q = p->Q, .start = p->start, .slot = p->slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = B, .u = a->u,
                                 .dt = a->dt, .dt_bias = w->dt_bias, .A = w->A, .B = a->xdbl + R, .C = a->xdbl + R + N, .D = w->D,
                                 .z = a->xz + I, .y = a->y, .state = ssm_state, .stride = p->stride, .kept = a->kept });
     bm_profile_mark(p, BM_STAGE_SCAN);

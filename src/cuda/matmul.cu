@@ -1,0 +1,552 @@
+/* matmul.cu - products of many rows with bf16 weights and activations on Hopper's tensor cores.  Room: cuda.
+ *
+ * Activations are rounded to bf16 first, gathered in the order of groups.  A block takes one tile of outputs after another: a
+ * warp has the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
+ * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: what bounds large
+ * products is the second cache.  An output sums its k in order, 16 at a time, whatever rows are beside it.
+ * Other chips, types and fewer rows: gemm.cu. */
+#include "cuda/steps.cuh"
+#include <cudaTypedefs.h>
+#include <stdlib.h>
+
+enum { LEAST = 65, DEPTH = 64, LINE = 128 };    /* rows; columns of k in a stage, and their bytes */
+enum { PAPER = 16 * 40 * 4 };                   /* bytes in which a warp turns its outputs round */
+
+/* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up. */
+enum { PLAIN, ACT, GATED };
+typedef struct ending { uint16_t *act; const float *gate_bias; bool is_gelu, apart; } ending;
+
+struct bm_cuda_wide {
+    PFN_cuTensorMapEncodeTiled_v12000 encode;
+    uint16_t *half; size_t room;                /* activations as bf16, and how many fit */
+    const float *of; int cols;                  /* whose rows they are, until a product has read them; else NULL */
+};
+
+/* A tile is 64 GROUPS rows by BN columns of w.  CTAS blocks make tiles beside each other and share their rows of x. */
+template <int BN, int GROUPS, int CTAS> struct shape {
+    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 128, BYTES = (ROWS + BN) * LINE, STAGES = 200 * 1024 / BYTES,
+           SHARED = STAGES * BYTES + 4 * GROUPS * PAPER + 1024 };
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* ---- tiles: rows fastest, then columns, then groups ------------------------------------------------------- */
+
+/* One of X runs of tiles, or of 2 X: those full of rows, then what groups end with, which takes less time and so comes last.  Its
+ * first row, the group's end, its tiles; this one's first row and column. */
+typedef struct tile { int run, e, begin, end, t0, tiles, row, col; } tile;
+
+__device__ static void enter(const bm_product &p, bool apart, tile *w, int run, int rows, int col_tiles) {
+    const bool first = run < p.X;
+    w->run = run;
+    w->e = first ? run : run - p.X;
+    w->begin = p.first ? p.first[w->e] : 0;
+    w->end = p.first ? p.first[w->e + 1] : p.M;
+    w->t0 += w->tiles;
+    const int n = w->end - w->begin, whole = n / rows, ends = n > whole * rows;
+    w->tiles = (!first ? ends : apart ? whole : whole + ends) * col_tiles;
+    if (!first) w->begin += whole * rows;
+}
+/* Tile t, t never less than before; false past the last. */
+__device__ static bool find(const bm_product &p, bool apart, tile *w, int t, int rows, int cols) {
+    const int col_tiles = (p.N + cols - 1) / cols;
+    if (w->run < 0) enter(p, apart, w, 0, rows, col_tiles);
+    while (t >= w->t0 + w->tiles) {
+        if (w->run + 1 == (apart ? 2 : 1) * p.X) return false;
+        enter(p, apart, w, w->run + 1, rows, col_tiles);
+    }
+    const int row_tiles = w->tiles / col_tiles, at = t - w->t0;
+    w->row = w->begin + at % row_tiles * rows;
+    w->col = at / row_tiles * cols;
+    return true;
+}
+
+/* ---- barriers, copies, products ---------------------------------------------------------- */
+
+__device__ static uint32_t shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ static void barrier_init(uint64_t *b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_at(b)), "r"(count));
+}
+/* Of block `cta` of the cluster. */
+__device__ static void barrier_arrive(uint64_t *b, int cta) {
+    asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}"
+                 :: "r"(shared_at(b)), "r"(cta) : "memory");
+}
+__device__ static void barrier_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_at(b)), "r"(bytes) : "memory");
+}
+__device__ static void barrier_wait(uint64_t *b, int parity) {
+    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again;}"
+                 :: "r"(shared_at(b)), "r"(parity) : "memory");
+}
+__device__ static void bring(void *to, const CUtensorMap *map, uint64_t *b, int k, int row, int e) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];"
+                 :: "r"(shared_at(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(shared_at(b)) : "memory");
+}
+/* To the same place in both blocks, each barrier told of its own. */
+__device__ static void bring_both(void *to, const CUtensorMap *map, uint64_t *b, int k, int row) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%2, %3, %4}], [%5], %6;"
+                 :: "r"(shared_at(to)), "l"(map), "r"(k), "r"(row), "r"(0), "r"(shared_at(b)), "h"((uint16_t)3) : "memory");
+}
+__device__ static int rank_in_cluster() {
+    int r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+__device__ static void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+/* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
+__device__ static uint64_t matrix(const void *p) {
+    return (uint64_t)(shared_at(p) >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
+/* c (64,BN) = x (64,16) w (BN,16)^T, added to c or not. */
+__device__ static void multiply(float (&c)[96], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+        "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,"
+        "%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32), F16(48), F16(64), F16(80) : "l"(x), "l"(w), "r"(add));
+}
+__device__ static void multiply(float (&c)[64], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+        "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32), F16(48) : "l"(x), "l"(w), "r"(add));
+}
+__device__ static void multiply(float (&c)[48], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %50, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, %48, %49, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32) : "l"(x), "l"(w), "r"(add));
+}
+
+/* ---- one warp brings, the others multiply -------------------------------------------------- */
+
+typedef struct ring { uint8_t *stage; uint64_t *full, *empty; } ring;
+
+template <int BN, int GROUPS, int CTAS, int END> __device__ static void
+bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, const CUtensorMap *x, const CUtensorMap *w,
+            const CUtensorMap *gate) {
+    typedef shape<BN, GROUPS, CTAS> S;
+    enum { COLS = END == GATED ? BN / 2 : BN, SHARE = S::ROWS / CTAS };
+    tile at = { -1 };
+    int n = 0;                  /* stages filled */
+    for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS)
+        for (int k = 0; k < p.K; k += DEPTH, n++) {
+            const int s = n % S::STAGES, col = at.col + rank * COLS;
+            uint8_t *to = r.stage + s * S::BYTES;
+            barrier_wait(&r.empty[s], n / S::STAGES % 2 ^ 1);
+            barrier_expect(&r.full[s], S::BYTES);
+            if (CTAS == 1) bring(to, x, &r.full[s], k, at.row, 0);
+            else bring_both(to + rank * SHARE * LINE, x, &r.full[s], k, at.row + rank * SHARE);
+            to += S::ROWS * LINE;
+            if (END == GATED) bring(to, gate, &r.full[s], k, col, at.e);
+            bring(to + (BN - COLS) * LINE, w, &r.full[s], k, col, at.e);
+        }
+}
+
+/* x/2 erfc(-x / sqrt 2) to 1.5e-7 |x|, far below a bf16: Abramowitz and Stegun, 7.1.26. */
+__device__ static float gelu_fast(float x) {
+    const float k = inverse_fast(fmaf(0.231641888f, fabsf(x), 1));
+    const float s = fmaf(fmaf(fmaf(fmaf(0.530702715f, k, -0.726576014f), k, 0.710706871f), k, -0.142248368f), k, 0.127414796f);
+    const float tail = s * k * exp2_fast(-0.721347520f * x * x);
+    return x * (x > 0 ? 1 - tail : tail);
+}
+__device__ static float activate(float x, bool is_gelu) { return is_gelu ? gelu_fast(x) : silu(x); }
+
+/* Four outputs that may end at an edge, lie anywhere, or be added. */
+__device__ static void put_four(const bm_product &p, float *y, int n, float4 v) {
+    const float *one = &v.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) if (n + i < p.N) y[i] = p.accumulate ? y[i] + one[i] : one[i];
+}
+__device__ static float2 biased(const bm_product &p, int e, int n, float x, float y, float scale) {
+    if (p.bias) {
+        const float *b = p.bias + (size_t)e * p.bias_stride + n;
+        x += n < p.N ? b[0] : 0, y += n + 1 < p.N ? b[1] : 0;
+    }
+    return make_float2(x * scale, y * scale);
+}
+/* act(gate) up of two columns. */
+template <int BN, int END> __device__ static uint32_t
+hidden(const bm_product &p, const ending &end, int e, int n, const float *c) {
+    const size_t b = (size_t)e * p.bias_stride + n;
+    float2 v = make_float2(c[0], c[1]), up = make_float2(1, 1);
+    const float *bias = n < p.N ? END == GATED ? end.gate_bias : p.bias : NULL;
+    if (bias) v.x += bias[b], v.y += bias[b + 1];
+    if constexpr (END == GATED) {
+        up = make_float2(c[BN / 4], c[BN / 4 + 1]);
+        if (p.bias && n < p.N) up.x += p.bias[b], up.y += p.bias[b + 1];
+    }
+    return halves(activate(v.x, end.is_gelu) * up.x, activate(v.y, end.is_gelu) * up.y);
+}
+
+/* A warp's 16 rows from row0 on, 32 columns at a time: a lane holds two columns of each eight of rows lane / 4 and 8 on, and
+ * writes 16 bytes of a row with its neighbours beside it. */
+template <int BN> __device__ static void
+put_rows(const bm_product &p, const tile &at, int row0, int col0, const float (&c)[BN / 2], float *paper) {
+    enum { LD = 40 };
+    const int lane = threadIdx.x % 32, own = lane / 4, n0 = 2 * (lane % 4), far = 4 * (lane % 8);
+    const bool whole = !p.accumulate && p.ldy % 4 == 0 && (uintptr_t)p.y % 16 == 0 && col0 + BN <= p.N;
+    float scale[2], *y[4];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int i = row0 + own + 8 * h;
+        scale[h] = p.scale && i < at.end ? p.scale[p.to ? p.to[i] : i] : 1;
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        const int i = row0 + lane / 8 + 4 * r;
+        y[r] = i < at.end ? p.y + (size_t)(p.to ? p.to[i] : i) * p.ldy + col0 + far : NULL;
+    }
+#pragma unroll
+    for (int j = 0; j < BN / 8; j += 4) {
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float *v = c + 4 * (j + k) + 2 * h;
+                const int n = 8 * k + n0;
+                *(float2 *)(paper + (own + 8 * h) * LD + n) = biased(p, at.e, col0 + 8 * j + n, v[0], v[1], scale[h]);
+            }
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const float4 v = *(const float4 *)(paper + (lane / 8 + 4 * r) * LD + far);
+            if (!y[r]) continue;
+            if (whole) *(float4 *)(y[r] + 8 * j) = v;
+            else put_four(p, y[r] + 8 * j, col0 + 8 * j + far, v);
+        }
+    }
+}
+/* The same of hidden columns, of which there are whole eights. */
+template <int BN, int END> __device__ static void
+put_hidden(const bm_product &p, const ending &end, const tile &at, int row0, int col0, const float (&c)[BN / 2],
+           uint32_t *paper) {
+    enum { COLS = END == GATED ? BN / 2 : BN, LD = 20 };
+    const int lane = threadIdx.x % 32, own = lane / 4, pair = lane % 4;
+#pragma unroll
+    for (int j = 0; j < COLS / 8; j += 4) {
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                paper[(own + 8 * h) * LD + 4 * k + pair] =
+                    hidden<BN, END>(p, end, at.e, col0 + 8 * (j + k) + 2 * pair, c + 4 * (j + k) + 2 * h);
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = row0 + own + 8 * h, n = col0 + 8 * (j + pair);
+            const uint4 v = *(const uint4 *)(paper + (own + 8 * h) * LD + 4 * pair);
+            if (i < at.end && n < p.N) *(uint4 *)(end.act + (size_t)i * p.N + n) = v;
+        }
+    }
+}
+
+template <int BN, int GROUPS, int CTAS, int END> __device__ static void
+multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) {
+    typedef shape<BN, GROUPS, CTAS> S;
+    enum { COLS = END == GATED ? BN / 2 : BN };
+    const int own = 64 * (threadIdx.x / 128), lane = threadIdx.x % 32, steps = (p.K + DEPTH - 1) / DEPTH;
+    float *paper = (float *)(r.stage + S::STAGES * S::BYTES + threadIdx.x / 32 * PAPER), c[BN / 2];
+    tile at = { -1 };
+    int n = 0;
+    for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS) {
+        const bool any = at.row + own < at.end;     /* else the warpgroup's rows belong to nobody */
+        for (int k = 0; k < steps; k++, n++) {
+            const int s = n % S::STAGES;
+            const uint8_t *x = r.stage + s * S::BYTES, *w = x + S::ROWS * LINE;
+            barrier_wait(&r.full[s], n / S::STAGES % 2);
+            if (any) {
+                const uint64_t mx = matrix(x + own * LINE), mw = matrix(w);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int i = 0; i < DEPTH / 16; i++) multiply(c, mx + 2 * i, mw + 2 * i, k || i);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            }
+            if (k && lane < CTAS) barrier_arrive(&r.empty[(n - 1) % S::STAGES], lane);
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (lane < CTAS) barrier_arrive(&r.empty[(n - 1) % S::STAGES], lane);
+        if (!any) continue;
+        const int row = at.row + 16 * (threadIdx.x / 32), col = at.col + rank * COLS;
+        if constexpr (END == PLAIN) put_rows<BN>(p, at, row, col, c, paper);
+        else put_hidden<BN, END>(p, end, at, row, col, c, (uint32_t *)paper);
+    }
+}
+#endif
+
+template <int BN, int GROUPS, int CTAS, int END> __global__ void __launch_bounds__(shape<BN, GROUPS, CTAS>::THREADS, 1)
+wide(const __grid_constant__ bm_product p, const ending end, const __grid_constant__ CUtensorMap x,
+     const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    typedef shape<BN, GROUPS, CTAS> S;
+    extern __shared__ uint8_t memory[];
+    __shared__ uint64_t full[S::STAGES], empty[S::STAGES];
+    const ring r = { memory + (1024 - shared_at(memory) % 1024) % 1024, full, empty };
+    const int rank = CTAS == 1 ? 0 : rank_in_cluster();
+    if (!threadIdx.x) {
+        for (int s = 0; s < S::STAGES; s++) {
+            barrier_init(&full[s], 1);
+            barrier_init(&empty[s], 4 * GROUPS * CTAS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    cluster_meet();
+    after_previous();
+    if (threadIdx.x >= 128 * GROUPS) {      /* registers go to where outputs are held */
+        if (GROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 32 : 40));
+        if (threadIdx.x == 128 * GROUPS) bring_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank, &x, &w, &gate);
+    } else {
+        if (GROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 160 : 232));
+        multiply_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank);
+    }
+    __syncwarp();
+    cluster_meet();             /* the other block's memory is written to until it is done */
+#endif
+}
+
+/* ---- activations as bf16 ------------------------------------------------------------------- */
+
+enum { ROUNDERS = 256 };
+
+/* Rows from[0], from[1], ... of x, to the last of the groups: a thread rounds eight elements. */
+__global__ void __launch_bounds__(ROUNDERS) round_rows(const bm_product p, bool aligned, uint16_t *half) {
+    after_previous();
+    const int at = (int)(blockIdx.x * ROUNDERS + threadIdx.x), i = at / (p.K / 8), k = at % (p.K / 8) * 8;
+    if (i >= (p.first ? p.first[p.X] : p.M)) return;
+    const float *in = p.x + (size_t)(p.from ? p.from[i] : i) * p.ldx + k;
+    float4 v[2];
+    if (aligned) v[0] = *(const float4 *)in, v[1] = *(const float4 *)(in + 4);
+    else v[0] = make_float4(in[0], in[1], in[2], in[3]), v[1] = make_float4(in[4], in[5], in[6], in[7]);
+    const uint2 a = halves(v[0]), b = halves(v[1]);
+    *(uint4 *)(half + (size_t)i * p.K + k) = make_uint4(a.x, a.y, b.x, b.y);
+}
+
+uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols) {
+    bm_cuda_wide *w = c->wide;
+    if (!w) return NULL;
+    const bool wanted = M >= LEAST && (size_t)M * cols <= w->room;
+    w->of = wanted ? x : NULL;
+    w->cols = cols;
+    return wanted ? w->half : NULL;
+}
+
+/* Activations of p as bf16 rows of K. */
+static const uint16_t *activations(bm_cuda *c, const bm_product *p) {
+    bm_cuda_wide *w = c->wide;
+    if (p->half) return p->half;
+    const bool there = w->of == p->x && w->cols == p->K && p->ldx == (size_t)p->K && !p->from;
+    w->of = NULL;
+    if (there) return w->half;
+    const bool aligned = ((uintptr_t)p->x | 4 * p->ldx) % 16 == 0;
+    const int blocks = blocks_of((size_t)p->M * (p->K / 8), ROUNDERS);
+    bm_cuda_start(c, round_rows, blocks, ROUNDERS, 0, *p, aligned, w->half);
+    return w->half;
+}
+
+/* ---- launches ------------------------------------------------------------------------------ */
+
+enum { APART = 512 };           /* rows of a group from which weights are not read once more for its end alone */
+typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; } job;
+
+/* Matrices (count,rows,K) of bf16, read `box` rows and DEPTH columns at a time; zeros past the edges. */
+static bool
+describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each, int box) {
+    const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, each };
+    const cuuint32_t part[3] = { DEPTH, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
+    return !c->wide->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)data, size, stride, part, step,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+static bool describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box) {
+    const size_t matrix = p->X > 1 ? (size_t)(p->w[1] - p->w[0]) : p->w_stride * p->N;
+    return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box);
+}
+
+template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, const job *j) {
+    typedef shape<BN, GROUPS, CTAS> S;
+    enum { COLS = END == GATED ? BN / 2 : BN };
+    const auto kernel = wide<BN, GROUPS, CTAS, END>;
+    const bm_product *p = j->p;
+    const size_t row = 2 * (size_t)p->K;
+    CUtensorMap x, w, gate = {};
+    bool good = describe(c, &x, j->x, p->K, p->M, 1, row, row * p->M, S::ROWS / CTAS) && describe_weights(c, &w, p, COLS);
+    if (END == GATED) good = good && describe_weights(c, &gate, j->gate, COLS);
+    if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
+    const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
+    cudaLaunchAttribute how[2] = {};
+    how[0].id = cudaLaunchAttributeClusterDimension;
+    how[0].val.clusterDim.x = CTAS, how[0].val.clusterDim.y = how[0].val.clusterDim.z = 1;
+    how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    how[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = CTAS * (most < all ? most : all), config.blockDim = S::THREADS, config.dynamicSmemBytes = S::SHARED;
+    config.stream = c->stream, config.attrs = how, config.numAttrs = 2;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
+    return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, *p, j->end, x, w, gate), "a matrix product");
+}
+/* What rounds of tiles of 64 groups rows by cols columns cost, all blocks at once; smaller tiles read more.  Groups of rows end
+ * anywhere in a tile. */
+static int cost(const bm_cuda *c, const bm_product *p, int groups, int cols, int each) {
+    const int tall = p->M / (64 * groups) + (p->X > 1 ? p->X / 2 : p->M % (64 * groups) > 0);
+    return blocks_of((size_t)tall * blocks_of((size_t)p->N, 2 * (size_t)cols), c->chip.multiProcessorCount / 2) * each;
+}
+template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
+    const int cols = END == GATED ? 96 : 192, three = cost(c, j->p, 3, cols, 30), two = cost(c, j->p, 2, cols, 22);
+    const bool narrow = END == PLAIN && j->p->X == 1 && cost(c, j->p, 2, 96, 13) < (two < three ? two : three);
+    if (narrow) return launch<96, 2, 2, PLAIN>(c, j);
+    return two < three ? launch<192, 2, 2, END>(c, j) : launch<192, 3, 2, END>(c, j);
+}
+static bool launch_any(bm_cuda *c, const job *j) {
+    if (j->gate) return launch_tall<GATED>(c, j);
+    if (j->end.act) return launch_tall<ACT>(c, j);
+    return j->p->N <= 128 ? launch<128, 1, 1, PLAIN>(c, j) : launch_tall<PLAIN>(c, j);
+}
+
+/* One matrix as far from the last as the others: the copy engine goes from one to the next. */
+static bool even(const bm_product *p) {
+    for (int e = 1; e < p->X; e++)
+        if (p->w[e] < p->w[e - 1] || p->w[e] - p->w[e - 1] != p->w[1] - p->w[0]) return false;
+    return true;
+}
+static bm_product group_of(const bm_product *p, int e) {
+    bm_product one = *p;
+    one.w[0] = p->w[e];
+    one.X = 1;
+    if (p->first) one.first = p->first + e;
+    if (p->bias) one.bias = p->bias + (size_t)e * p->bias_stride;
+    return one;
+}
+static void run(bm_cuda *c, const job *j) {
+    const bool one = even(j->p) && (!j->gate || even(j->gate));
+    if (one) launch_any(c, j);
+    else for (int e = 0; e < j->p->X; e++) {
+        const bm_product up = group_of(j->p, e), gate = group_of(j->gate ? j->gate : j->p, e);
+        job k = { &up, j->gate ? &gate : NULL, j->end, j->x };
+        if (k.end.gate_bias) k.end.gate_bias += (size_t)e * j->p->bias_stride;
+        if (!launch_any(c, &k)) return;
+    }
+}
+
+bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
+    const bm_cuda_wide *w = c->wide;
+    bool good = w && p->rounded && p->M >= LEAST && (size_t)p->M * p->K <= w->room && p->w_stride % 16 == 0 && p->K % 8 == 0;
+    for (int e = 0; e < p->X; e++) good = good && (uintptr_t)p->w[e] % 16 == 0;
+    return good;
+}
+void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
+    const job j = { p, NULL, { .apart = p->M >= APART * p->X }, activations(c, p) };
+    run(c, &j);
+}
+void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act) {
+    const job j = { up, gate, { act, gate ? gate->bias : NULL, is_gelu, up->M >= APART * up->X }, activations(c, up) };
+    run(c, &j);
+}
+
+/* ---- few columns --------------------------------------------------------------------------- */
+
+enum { NARROW = 8, PER_WARP = 2, WARPS = 8, WIDEST = 192 * 1024 / (4 * NARROW) };
+
+/* Up to NARROW columns of f32 weights, a router's, for a few rows: an output is summed as `dots` does (gemm.cu).  Weights lie in
+ * shared memory by n, half of eight k, and k / 8. */
+__global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
+    extern __shared__ float4 w[];
+    const int lane = threadIdx.x % 32, row0 = PER_WARP * (int)(blockIdx.x * WARPS + threadIdx.x / 32), eights = p.K / 8;
+    after_previous();
+    for (int i = threadIdx.x; i < p.N * 2 * eights; i += 32 * WARPS) {
+        const int n = i / (2 * eights), k4 = i % (2 * eights);
+        w[(2 * n + k4 % 2) * eights + k4 / 2] = ((const float4 *)(p.w[0] + n * p.w_stride))[k4];
+    }
+    __syncthreads();
+    if (row0 >= p.M) return;
+    const float4 *x[PER_WARP];
+    float sum[PER_WARP][NARROW] = {};
+    for (int i = 0; i < PER_WARP; i++) x[i] = (const float4 *)(p.x + (size_t)(row0 + i < p.M ? row0 + i : row0) * p.ldx);
+#pragma unroll 3
+    for (int k = lane; k < eights; k += 32) {
+        float4 v[PER_WARP][2];
+#pragma unroll
+        for (int i = 0; i < PER_WARP; i++) v[i][0] = x[i][2 * k], v[i][1] = x[i][2 * k + 1];
+#pragma unroll
+        for (int n = 0; n < NARROW; n++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float4 a = w[(2 * (n < p.N ? n : 0) + h) * eights + k];
+#pragma unroll
+                for (int i = 0; i < PER_WARP; i++) {
+                    float s = fmaf(a.x, v[i][h].x, sum[i][n]);
+                    s = fmaf(a.y, v[i][h].y, s);
+                    s = fmaf(a.z, v[i][h].z, s);
+                    sum[i][n] = fmaf(a.w, v[i][h].w, s);
+                }
+            }
+    }
+#pragma unroll
+    for (int i = 0; i < PER_WARP; i++)
+#pragma unroll
+        for (int n = 0; n < NARROW; n++) {
+            float v = warp_sum(sum[i][n]);
+            if (lane != i * NARROW + n || n >= p.N || row0 + i >= p.M) continue;
+            float *y = p.y + (size_t)(row0 + i) * p.ldy + n;
+            if (p.bias) v += p.bias[n];
+            *y = p.accumulate ? *y + v : v;
+        }
+}
+bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
+    return type == BM_F32 && p->X == 1 && p->N <= NARROW && p->M >= LEAST && p->K % 8 == 0 && p->K <= WIDEST && !p->first &&
+           !p->from && !p->to && !p->scale && ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
+}
+void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {
+    const size_t shared = 4 * (size_t)p->N * p->K;
+    cudaFuncSetAttribute(narrow, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    bm_cuda_start(c, narrow, blocks_of((size_t)p->M, PER_WARP * WARPS), 32 * WARPS, shared, *p);
+}
+
+/* ---- room ---------------------------------------------------------------------------------- */
+
+static bm_cuda_wide *opened(bm_cuda *c) {
+    void *encode = NULL;
+    cudaDriverEntryPointQueryResult found;
+    if (c->wide || c->chip.major != 9) return c->wide;
+    const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+    if (e || found != cudaDriverEntryPointSuccess) return NULL;
+    c->wide = (bm_cuda_wide *)calloc(1, sizeof *c->wide);
+    if (c->wide) c->wide->encode = (PFN_cuTensorMapEncodeTiled_v12000)encode;
+    return c->wide;
+}
+
+size_t bm_cuda_reserving(bm_backend *b, int rows, int cols) {
+    return rows >= LEAST && opened(cuda_of(b)) ? sizeof(uint16_t) * (size_t)rows * (size_t)cols : 0;
+}
+bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
+    bm_cuda *c = cuda_of(b);
+    bm_cuda_wide *w = rows >= LEAST ? opened(c) : NULL;
+    const size_t room = (size_t)rows * (size_t)cols;
+    void *half;
+    if (!w || room <= w->room) return BM_OK;
+    const bm_status s = b->alloc(b, &half, room * sizeof *w->half, "activations as bf16");
+    if (s) return s;
+    bm_cuda_forget(b, NULL);        /* what was recorded writes to the old ones */
+    if (w->half) b->release(b, w->half);
+    w->half = (uint16_t *)half;
+    w->room = room;
+    w->of = NULL;
+    return BM_OK;
+}
+size_t bm_cuda_reserved(bm_backend *b) { return cuda_of(b)->wide ? cuda_of(b)->wide->room * sizeof(uint16_t) : 0; }
+
+void bm_cuda_wide_close(bm_cuda *c) {
+    if (c->wide) cudaFree(c->wide->half);
+    free(c->wide);
+}

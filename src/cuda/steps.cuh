@@ -1,0 +1,71 @@
+/* steps.cuh - the arithmetic of single elements, rows and steps, so that every kernel that makes one has its bits.
+ * Room: cuda.  Products and sums that could be fused are spelt out: what the compiler fuses differs from kernel to kernel. */
+#ifndef BM_CUDA_STEPS_H
+#define BM_CUDA_STEPS_H
+#include "cuda/cuda.h"
+#include <cuda_bf16.h>
+
+/* 2^x and 1/x, to 2 units in the last place and 1; no subnormal numbers. */
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float inverse_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+/* x / (1 + exp -x) */
+__device__ inline float silu(float x) { return x * inverse_fast(1 + exp2_fast(-1.44269504f * x)); }
+/* x/2 (1 + erf(x / sqrt 2)) */
+__device__ inline float gelu(float x) { return 0.5f * x * erfcf(-0.707106781f * x); }
+/* log(1 + exp x) = max(x, 0) + log(1 + t), t = exp -|x|, log(1 + t) = 2 artanh(t / (2 + t)); without branches. */
+__device__ inline float softplus(float x) {
+    const float a = -fabsf(x), high = __fmul_rn(a, 1.44269502f), low = fmaf(a, 1.92596303e-8f, fmaf(a, 1.44269502f, -high));
+    const float t = exp2_fast(high) * fmaf(low, 0.693147181f, 1), r = t * inverse_fast(2 + t), s = r * r;
+    float p = fmaf(s, 0.0769230769f, 0.0909090909f);
+    p = fmaf(s, p, 0.111111111f);
+    p = fmaf(s, p, 0.142857143f);
+    p = fmaf(s, p, 0.2f);
+    p = fmaf(s, p, 0.333333333f);
+    return __fadd_rn(fmaxf(x, 0), __fmul_rn(2, fmaf(__fmul_rn(r, s), p, r)));
+}
+
+/* Rounded to bf16, to nearest even; the first in the low half. */
+__device__ inline uint32_t halves(float a, float b) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    return *(const uint32_t *)&pair;
+}
+__device__ inline uint2 halves(float4 v) { return make_uint2(halves(v.x, v.y), halves(v.z, v.w)); }
+
+/* ---- norm: a row whose squares (LayerNorm: of what is left of the mean) have this mean --------- */
+
+__device__ inline float norm_scale(float mean_square, float eps) { return 1 / sqrtf(mean_square + eps); }
+__device__ inline float norm_out(float centred, float scale, float weight, float bias) {
+    return __fadd_rn(__fmul_rn(__fmul_rn(centred, scale), weight), bias);
+}
+
+/* ---- convolution: s = bias, then K of these, the oldest input first; y = silu(s) --------------- */
+
+__device__ inline float conv_step(float s, float weight, float x) { return fmaf(weight, x, s); }
+
+/* ---- scan (arXiv 2312.00752, equation 2): d = softplus(dt + dt_bias), du = d u ----------------- */
+
+enum { SCAN_STATES = 16 };          /* states of a channel summed by the tree; missing ones are zeros */
+
+/* A as scan_state wants it: exp(d A) = 2^(d rate) */
+__device__ inline float scan_rate(float A) { return A * 1.44269504f; }
+__device__ inline float scan_state(float h, float d, float rate, float du, float B) {
+    return fmaf(exp2_fast(__fmul_rn(d, rate)), h, __fmul_rn(du, B));
+}
+/* Sum of C_n h_n: pairs of neighbours, then pairs m and m ^ 4, m ^ 2, m ^ 1; p is overwritten. */
+__device__ inline float scan_pair(float c0, float h0, float c1, float h1) { return fmaf(c1, h1, __fmul_rn(c0, h0)); }
+__device__ inline float scan_sum(float (&p)[SCAN_STATES / 2]) {
+#pragma unroll
+    for (int m = 0; m < 4; m++) p[m] = __fadd_rn(p[m], p[m + 4]);
+    return __fadd_rn(__fadd_rn(p[0], p[2]), __fadd_rn(p[1], p[3]));
+}
+__device__ inline float scan_gate(float sum, float D, float u, float silu_z) { return __fmul_rn(fmaf(D, u, sum), silu_z); }
+__device__ inline float scan_out(float sum, float D, float u, float z) { return scan_gate(sum, D, u, silu(z)); }
+#endif

@@ -1,0 +1,785 @@
+/* token.cu - one token of up to SLOTS sequences by one kernel that stays on the GPU from the first layer to the last.
+ * Room: cuda.
+ *
+ * In: the operations of a token, in the order model/forward.c asks for them.  Out: a program for the kernel, or none
+ * where a shape, a type or the chip is not one it knows (9.0 and later: bulk copies).
+ *
+ * A block per multiprocessor makes its share of rows of every matrix, in stages:
+ *   INPUT   norm, in, convolution                          its channels
+ *   XPROJ   x                                              its rows
+ *   SCAN    dt, scan, gate                                 its channels
+ *   OUTPUT  out, residual                                  its part of the stream
+ *   EXPERT  norm, router, choice, gate and up, activation  its hidden units of the chosen experts
+ *   DOWN    down, residual                                 its part of the stream
+ *   HEAD    norm, head                                     its logits
+ * No barrier parts them: what a block makes it stores in words of a value and the number of its stage, and who reads a
+ * word reads it until the number is right.  Every block makes something in each stage whose results all read (XPROJ apart,
+ * which an idle block does not read for), so a buffer is written again only after all have read it.
+ * One warp copies the block's rows into a ring in shared memory, as far ahead as the ring allows.  An expert's rows wait for
+ * the choice, but for a single text: there the router is asked before the Mamba layer in front of it, and what it says is
+ * copied; where the choice is another after all, those rows are dropped.  The other warps multiply by tensor cores: up to 16 rows of weights by 8 slots; steps of 32 elements go to
+ * warps in turn, whose sums are added in order.  No sum depends on the number of slots. */
+#include "cuda/steps.cuh"
+#include "cuda/token.h"
+#include "cuda/weights.cuh"
+#include <stdlib.h>
+#include <string.h>
+
+enum { WARPS = 8, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, STEP = 32, MOST_X = BM_CUDA_MOST_X, GROUP = 64, BATCH = 2, RING_TILES = 16 };
+/* Pairs of words a thread hears; columns of dt a lane holds. */
+enum { AT_ONCE = BM_CUDA_PAIRS / THREADS, HELD_R = 9, ROUNDS = SLOTS * GROUP / THREADS };
+
+typedef bm_cuda_layer layer;
+typedef bm_cuda_program program;
+typedef enum kind { INPUT, XPROJ, SCAN, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
+
+/* A block's rows of a stage: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together. */
+typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
+
+#define INLINE __device__ __forceinline__ static
+INLINE int tid() { return (int)threadIdx.x; }
+INLINE int lane_of() { return (int)threadIdx.x % 32; }
+INLINE int warp_of() { return (int)threadIdx.x / 32; }
+
+/* Rows in units that stay together, as evenly as can be. */
+__device__ static plan plan_of(const program &p, int stage) {
+    const int B = p.R + 2 * p.N, b = (int)blockIdx.x, G = (int)gridDim.x;
+    const int all = stage == INPUT || stage == SCAN ? p.I : stage == XPROJ ? B : stage == EXPERT ? p.F : stage == HEAD ? p.V : p.D;
+    const int unit = stage == INPUT || stage == SCAN || stage == EXPERT ? 2 : 1;
+    plan q;
+    q.from = all / unit * b / G * unit;
+    q.n = all / unit * (b + 1) / G * unit - q.from;
+    q.spans = stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1;
+    q.K = stage == XPROJ || stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D;
+    q.steps = q.K / STEP;
+    const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / (2 * q.K + 16)), tiles = (rows + most - 1) / most;
+    q.h = tiles ? (rows + tiles - 1) / tiles : 1;
+    q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * (2 * q.K + 16))));
+    return q;
+}
+
+#if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
+/* ---- barriers in shared memory, copies, words --------------------------------------------------------------- */
+
+/* Of the warps that multiply. */
+INLINE void meet() { asm volatile("bar.sync 1, %0;" :: "n"((int)THREADS) : "memory"); }
+INLINE uint32_t address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+INLINE void barrier_make(uint64_t *b, int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address(b)), "r"(count)); }
+INLINE void barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(address(b)) : "memory"); }
+INLINE void barrier_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(address(b)), "r"(bytes) : "memory");
+}
+INLINE void barrier_wait(uint64_t *b, unsigned round) {
+    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra L; }"
+                 :: "r"(address(b)), "r"(round & 1) : "memory");
+}
+/* Weights pass through the second-level cache: what else lies there (states, small tensors, code) stays. */
+INLINE uint64_t passing() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+INLINE void copy_row(uint8_t *to, const uint8_t *from, int bytes, uint64_t *b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 :: "r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)), "l"(passing()) : "memory");
+}
+INLINE void tell(uint2 *to, uint32_t v, unsigned number) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(v), "r"(number) : "memory");
+}
+INLINE uint4 look(const uint2 *from) {    /* two words */
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+/* Words of a row, two at a time: pair tid() + i THREADS of n is v[i]. */
+INLINE void hear(uint4 v[AT_ONCE], const uint2 *row, int n, unsigned number) {
+    bool all;
+    do {
+        all = true;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) if (tid() + i * THREADS < n) v[i] = look(row + 2 * (tid() + i * THREADS));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) all = all && (tid() + i * THREADS >= n || (v[i].y == number && v[i].w == number));
+    } while (!all);
+}
+
+/* ---- the ring ------------------------------------------------------------------------------------------------ */
+
+typedef struct ring {
+    uint64_t full[RING_TILES], empty[RING_TILES], routed, foreseen, decided;    /* routed: a router is there */
+    int at[RING_TILES], bytes[RING_TILES];      /* of a tile: its place; the copier's: what it takes, gaps included */
+    unsigned guessed, chosen;                   /* a bit for each expert */
+} ring;
+/* The copier's side. */
+typedef struct copier { int at, used; unsigned made, freed; } copier;
+
+/* A place for a tile; its number in the ring. */
+INLINE int place(const program &p, ring *r, copier *c, int bytes) {
+    const bool wraps = c->at + bytes > p.ring;
+    const int gap = wraps ? p.ring - c->at : 0;
+    while (c->used + gap + bytes > p.ring || c->made - c->freed == RING_TILES) {
+        const int old = c->freed % RING_TILES;
+        barrier_wait(&r->empty[old], c->freed / RING_TILES);
+        c->used -= r->bytes[old];
+        c->freed++;
+        __syncwarp();
+    }
+    const int i = c->made++ % RING_TILES;
+    if (wraps) c->at = 0;
+    if (lane_of() == 0) {
+        r->at[i] = c->at;
+        r->bytes[i] = gap + bytes;
+    }
+    c->used += gap + bytes;
+    return i;
+}
+/* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices. */
+INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c, const uint8_t *const *a, const uint8_t *const *b,
+                       unsigned chosen) {
+    const int most = GROUP / q.spans, row_bytes = 2 * q.K + 16;
+#pragma unroll 1
+    for (int g = 0; g < q.n; g += most) {
+        const int n = min(most, q.n - g), rows = n * q.spans;
+#pragma unroll 1
+        for (unsigned left = chosen; left; left &= left - 1) {
+            const int x = __ffs(left) - 1;
+#pragma unroll 1
+            for (int t = 0; t < rows; t += q.h) {
+                const int h = min(q.h, rows - t), i = place(p, r, c, h * row_bytes), row = t + lane_of();
+                if (lane_of() == 0) barrier_expect(&r->full[i], h * 2 * q.K);
+                __syncwarp();
+                if (lane_of() < h) {
+                    const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * (2 * q.K)
+                                                  : b[x] + (size_t)(q.from + g + row - n) * (2 * q.K);
+                    copy_row(memory + c->at + lane_of() * row_bytes, from, 2 * q.K, &r->full[i]);
+                }
+                c->at += h * row_bytes;
+            }
+        }
+    }
+}
+/* Whether layer l's expert is guessed while the layer before runs. */
+INLINE bool foreseen(const program &p, const layer *a, const layer *before) { return p.M == 1 && a->router && before && !before->X; }
+/* A layer's router (X,D) and the weights of its norm behind it. */
+INLINE void router_copy(const program &p, const layer *a, ring *r, uint8_t *memory) {
+    if (!a->router || lane_of()) return;
+    barrier_expect(&r->routed, 4 * (a->X + 1) * p.D);
+    copy_row(memory + p.at_router, (const uint8_t *)a->router, 4 * a->X * p.D, &r->routed);
+    copy_row(memory + p.at_router + 4 * a->X * p.D, (const uint8_t *)a->norm, 4 * p.D, &r->routed);
+}
+__device__ __noinline__ static void copy_all(const program &p, const plan *q, ring *r, uint8_t *memory) {
+    copier c = {};
+    unsigned guesses = 0, choices = 0;
+    router_copy(p, p.layers, r, memory);
+#pragma unroll 1
+    for (int l = 0; l < p.L; l++) {
+        const layer *a = p.layers + l;
+        unsigned guessed = 0;
+        if (!a->X) {
+            const uint8_t *second = a->in + (size_t)p.I * (2 * p.D);
+            if (l + 1 < p.L) router_copy(p, a + 1, r, memory);      /* the choice before was told: nobody reads its router */
+            copy_stage(p, q[INPUT], r, memory, &c, &a->in, &second, 1);
+            copy_stage(p, q[XPROJ], r, memory, &c, &a->x, NULL, 1);
+            copy_stage(p, q[OUTPUT], r, memory, &c, &a->out, NULL, 1);
+            continue;
+        }
+        if (foreseen(p, a, l ? a - 1 : NULL)) {
+            barrier_wait(&r->foreseen, guesses++);
+            guessed = r->guessed;
+        }
+#pragma unroll 1
+        for (int pass = 0; pass < 2; pass++) {
+            if (pass) barrier_wait(&r->decided, choices++);
+            const unsigned which = pass ? r->chosen & ~guessed : guessed;
+            copy_stage(p, q[EXPERT], r, memory, &c, p.gated ? a->gate : a->up, a->up, which);
+            copy_stage(p, q[DOWN], r, memory, &c, a->down, NULL, which);
+        }
+        if (l + 1 < p.L && a[1].X) router_copy(p, a + 1, r, memory);
+    }
+    if (p.head) copy_stage(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------ */
+
+typedef struct quad { uint32_t v[4]; } quad;
+/* Four matrices of 8 by 8 bf16; lane i has the address of row i % 8 of matrix i / 8. */
+INLINE quad matrices(uint32_t at) {
+    quad q;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3]) : "r"(at));
+    return q;
+}
+INLINE void multiply_bf16(float *c, const quad &a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
+}
+/* part (WARPS,M,GROUP) (+)= this warp's steps of TILES tiles of h rows, `rows` in all, the first of which is row t of the
+ * group.  x: where this lane reads activations; use: the slot of its fragment is multiplied by these weights, the others
+ * add 0. */
+template <int TILES> INLINE void multiply(const plan &q, ring *r, uint32_t memory, unsigned tile, int rows, uint32_t x, bool use, int M,
+                                          float *part, int t, bool more) {
+    const int lane = lane_of(), g = lane / 4, l = lane % 4;
+    uint32_t at[TILES];
+    float c[TILES][2][4] = {};
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        barrier_wait(&r->full[(tile + j) % RING_TILES], (tile + j) / RING_TILES);
+        at[j] = memory + r->at[(tile + j) % RING_TILES] + min(lane % 16, min(q.h, rows - j * q.h) - 1) * (2 * q.K + 16) + lane / 16 * 16;
+    }
+#pragma unroll 4
+    for (int k = warp_of(); k < q.steps; k += WARPS) {
+        quad b = matrices(x + 64 * k);
+        if (!use) b = {};
+#pragma unroll
+        for (int j = 0; j < TILES; j++) {
+            multiply_bf16(c[j][0], matrices(at[j] + 64 * k), b.v[0], b.v[1]);
+            multiply_bf16(c[j][1], matrices(at[j] + 64 * k + 32), b.v[2], b.v[3]);
+        }
+    }
+    __syncwarp();
+    float *to = part + (warp_of() * M + 2 * l) * GROUP + t + g;
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        if (lane == 0) barrier_arrive(&r->empty[(tile + j) % RING_TILES]);
+        if (2 * l >= M) continue;
+        const int h = min(q.h, rows - j * q.h);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (g + 8 * (i / 2) < h && (i % 2 == 0 || 2 * l + 1 < M)) {
+                float *v = to + j * q.h + i % 2 * GROUP + 8 * (i / 2);
+                *v = (more ? *v : 0) + (c[j][0][i] + c[j][1][i]);
+            }
+    }
+}
+/* Row r of slot m. */
+INLINE float made(const float *part, int M, int r, int m) {
+    float v[2] = {};
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v[w % 2] += part[(w * M + m) * GROUP + r];
+    return v[0] + v[1];
+}
+
+/* ---- what stages begin with -------------------------------------------------------------------------------- */
+
+typedef struct shared { uint8_t *x; float *f, *part, *u, *z, *sum, *router; const bm_token *token; } shared;
+
+INLINE float rounded(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
+
+/* (M,K) of two bf16 a word. */
+INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int K, unsigned number) {
+    uint4 v[AT_ONCE];
+#pragma unroll 1
+    for (int m = 0; m < p.M; m++) {
+        hear(v, from + (size_t)m * (K / 2), K / 4, number);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int k = tid() + i * THREADS;
+            if (k < K / 4) *(uint2 *)(s.x + m * p.ldx + 8 * k) = make_uint2(v[i].x, v[i].z);
+        }
+    }
+    meet();
+}
+
+INLINE float embedded(const program &p, const bm_token *token, int m, int k) {
+    const size_t at = (size_t)token[m] * p.D + k;
+    return p.table_f32 ? __ldg((const float *)p.table + at) : bf16_at(__ldg((const uint16_t *)p.table + at));
+}
+INLINE float over_warps(const float *red) {
+    float v = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v += red[w];
+    return v;
+}
+/* The stream, normed: bf16 into s.x and as it is, or before the norm, into s.f. */
+INLINE void norm_rows(const program &p, const shared &s, const float *weight, const float *bias, float eps, bool centered, bool first,
+                      bool raw, unsigned number) {
+    __shared__ float red[2][SLOTS][WARPS];
+    const int D = p.D;
+    float2 w[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++)
+        w[i] = tid() + i * THREADS < D / 2 ? __ldg((const float2 *)weight + tid() + i * THREADS) : make_float2(0, 0);
+#pragma unroll 1
+    for (int m = 0; m < p.M; m++) {
+        uint4 v[AT_ONCE];
+        float total = 0, square = 0;
+        if (!first) hear(v, p.stream + (size_t)m * D, D / 2, number);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int k = tid() + i * THREADS;
+            if (k >= D / 2) break;
+            const float2 x = first ? make_float2(embedded(p, s.token, m, 2 * k), embedded(p, s.token, m, 2 * k + 1))
+                                   : make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
+            *(float2 *)(s.f + m * D + 2 * k) = x;
+            total += x.x + x.y;
+            square = fmaf(x.y, x.y, fmaf(x.x, x.x, square));
+        }
+        square = warp_sum(square);
+        if (centered) total = warp_sum(total);
+        if (lane_of() == 0) {
+            red[0][m][warp_of()] = square;
+            red[1][m][warp_of()] = total;
+        }
+    }
+    meet();
+    if (centered) {
+#pragma unroll 1
+        for (int m = 0; m < p.M; m++) {
+            const float mean = over_warps(red[1][m]) / (float)D;
+            float square = 0;
+            for (int k = tid(); k < D / 2; k += THREADS) {
+                float2 *f = (float2 *)(s.f + m * D) + k;
+                f->x -= mean, f->y -= mean;
+                square = fmaf(f->y, f->y, fmaf(f->x, f->x, square));
+            }
+            square = warp_sum(square);
+            if (lane_of() == 0) red[0][m][warp_of()] = square;
+        }
+        meet();
+    }
+#pragma unroll 1
+    for (int m = 0; m < p.M; m++) {
+        const float r = norm_scale(over_warps(red[0][m]) / (float)D, eps);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int k = tid() + i * THREADS;
+            if (k >= D / 2) break;
+            float2 y = *(const float2 *)(s.f + m * D + 2 * k);
+            y.x = norm_out(y.x, r, w[i].x, bias ? bias[2 * k] : 0);
+            y.y = norm_out(y.y, r, w[i].y, bias ? bias[2 * k + 1] : 0);
+            if (!raw) *(float2 *)(s.f + m * D + 2 * k) = y;
+            *(uint32_t *)(s.x + m * p.ldx + 4 * k) = halves(y.x, y.y);
+        }
+    }
+    meet();
+}
+
+/* ---- Mamba --------------------------------------------------------------------------------------------------- */
+
+/* What the convolution of one channel of one slot needs besides its newest input. */
+typedef struct convolution { float old[3], w[4], bias, bias_x, bias_z, *state; } convolution;
+INLINE convolution convolution_of(const program &p, const layer &a, int m, int channel) {
+    convolution v = {};
+    v.state = a.conv_state + (size_t)p.slot[m] * p.stride + channel;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const int from = k - (4 - p.K);         /* the newest last */
+        if (from >= 0) v.w[k] = __ldg(a.conv + (size_t)from * p.I + channel);
+        if (from >= 0 && k < 3) v.old[k] = v.state[(size_t)from * p.I];
+    }
+    if (a.conv_bias) v.bias = __ldg(a.conv_bias + channel);
+    if (a.in_bias) v.bias_x = __ldg(a.in_bias + channel), v.bias_z = __ldg(a.in_bias + p.I + channel);
+    return v;
+}
+/* u of an input x; the state moves on. */
+INLINE float convolve(const program &p, const convolution &v, float x) {
+    float sum = v.bias;
+#pragma unroll
+    for (int k = 0; k < 3; k++) if (k >= 4 - p.K) sum = conv_step(sum, v.w[k], v.old[k]);
+#pragma unroll
+    for (int k = 0; k < 3; k++) if (k >= 4 - p.K) v.state[(size_t)(k - (4 - p.K)) * p.I] = k < 2 ? v.old[k < 2 ? k + 1 : 2] : x;
+    return silu(conv_step(sum, v.w[3], x));
+}
+
+/* A channel of a slot is eight lanes, two states each, summed as scan_sum does. */
+INLINE float over_8(float v) {
+    for (int d = 4; d; d /= 2) v = __fadd_rn(v, __shfl_xor_sync(~0u, v, d));
+    return v;
+}
+INLINE void hear_xdbl(const program &p, const shared &s, int B, unsigned number) {
+#pragma unroll 1
+    for (int m = 0; m < p.M; m++) {
+        uint4 v[AT_ONCE];
+        hear(v, p.xdbl + (size_t)m * B, B / 2, number);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (tid() + i * THREADS < B / 2)
+                *(float2 *)(s.f + m * B + 2 * (tid() + i * THREADS)) = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
+    }
+    meet();
+}
+INLINE void scan(const program &p, const shared &s, const layer &a, const plan &q, unsigned number) {
+    const int n = tid() % 8, B = p.R + 2 * p.N, most = p.M * q.n, begin = warp_of() * 4;
+#pragma unroll 1
+    for (int first = begin; first == begin || first < most; first += WARPS * 4) {
+        const int pair = min(first + tid() / 8 % 4, most - 1), m = pair / q.n, c = pair - m * q.n, channel = q.from + c;
+        const bool real = first + tid() / 8 % 4 < most;
+        float *state = a.state + (size_t)p.slot[m] * p.stride + channel;
+        const float *x = s.f + m * B, D = __ldg(a.D + channel), bias = __ldg(a.dt_bias + channel);
+        const uint16_t *w = (const uint16_t *)a.dt + (size_t)channel * p.R;
+        float h[2], rate[2], C[2], d = 0, dt[HELD_R];
+#pragma unroll
+        for (int i = 0; i < HELD_R; i++) dt[i] = n + 8 * i < p.R ? bf16_at(__ldg(w + n + 8 * i)) : 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const bool in = 2 * n + i < p.N;
+            h[i] = in ? state[(size_t)(2 * n + i) * p.I] : 0;
+            rate[i] = in ? scan_rate(__ldg(a.A + (size_t)(2 * n + i) * p.I + channel)) : 0;
+        }
+        if (first == begin) hear_xdbl(p, s, B, number);
+#pragma unroll
+        for (int i = 0; i < HELD_R; i++) if (n + 8 * i < p.R) d = fmaf(dt[i], rounded(x[n + 8 * i]), d);
+        for (int r = n + 8 * HELD_R; r < p.R; r += 8) d = fmaf(bf16_at(__ldg(w + r)), rounded(x[r]), d);
+        const float u = s.u[m * q.n + c];
+        d = softplus(over_8(d) + bias);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const bool in = 2 * n + i < p.N;
+            h[i] = scan_state(h[i], d, rate[i], __fmul_rn(d, u), in ? x[p.R + 2 * n + i] : 0);
+            C[i] = in ? x[p.R + p.N + 2 * n + i] : 0;
+            if (real && in) state[(size_t)(2 * n + i) * p.I] = h[i];
+        }
+        const float sum = over_8(scan_pair(C[0], h[0], C[1], h[1])), out = scan_out(sum, D, u, s.z[m * q.n + c]);
+        const float next = __shfl_down_sync(~0u, out, 8);
+        if (real && n == 0 && c % 2 == 0) tell(p.y + (size_t)m * (p.I / 2) + channel / 2, halves(out, next), number + 1);
+    }
+}
+
+/* ---- experts -------------------------------------------------------------------------------------------------- */
+
+typedef struct chosen { int expert[SLOTS]; float gate[SLOTS]; } chosen;
+
+/* What a layer's router says of s.f, the stream before the layer in front of it: most often that layer does not change it. */
+INLINE void guess(const program &p, const shared &s, const layer &a, ring *r, unsigned round) {
+    __shared__ float logit[MOST_X];
+    barrier_wait(&r->routed, round);
+#pragma unroll 1
+    for (int e = warp_of(); e < a.X; e += WARPS) {
+        float v = 0;
+#pragma unroll 3
+        for (int k = 4 * lane_of(); k < p.D; k += 128) {
+            const float4 x = *(const float4 *)(s.f + k), w = *(const float4 *)(s.router + e * p.D + k), n = *(const float4 *)(s.router + a.X * p.D + k);
+            v = fmaf(x.x * n.x, w.x, fmaf(x.y * n.y, w.y, fmaf(x.z * n.z, w.z, fmaf(x.w * n.w, w.w, v))));
+        }
+        v = warp_sum(v);
+        if (lane_of() == 0) logit[e] = v;
+    }
+    meet();
+    if (warp_of()) return;
+    const float l = lane_of() < a.X ? logit[lane_of()] : -INFINITY, top = warp_max(l);
+    const unsigned best = __ballot_sync(~0u, lane_of() < a.X && l == top);
+    if (lane_of()) return;
+    r->guessed = 1u << (best ? __ffs(best) - 1 : 0);
+    barrier_arrive(&r->foreseen);
+}
+/* The choice of every slot, a bit for each that some slot made.  NaN never wins, the lowest index where equal. */
+INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out) {
+    __shared__ float logit[SLOTS][MOST_X];
+    const int lane = lane_of(), m = warp_of();
+    if (a.router) {
+        barrier_wait(&r->routed, round);
+#pragma unroll 1
+        for (int i = 0; i < p.M; i++)
+#pragma unroll 1
+            for (int e = warp_of(); e < a.X; e += WARPS) {
+                float v = 0;
+#pragma unroll 3
+                for (int k = 4 * lane; k < p.D; k += 128) {
+                    const float4 x = *(const float4 *)(s.f + i * p.D + k), w = *(const float4 *)(s.router + e * p.D + k);
+                    v = fmaf(x.x, w.x, fmaf(x.y, w.y, fmaf(x.z, w.z, fmaf(x.w, w.w, v))));
+                }
+                v = warp_sum(v);
+                if (lane == 0) logit[i][e] = v + (a.router_bias ? __ldg(a.router_bias + e) : 0);
+            }
+        meet();
+        if (m < p.M) {      /* a warp for each slot */
+            const float l = lane < a.X ? logit[m][lane] : -INFINITY, top = warp_max(l);     /* of NaN and a number the number */
+            const unsigned best = __ballot_sync(~0u, lane < a.X && l == top);
+            const int expert = best ? __ffs(best) - 1 : 0;
+            if (lane == 0) out->expert[m] = expert;
+        }
+    } else if (tid() < p.M) out->expert[tid()] = 0;
+    meet();
+    const unsigned all = __reduce_or_sync(~0u, lane < p.M ? 1u << out->expert[lane] : 0);
+    if (tid() == 0) {
+        r->chosen = all;
+        barrier_arrive(&r->decided);
+    }
+    if (tid() < p.M) {      /* while the weights are on their way */
+        const float *l = logit[tid()], top = l[out->expert[tid()]];
+        float sum = 0;
+        for (int e = 0; a.router && a.softmax && e < a.X; e++) sum += expf(l[e] - top);
+        out->gate[tid()] = !a.router ? 1 : a.softmax ? 1 / sum : 1 / (1 + expf(-top));
+    }
+    return all;
+}
+
+/* One hidden unit f of slot m, of the expert it chose. */
+INLINE float expert_end(const program &p, const layer &a, const plan &q, const chosen *k, int m, int f, float first, float second) {
+    const size_t bias = (size_t)k->expert[m] * p.F + q.from + f;
+    if (p.gated && a.gate_bias) first += a.gate_bias[bias];
+    if (!p.gated && a.up_bias) first += a.up_bias[bias];
+    if (p.gated && a.up_bias) second += a.up_bias[bias];
+    const float v = a.gelu ? gelu(first) : silu(first);
+    return p.gated ? v * second : v;
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------------------------------ */
+
+/* The largest logits of all blocks; the last block to end says what they are. */
+INLINE void best_end(const program &p, const unsigned long long *top) {
+    __shared__ unsigned before;
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int m = tid() / GROUP + i * (THREADS / GROUP);
+        unsigned long long key = top[i];
+        for (int d = 16; d; d /= 2) key = max(key, __shfl_xor_sync(~0u, key, d));
+        if (lane_of() == 0 && m < p.M) atomicMax(p.key + m, key);
+    }
+    __threadfence();
+    meet();
+    if (tid() == 0) before = atomicAdd(p.ended, 1);
+    meet();
+    if (before + 1 < gridDim.x) return;
+    if (tid() < p.M) p.best[tid()] = key_column(atomicExch(p.key + tid(), 0));
+    if (tid() == 0) *p.ended = 0;
+}
+
+/* What all stages share. */
+typedef struct state {
+    ring *r; uint8_t *memory;
+    unsigned number, tile, round;       /* of the last stage; tiles and routers so far */
+    unsigned long long top[ROUNDS];     /* of this thread's rows of logits */
+    chosen *k; unsigned chosen;         /* of this layer; a bit for each expert */
+    uint32_t x;                         /* where this lane reads activations */
+} state;
+
+/* Row `row` of a group of n rows that begins at g, of slot m: what it becomes and who hears of it. */
+template <int STAGE> INLINE void row_end(const program &p, const shared &s, const layer &a, const plan &q, state &t, const convolution &conv,
+                                         unsigned long long *top, int g, int n, int m, int row, bool last) {
+    const bool mine = row < n;
+    const int at = q.from + g + row;
+    float v = mine ? made(s.part, p.M, row, m) : 0;
+    if (STAGE == INPUT || STAGE == EXPERT) {
+        const float second = mine && q.spans == 2 ? made(s.part, p.M, n + row, m) : 0;
+        if (STAGE == EXPERT && mine) v = expert_end(p, a, q, t.k, m, g + row, v, second);
+        if (STAGE == INPUT && mine) {
+            v = convolve(p, conv, v + conv.bias_x);
+            s.u[m * q.n + g + row] = v;
+            s.z[m * q.n + g + row] = second + conv.bias_z;
+        }
+        const float next = __shfl_down_sync(~0u, v, 1);
+        uint2 *to = STAGE == INPUT ? p.u + (size_t)m * (p.I / 2) : p.act + (size_t)m * (p.F / 2);
+        if (mine && row % 2 == 0) tell(to + at / 2, halves(v, next), t.number);
+        return;
+    }
+    if (!mine) return;
+    if (STAGE == XPROJ) tell(p.xdbl + m * (p.R + 2 * p.N) + at, __float_as_uint(v), t.number);
+    if (STAGE == HEAD) {
+        v += p.head_bias ? p.head_bias[at] : 0;
+        p.logits[(size_t)m * p.V + at] = v;
+        if (at < p.ids) *top = max(*top, logit_key(v, at));
+    }
+    if (STAGE == OUTPUT || STAGE == DOWN) {
+        if (STAGE == OUTPUT && a.out_bias) v += a.out_bias[at];
+        if (STAGE == DOWN) v = (v + (a.down_bias ? a.down_bias[(size_t)t.k->expert[m] * p.D + at] : 0)) * t.k->gate[m];
+        float *sum = s.sum + m * q.n + row;
+        if (last) {
+            p.out[m * p.D + at] = v;
+            p.sum[m * p.D + at] = *sum;
+        } else tell(p.stream + m * p.D + at, __float_as_uint(*sum += v), t.number);
+    }
+}
+
+/* Tiles that nobody needs. */
+INLINE void release(state &t, int n) {
+    for (; n; n--, t.tile++) {
+        barrier_wait(&t.r->full[t.tile % RING_TILES], t.tile / RING_TILES);
+        if (lane_of() == 0) barrier_arrive(&t.r->empty[t.tile % RING_TILES]);
+    }
+}
+/* Tiles of a stage, of one expert. */
+INLINE int tiles_of(const plan &q) {
+    const int most = q.spans == 2 ? GROUP / 2 : GROUP, rest = q.n % most * q.spans;
+    return q.n / most * ((most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h;
+}
+/* A stage after what it begins with: products of the block's rows, a group at a time. */
+template <int STAGE> INLINE void rows_end(const program &p, const shared &s, const layer &a, const plan q, state &t, bool last) {
+    const uint32_t memory = address(t.memory);
+    const int most = q.spans == 2 ? GROUP / 2 : GROUP, row = tid() % GROUP, mine = t.k->expert[lane_of() / 4];
+    t.number++;
+#pragma unroll 1
+    for (int g = 0; g < q.n; g += most) {
+        const int n = min(most, q.n - g), rows = n * q.spans;
+        convolution conv[ROUNDS] = {};
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int m = tid() / GROUP + i * (THREADS / GROUP);
+            if (STAGE == INPUT && m < p.M && row < n) conv[i] = convolution_of(p, a, m, q.from + g + row);
+        }
+        const bool experts = STAGE == EXPERT || STAGE == DOWN;
+        bool more = false;
+#pragma unroll 1
+        for (unsigned left = experts ? t.chosen : 1; left; left &= left - 1, more = true) {
+            const bool use = !experts || mine == __ffs(left) - 1;
+#pragma unroll 1
+            for (int r = 0; r < rows; r += q.tiles * q.h) {
+                const int part = min(q.tiles * q.h, rows - r), tiles = part <= q.h ? 1 : BATCH;
+                if (tiles == 1) multiply<1>(q, t.r, memory, t.tile, part, t.x, use, p.M, s.part, r, more);
+                else multiply<BATCH>(q, t.r, memory, t.tile, part, t.x, use, p.M, s.part, r, more);
+                t.tile += tiles;
+            }
+        }
+        meet();
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int m = tid() / GROUP + i * (THREADS / GROUP);
+            if (m < p.M) row_end<STAGE>(p, s, a, q, t, conv[i], &t.top[i], g, n, m, row, last);
+        }
+        if (g + most < q.n) meet();
+    }
+}
+
+__device__ static void work(const program &p, const plan *plans, ring *r, layer *kept, uint8_t *memory, const bm_token *token) {
+    __shared__ chosen k;
+    const int own = SLOTS * plans[SCAN].n, lane = lane_of();
+    float *u = (float *)(memory + p.at_own);
+    const shared s = { memory + p.at_x, (float *)(memory + p.at_f), (float *)(memory + p.at_part), u, u + own, u + 2 * own,
+                       (float *)(memory + p.at_router), token };
+    state t = { r, memory, *p.number };
+    t.k = &k;
+    t.x = address(s.x) + min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16;
+    for (int i = tid(); i < p.M * plans[OUTPUT].n; i += THREADS) {
+        const int m = i / plans[OUTPUT].n;
+        s.sum[i] = embedded(p, token, m, plans[OUTPUT].from + i - m * plans[OUTPUT].n);
+    }
+    bool guessed = false;
+#pragma unroll 1
+    for (int l = 0; l < p.L; l++) {
+        const layer &a = kept[l % 2];
+        const bool last = l + 1 == p.L && !p.head;
+        norm_rows(p, s, a.norm, NULL, a.eps, false, l == 0, !a.X, t.number);
+        for (int i = tid(); l + 1 < p.L && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 8;"
+                         :: "r"(address((uint64_t *)&kept[(l + 1) % 2] + i)), "l"((const uint64_t *)(p.layers + l + 1) + i));
+        if (a.X) {
+            t.chosen = choose(p, s, a, r, t.round, &k);
+            if (a.router) t.round++;
+            if (guessed && r->guessed != t.chosen) release(t, tiles_of(plans[EXPERT]) + tiles_of(plans[DOWN]));
+            guessed = false;
+            rows_end<EXPERT>(p, s, a, plans[EXPERT], t, false);
+            hear_rows(p, s, p.act, p.F, t.number);
+            rows_end<DOWN>(p, s, a, plans[DOWN], t, last);
+        } else {
+            rows_end<INPUT>(p, s, a, plans[INPUT], t, false);
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            meet();
+            guessed = l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);
+            if (guessed) guess(p, s, kept[(l + 1) % 2], r, t.round);
+            if (plans[XPROJ].n) hear_rows(p, s, p.u, p.I, t.number);
+            rows_end<XPROJ>(p, s, a, plans[XPROJ], t, false);
+            scan(p, s, a, plans[SCAN], t.number++);
+            hear_rows(p, s, p.y, p.I, t.number);
+            rows_end<OUTPUT>(p, s, a, plans[OUTPUT], t, last);
+        }
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        meet();
+    }
+    if (p.head) {
+        norm_rows(p, s, p.last_norm, p.last_bias, p.last_eps, p.centered, false, true, t.number);
+        rows_end<HEAD>(p, s, kept[0], plans[HEAD], t, false);
+    }
+    if (p.best) best_end(p, t.top);
+    if (blockIdx.x == 0 && tid() == 0) *p.number = t.number;
+}
+#endif
+
+__global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_constant__ program p) {
+#if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) uint8_t memory[];
+    __shared__ layer kept[2];
+    __shared__ plan plans[KINDS];
+    __shared__ ring r;
+    __shared__ bm_token token[SLOTS];
+    if (tid() < p.M) token[tid()] = p.token[tid()];
+    if (tid() < KINDS) plans[tid()] = plan_of(p, tid());
+    if (tid() < RING_TILES) {
+        barrier_make(&r.full[tid()], 1);
+        barrier_make(&r.empty[tid()], WARPS);
+        if (tid() == 0) barrier_make(&r.decided, 1);
+        if (tid() == 0) barrier_make(&r.routed, 1);
+        if (tid() == 0) barrier_make(&r.foreseen, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS + 32) ((uint64_t *)&kept[0])[i] = ((const uint64_t *)p.layers)[i];
+    __syncthreads();
+    if (tid() >= THREADS) copy_all(p, plans, &r, memory);
+    else work(p, plans, &r, kept, memory, token);
+#endif
+}
+
+/* ---- a program on the GPU ------------------------------------------------------------------------------------------- */
+
+struct bm_cuda_token { program p; layer *layers; void *memory; int blocks, bytes; };
+
+static int up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
+static int least(int a, int b) { return a < b ? a : b; }
+
+/* Blocks, each with something of every vector, and places in shared memory; false: the ring would hold too little. */
+static bool shared_fits(const bm_cuda *c, bm_cuda_token *t) {
+    program *p = &t->p;
+    const int B = p->R + 2 * p->N, widest = p->I > p->F ? p->I > p->D ? p->I : p->D : p->F > p->D ? p->F : p->D;
+    int G = least(c->chip.multiProcessorCount, least(p->D, p->I / 2));
+    if (p->F) G = least(G, p->F / 2);
+    const int own = up_to(blocks_of((size_t)p->I, (size_t)G) + 1, 2), stream = blocks_of((size_t)p->D, (size_t)G);
+    t->blocks = G;
+    t->bytes = (int)c->chip.sharedMemPerBlockOptin - 6 * 1024;
+    p->ldx = 2 * widest + 16;
+    p->at_router = t->bytes - 4 * (p->most_X ? p->most_X + 1 : 0) * p->D;
+    p->at_own = p->at_router - up_to(4 * SLOTS * (2 * own + stream), 16);
+    p->at_part = p->at_own - 4 * WARPS * p->M * GROUP;
+    p->at_f = p->at_part - 4 * p->M * p->D;
+    p->at_x = p->at_f - p->M * p->ldx;
+    p->ring = p->at_x / 128 * 128;
+    return B % 2 == 0 && B <= p->D && p->D % 8 == 0 && 4 * (widest + 8) <= p->ring;
+}
+
+/* Zeroed memory on the GPU, cut into pieces. */
+static bool memory_get(bm_cuda *c, bm_cuda_token *t) {
+    program *p = &t->p;
+    const size_t M = (size_t)p->M, words = M * (size_t)(p->D + p->R + 2 * p->N + p->I + p->F / 2), layers = sizeof(layer) * (size_t)p->L;
+    const size_t bytes = 256 + words * sizeof(uint2) + layers;
+    if (cudaMalloc(&t->memory, bytes)) {
+        cudaGetLastError();     /* a failed allocation must not look like a failed kernel */
+        return false;
+    }
+    p->number = (unsigned *)t->memory;
+    p->ended = p->number + 1;
+    p->key = (unsigned long long *)t->memory + 1;
+    p->stream = (uint2 *)((uint8_t *)t->memory + 256);
+    p->xdbl = p->stream + M * (size_t)p->D;
+    p->u = p->xdbl + M * (size_t)(p->R + 2 * p->N);
+    p->y = p->u + M * (size_t)(p->I / 2);
+    p->act = p->y + M * (size_t)(p->I / 2);
+    p->layers = (const layer *)(p->act + M * (size_t)(p->F / 2));
+    bm_cuda_check(c, cudaMemsetAsync(t->memory, 0, bytes, c->stream), "a token");
+    bm_cuda_check(c, cudaMemcpyAsync((void *)p->layers, t->layers, layers, cudaMemcpyHostToDevice, c->stream), "a token");
+    return true;
+}
+
+bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
+    bm_cuda_token *t = c->chip.major >= 9 ? (bm_cuda_token *)calloc(1, sizeof *t) : NULL;
+    if (!t) return NULL;
+    t->layers = (layer *)calloc((size_t)n, sizeof *t->layers);
+    if (!t->layers || !bm_cuda_program_is(op, n, &t->p, t->layers) || !shared_fits(c, t) || !memory_get(c, t)) {
+        bm_cuda_token_free(t);
+        return NULL;
+    }
+    bm_cuda_check(c, cudaFuncSetAttribute(token_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t->bytes), "a token");
+    return t;
+}
+
+/* All blocks at once, or none: they wait for one another. */
+bool bm_cuda_token_run(bm_cuda *c, const bm_cuda_token *t) {
+    void *args[] = { (void *)&t->p };
+    const cudaError_t e = cudaLaunchCooperativeKernel((const void *)token_kernel, dim3((unsigned)t->blocks), dim3(THREADS + 32), args,
+                                                      (size_t)t->bytes, c->stream);
+    return bm_cuda_check(c, e, "a token");
+}
+
+void bm_cuda_token_free(bm_cuda_token *t) {
+    if (!t) return;
+    cudaFree(t->memory);
+    free(t->layers);
+    free(t);
+}

@@ -1,0 +1,63 @@
+/* token.h - a token's operations as they were asked for, and as one kernel.  Room: cuda. */
+#ifndef BM_CUDA_TOKEN_H
+#define BM_CUDA_TOKEN_H
+#include "cuda/cuda.h"
+#pragma GCC visibility push(hidden)
+
+typedef enum bm_cuda_kind {
+    BM_CUDA_EMBED, BM_CUDA_NORM, BM_CUDA_LINEAR, BM_CUDA_CONV, BM_CUDA_SCAN, BM_CUDA_ROUTE, BM_CUDA_EXPERTS, BM_CUDA_ATTENTION,
+    BM_CUDA_BEST
+} bm_cuda_kind;
+typedef struct bm_cuda_op {
+    bm_cuda_kind kind;
+    union {
+        bm_op_embed embed; bm_op_norm norm; bm_op_linear linear; bm_op_conv conv; bm_op_scan scan; bm_op_route route;
+        bm_op_experts experts; bm_op_attention attention; bm_op_best best;
+    };
+    bm_op_route of;             /* what experts.route points to */
+} bm_cuda_op;
+
+/* ---- what token.cu's kernel does in a token: program.cu reads it off the operations --------------------------- */
+
+enum { BM_CUDA_SLOTS = 8, BM_CUDA_MOST_X = 16, BM_CUDA_PAIRS = 5 * 256 };     /* pairs: of words of a vector, at most */
+
+typedef struct bm_cuda_layer {
+    const float *norm; float eps;
+    int X;                                      /* 0: Mamba */
+    const uint8_t *in, *x, *dt, *out;
+    const float *in_bias, *out_bias, *conv, *conv_bias, *dt_bias, *A, *D;
+    float *conv_state, *state;                  /* of slot 0 */
+    bool gelu, softmax;
+    const float *router, *router_bias, *gate_bias, *up_bias, *down_bias;    /* router NULL: a dense MLP */
+    const uint8_t *gate[BM_CUDA_MOST_X], *up[BM_CUDA_MOST_X], *down[BM_CUDA_MOST_X];                /* gate[0] NULL: plain */
+} bm_cuda_layer;
+
+typedef struct bm_cuda_program {
+    int M, L, D, I, N, K, R, V, F, most_X;      /* most_X: experts of a layer */
+    bool gated;
+    size_t stride;                              /* of states */
+    const bm_token *token; const int32_t *slot;
+    const uint8_t *table; bool table_f32;
+    const bm_cuda_layer *layers;
+    uint2 *stream, *xdbl, *u, *y, *act;         /* words: (M,D) and (M,R+2N) f32; (M,I/2) (M,I/2) (M,F/2) two bf16 */
+    float *sum, *out;                           /* (M,D) where the head is not part of it */
+    const float *last_norm, *last_bias, *head_bias; float last_eps; bool centered;
+    const uint8_t *head; float *logits;         /* head NULL: the last layer leaves out and sum */
+    bm_token *best; int ids;                    /* the largest of the first ids logits; NULL: not wanted */
+    unsigned long long *key; unsigned *ended;   /* (M) of the best so far, blocks that ended; zeros between tokens */
+    unsigned *number;                           /* of the last stage of the token before */
+    int ring, ldx;                              /* bytes; from slot to slot of activations */
+    int at_x, at_f, at_part, at_own, at_router; /* where in shared memory, in bytes; the ring is at 0 */
+} bm_cuda_program;
+
+/* Fills all of p but buffers and places, and p->L of n layers; false: not operations that the kernel knows. */
+bool bm_cuda_program_is(const bm_cuda_op *op, int n, bm_cuda_program *p, bm_cuda_layer *layers);
+
+typedef struct bm_cuda_token bm_cuda_token;
+/* NULL: not operations of a token that the kernel knows, or no memory. */
+bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n);
+bool bm_cuda_token_run(bm_cuda *c, const bm_cuda_token *t);
+void bm_cuda_token_free(bm_cuda_token *t);
+
+#pragma GCC visibility pop
+#endif
