@@ -285,8 +285,8 @@ typedef struct bm_session bm_session;
 
 typedef struct bm_session_options {
     int slots;                      /* independent sequences; 0: 1 */
-    int chunk;                      /* rows computed together; 0: 512, 64 within a limit of memory.  Changes speed, never a
-                                     * bit of the result */
+    int chunk;                      /* rows computed together; 0: 512, on a GPU 2,048, 64 within a limit of its memory.  Changes
+                                     * speed, never a bit of the result (native bf16 on a GPU: docs/NUMERICS.md) */
     bm_arith arith;
     int ids;                        /* BM_WANT_BEST chooses among ids below it; 0: all */
 } bm_session_options;

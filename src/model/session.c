@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { HEAD_ROWS = 64, HEAD_ROWS_GPU = 1024, MAX_SLOTS = 4096, MAX_CHUNK = 8192, CHUNK = 512, CHUNK_LIMITED = 64 };
+enum { HEAD_ROWS = 64, HEAD_ROWS_GPU = 1024, MAX_SLOTS = 4096, MAX_CHUNK = 8192, CHUNK = 512, CHUNK_GPU = 2048, CHUNK_LIMITED = 64 };
 
 /* An input on its way: what of it was fed, and where scores go. */
 typedef struct bm_feed {
@@ -99,7 +99,7 @@ static bm_status session_plan(bm_session *s, const bm_model *m, const bm_session
     if ((unsigned)o.arith > BM_ARITH_F32) return bm_fail(BM_EARG, "arith: found %d, expected f32 or native", (int)o.arith);
     *s = (bm_session){ .m = m, .be = m->be, .slots = o.slots ? o.slots : 1, .arith = o.arith,
                        .ids = o.ids ? o.ids : m->config.n_vocab };
-    s->chunk = o.chunk ? o.chunk : m->device->limit ? CHUNK_LIMITED : CHUNK;
+    s->chunk = o.chunk ? o.chunk : m->device->limit ? CHUNK_LIMITED : m->be->reads_host ? CHUNK : CHUNK_GPU;
     s->head_rows = m->be->reads_host ? HEAD_ROWS : s->chunk < HEAD_ROWS_GPU ? s->chunk : HEAD_ROWS_GPU;
     s->pass = (bm_pass){ .be = s->be, .config = &m->config, .w = &m->w, .arith = s->arith,
                          .stride = bm_state_floats(&m->config, NULL), .experts = bm_pages_door(m->pages) };
