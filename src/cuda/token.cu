@@ -196,7 +196,7 @@ __device__ __noinline__ static void copy_all(const program &p, const plan *q, ri
         }
         if (l + 1 < p.L && a[1].X) router_copy(p, a + 1, r, memory);
     }
-    if (p.head) copy_stage(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
+    copy_stage(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
@@ -546,7 +546,7 @@ typedef struct state {
 
 /* Row `row` of a group of n rows that begins at g, of slot m: what it becomes and who hears of it. */
 template <int STAGE> INLINE void row_end(const program &p, const shared &s, const layer &a, const plan &q, state &t, const convolution &conv,
-                                         unsigned long long *top, int g, int n, int m, int row, bool last) {
+                                         unsigned long long *top, int g, int n, int m, int row) {
     const bool mine = row < n;
     const int at = q.from + g + row;
     float v = mine ? made(s.part, p.M, row, m) : 0;
@@ -573,11 +573,7 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
     if (STAGE == OUTPUT || STAGE == DOWN) {
         if (STAGE == OUTPUT && a.out_bias) v += a.out_bias[at];
         if (STAGE == DOWN) v = (v + (a.down_bias ? a.down_bias[(size_t)t.k->expert[m] * p.D + at] : 0)) * t.k->gate[m];
-        float *sum = s.sum + m * q.n + row;
-        if (last) {
-            p.out[m * p.D + at] = v;
-            p.sum[m * p.D + at] = *sum;
-        } else tell(p.stream + m * p.D + at, __float_as_uint(*sum += v), t.number);
+        tell(p.stream + m * p.D + at, __float_as_uint(s.sum[m * q.n + row] += v), t.number);
     }
 }
 
@@ -594,7 +590,7 @@ INLINE int tiles_of(const plan &q) {
     return q.n / most * ((most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h;
 }
 /* A stage after what it begins with: products of the block's rows, a group at a time. */
-template <int STAGE> INLINE void rows_end(const program &p, const shared &s, const layer &a, const plan q, state &t, bool last) {
+template <int STAGE> INLINE void rows_end(const program &p, const shared &s, const layer &a, const plan q, state &t) {
     const uint32_t memory = address(t.memory);
     const int most = q.spans == 2 ? GROUP / 2 : GROUP, row = tid() % GROUP, mine = t.k->expert[lane_of() / 4];
     t.number++;
@@ -624,7 +620,7 @@ template <int STAGE> INLINE void rows_end(const program &p, const shared &s, con
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int m = tid() / GROUP + i * (THREADS / GROUP);
-            if (m < p.M) row_end<STAGE>(p, s, a, q, t, conv[i], &t.top[i], g, n, m, row, last);
+            if (m < p.M) row_end<STAGE>(p, s, a, q, t, conv[i], &t.top[i], g, n, m, row);
         }
         if (g + most < q.n) meet();
     }
@@ -647,7 +643,6 @@ __device__ static void work(const program &p, const plan *plans, ring *r, layer 
 #pragma unroll 1
     for (int l = 0; l < p.L; l++) {
         const layer &a = kept[l % 2];
-        const bool last = l + 1 == p.L && !p.head;
         norm_rows(p, s, a.norm, NULL, a.eps, false, l == 0, !a.X, t.number);
         for (int i = tid(); l + 1 < p.L && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
             asm volatile("cp.async.ca.shared.global [%0], [%1], 8;"
@@ -657,29 +652,27 @@ __device__ static void work(const program &p, const plan *plans, ring *r, layer 
             if (a.router) t.round++;
             if (guessed && r->guessed != t.chosen) release(t, tiles_of(plans[EXPERT]) + tiles_of(plans[DOWN]));
             guessed = false;
-            rows_end<EXPERT>(p, s, a, plans[EXPERT], t, false);
+            rows_end<EXPERT>(p, s, a, plans[EXPERT], t);
             hear_rows(p, s, p.act, p.F, t.number);
-            rows_end<DOWN>(p, s, a, plans[DOWN], t, last);
+            rows_end<DOWN>(p, s, a, plans[DOWN], t);
         } else {
-            rows_end<INPUT>(p, s, a, plans[INPUT], t, false);
+            rows_end<INPUT>(p, s, a, plans[INPUT], t);
             asm volatile("cp.async.wait_all;" ::: "memory");
             meet();
             guessed = l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);
             if (guessed) guess(p, s, kept[(l + 1) % 2], r, t.round);
             if (plans[XPROJ].n) hear_rows(p, s, p.u, p.I, t.number);
-            rows_end<XPROJ>(p, s, a, plans[XPROJ], t, false);
+            rows_end<XPROJ>(p, s, a, plans[XPROJ], t);
             scan(p, s, a, plans[SCAN], t.number++);
             hear_rows(p, s, p.y, p.I, t.number);
-            rows_end<OUTPUT>(p, s, a, plans[OUTPUT], t, last);
+            rows_end<OUTPUT>(p, s, a, plans[OUTPUT], t);
         }
         asm volatile("cp.async.wait_all;" ::: "memory");
         meet();
     }
-    if (p.head) {
-        norm_rows(p, s, p.last_norm, p.last_bias, p.last_eps, p.centered, false, true, t.number);
-        rows_end<HEAD>(p, s, kept[0], plans[HEAD], t, false);
-    }
-    if (p.best) best_end(p, t.top);
+    norm_rows(p, s, p.last_norm, p.last_bias, p.last_eps, p.centered, false, true, t.number);
+    rows_end<HEAD>(p, s, kept[0], plans[HEAD], t);
+    best_end(p, t.top);
     if (blockIdx.x == 0 && tid() == 0) *p.number = t.number;
 }
 #endif
@@ -758,7 +751,9 @@ static bool memory_get(bm_cuda *c, bm_cuda_token *t) {
 }
 
 bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
-    bm_cuda_token *t = c->chip.major >= 9 ? (bm_cuda_token *)calloc(1, sizeof *t) : NULL;
+    cudaFuncAttributes code;        /* a later chip may run code for an earlier one, in which the kernel is empty */
+    if (!bm_cuda_check(c, cudaFuncGetAttributes(&code, token_kernel), "a token") || code.ptxVersion < 90) return NULL;
+    bm_cuda_token *t = (bm_cuda_token *)calloc(1, sizeof *t);
     if (!t) return NULL;
     t->layers = (layer *)calloc((size_t)n, sizeof *t->layers);
     if (!t->layers || !bm_cuda_program_is(op, n, &t->p, t->layers) || !shared_fits(c, t) || !memory_get(c, t)) {

@@ -40,10 +40,9 @@ typedef struct bm_cuda_program {
     const uint8_t *table; bool table_f32;
     const bm_cuda_layer *layers;
     uint2 *stream, *xdbl, *u, *y, *act;         /* words: (M,D) and (M,R+2N) f32; (M,I/2) (M,I/2) (M,F/2) two bf16 */
-    float *sum, *out;                           /* (M,D) where the head is not part of it */
     const float *last_norm, *last_bias, *head_bias; float last_eps; bool centered;
-    const uint8_t *head; float *logits;         /* head NULL: the last layer leaves out and sum */
-    bm_token *best; int ids;                    /* the largest of the first ids logits; NULL: not wanted */
+    const uint8_t *head; float *logits;
+    bm_token *best; int ids;                    /* the largest of the first ids logits */
     unsigned long long *key; unsigned *ended;   /* (M) of the best so far, blocks that ended; zeros between tokens */
     unsigned *number;                           /* of the last stage of the token before */
     int ring, ldx;                              /* bytes; from slot to slot of activations */
