@@ -78,7 +78,7 @@ $B/blackmamba-mpi.so: src/dist/mpi/mpi.c src/dist/mpi.h src/dist/comm.h
 
 NVCC_FLAGS := -std=c++17 -O3 -Iinclude -Isrc -Xcompiler -fPIC,-fvisibility=hidden,-Wall \
   $(foreach c,$(CHIPS),-gencode arch=compute_$c,code=sm_$c) -gencode arch=compute_80,code=compute_80
-$B/%.cu.o: %.cu src/cuda/cuda.h src/cuda/steps.cuh src/cuda/token.h src/cuda/weights.cuh src/model/backend.h src/base/base.h include/blackmamba.h
+$B/%.cu.o: %.cu src/cuda/cuda.h src/cuda/ptx.cuh src/cuda/steps.cuh src/cuda/token.h src/cuda/weights.cuh src/model/backend.h src/base/base.h include/blackmamba.h
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
 $B/blackmamba-cuda.so: $(CUDA_SRC:%=$B/%.o) $B/libblackmamba.a
@@ -90,7 +90,13 @@ $B/tests/test_%: $B/tests/test_%.o $(TEST_LIB) $B/libblackmamba.a
 	$(CC) -o $@ $^ $(LIBS) -lcmocka
 $B/tests/fuzz/replay_%: $B/tests/fuzz/fuzz_%.o $B/tests/fuzz/replay.o $B/libblackmamba.a
 	$(CC) -o $@ $^ $(LIBS)
-TESTS  := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
+# a kernel of the GPU's on emulated blocks
+CUDA_DIR := $(dir $(NVCC))../include
+$B/tests/test_token: tests/test_token.cu tests/emulated.h $(wildcard src/cuda/*.cu src/cuda/*.cuh src/cuda/*.h) $B/src/cuda/program.cu.o $(TEST_LIB) $B/libblackmamba.a
+	$(CXX) -O2 -std=c++17 -x c++ -fno-strict-aliasing -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-unused-function \
+	  -Iinclude -Isrc -Itests -I$(CUDA_DIR) -c $< -o $@.o
+	$(NVCC) -o $@ $@.o $B/src/cuda/program.cu.o $(TEST_LIB) $B/libblackmamba.a $(PKG_LIBS) -lcmocka
+TESTS  := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c)) $(if $(NVCC),test_token)
 REPLAY := $(patsubst tests/fuzz/fuzz_%.c,replay_%,$(wildcard tests/fuzz/fuzz_*.c))
 # the whole model again at the lower levels
 LEVELS := $(foreach l,scalar $(filter-out $(lastword $(ISA_$(ARCH))),$(ISA_$(ARCH))),$l:test_golden $l:test_laws)

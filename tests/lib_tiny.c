@@ -55,3 +55,5 @@ void all_logits(bm_session *s, int slot, const bm_token *ids, size_t n, float *o
     sink k = { out, s->m->config.n_vocab };
     OK(bm_forward(s, &(bm_input){ .slot = slot, .tokens = ids, .n = n, .want = BM_WANT_ALL, .fn = keep, .user = &k }, 1));
 }
+
+bm_backend *backend_of(bm_device *d) { return d->be; }

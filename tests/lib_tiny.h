@@ -17,4 +17,6 @@ void rig_close(rig *r);
 void random_ids(bm_token *ids, size_t n, int V, uint64_t seed);
 /* Logits of every row of ids after what the slot holds, into out (n,V). */
 void all_logits(bm_session *s, int slot, const bm_token *ids, size_t n, float *out);
+/* For tests that are not C. */
+bm_backend *backend_of(bm_device *d);
 #endif

@@ -62,32 +62,21 @@ __device__ static bool find(const bm_product &p, bool apart, tile *w, int t, int
 
 /* ---- barriers, copies, products ---------------------------------------------------------- */
 
-__device__ static uint32_t shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ static void barrier_init(uint64_t *b, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_at(b)), "r"(count));
-}
 /* Of block `cta` of the cluster. */
 __device__ static void barrier_arrive(uint64_t *b, int cta) {
     asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}"
-                 :: "r"(shared_at(b)), "r"(cta) : "memory");
-}
-__device__ static void barrier_expect(uint64_t *b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_at(b)), "r"(bytes) : "memory");
-}
-__device__ static void barrier_wait(uint64_t *b, int parity) {
-    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again;}"
-                 :: "r"(shared_at(b)), "r"(parity) : "memory");
+                 :: "r"(address(b)), "r"(cta) : "memory");
 }
 __device__ static void bring(void *to, const CUtensorMap *map, uint64_t *b, int k, int row, int e) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4}], [%5];"
-                 :: "r"(shared_at(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(shared_at(b)) : "memory");
+                 :: "r"(address(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(address(b)) : "memory");
 }
 /* To the same place in both blocks, each barrier told of its own. */
 __device__ static void bring_both(void *to, const CUtensorMap *map, uint64_t *b, int k, int row) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
                  " [%0], [%1, {%2, %3, %4}], [%5], %6;"
-                 :: "r"(shared_at(to)), "l"(map), "r"(k), "r"(row), "r"(0), "r"(shared_at(b)), "h"((uint16_t)3) : "memory");
+                 :: "r"(address(to)), "l"(map), "r"(k), "r"(row), "r"(0), "r"(address(b)), "h"((uint16_t)3) : "memory");
 }
 __device__ static int rank_in_cluster() {
     int r;
@@ -99,7 +88,7 @@ __device__ static void cluster_meet() {
 }
 /* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
 __device__ static uint64_t matrix(const void *p) {
-    return (uint64_t)(shared_at(p) >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+    return (uint64_t)(address(p) >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 #define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
@@ -292,14 +281,14 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
     typedef shape<BN, GROUPS, CTAS> S;
     extern __shared__ uint8_t memory[];
     __shared__ uint64_t full[S::STAGES], empty[S::STAGES];
-    const ring r = { memory + (1024 - shared_at(memory) % 1024) % 1024, full, empty };
+    const ring r = { memory + (1024 - address(memory) % 1024) % 1024, full, empty };
     const int rank = CTAS == 1 ? 0 : rank_in_cluster();
     if (!threadIdx.x) {
         for (int s = 0; s < S::STAGES; s++) {
-            barrier_init(&full[s], 1);
-            barrier_init(&empty[s], 4 * GROUPS * CTAS);
+            barrier_make(&full[s], 1);
+            barrier_make(&empty[s], 4 * GROUPS * CTAS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_made();
     }
     __syncthreads();
     cluster_meet();

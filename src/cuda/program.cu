@@ -1,5 +1,6 @@
-/* program.cu - a token's operations, in the order model/forward.c asks for them, read as layers.  Room: cuda. */
+/* program.cu - a token's operations, in the order model/forward.c asks for them, read as layers for one kernel.  Room: cuda. */
 #include "cuda/token.h"
+#include <stdlib.h>
 
 typedef struct reader { const bm_cuda_op *op; int n, at; } reader;
 static const bm_cuda_op *next_is(reader *r, bm_cuda_kind kind) {
@@ -102,4 +103,92 @@ bool bm_cuda_program_is(const bm_cuda_op *op, int n, bm_cuda_program *p, bm_cuda
         p->L++;
     }
     return p->L && p->I && p->D / 2 <= BM_CUDA_PAIRS && head_is(r, p, y, sum) && r->at == r->n;
+}
+
+/* ---- places ------------------------------------------------------------------------------------------- */
+
+static int up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
+static int least(int a, int b) { return a < b ? a : b; }
+static int most(int a, int b) { return a > b ? a : b; }
+
+int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes) {
+    const int B = p->R + 2 * p->N, widest = most(p->D, most(p->I, p->F));
+    int G = least(blocks, least(p->D, p->I / 2));
+    if (p->F) G = least(G, p->F / 2);
+    const int own = up_to(blocks_of((size_t)p->I, (size_t)G) + 1, 2), stream = blocks_of((size_t)p->D, (size_t)G);
+    p->ldx = 2 * widest + 16;
+    p->at_router = bytes - 4 * (p->most_X ? p->most_X + 1 : 0) * p->D;
+    p->at_own = p->at_router - up_to(4 * BM_CUDA_SLOTS * (2 * own + stream), 16);
+    p->at_part = p->at_own - 4 * BM_CUDA_WARPS * p->M * BM_CUDA_GROUP;
+    p->at_f = p->at_part - 4 * p->M * p->D;
+    p->at_x = p->at_f - p->M * p->ldx;
+    p->ring = p->at_x / 128 * 128;
+    return B % 2 == 0 && B <= p->D && p->D % 8 == 0 && 4 * (widest + 8) <= p->ring ? G : 0;
+}
+
+size_t bm_cuda_program_words(bm_cuda_program *p, void *memory) {
+    const size_t M = (size_t)p->M, D = (size_t)p->D, B = (size_t)(p->R + 2 * p->N), I = (size_t)p->I, F = (size_t)p->F;
+    if (memory) {
+        p->number = (unsigned *)memory;
+        p->ended = p->number + 1;
+        p->key = (unsigned long long *)memory + 1;
+        p->stream = (uint2 *)((uint8_t *)memory + 256);
+        p->xdbl = p->stream + M * D;
+        p->u = p->xdbl + M * B;
+        p->y = p->u + M * (I / 2);
+        p->act = p->y + M * (I / 2);
+    }
+    return 256 + sizeof(uint2) * M * (D + B + I + F / 2);
+}
+
+/* ---- on the GPU ------------------------------------------------------------------------------------------ */
+
+struct bm_cuda_token { bm_cuda_program p; bm_cuda_layer *layers; void *memory; int blocks, bytes; };
+
+static bool made(bm_cuda *c, bm_cuda_token *t, const bm_cuda_op *op, int n) {
+    bm_cuda_program *p = &t->p;
+    t->layers = (bm_cuda_layer *)calloc((size_t)n, sizeof *t->layers);
+    if (!t->layers || !bm_cuda_program_is(op, n, p, t->layers)) return false;
+    t->bytes = (int)c->chip.sharedMemPerBlockOptin - 6 * 1024;
+    t->blocks = bm_cuda_program_place(p, c->chip.multiProcessorCount, t->bytes);
+    const size_t words = bm_cuda_program_words(p, NULL), layers = sizeof *t->layers * (size_t)p->L;
+    if (!t->blocks) return false;
+    if (cudaMalloc(&t->memory, words + layers)) {
+        cudaGetLastError();     /* a failed allocation must not look like a failed kernel */
+        return false;
+    }
+    bm_cuda_program_words(p, t->memory);
+    p->layers = (const bm_cuda_layer *)((uint8_t *)t->memory + words);
+    bm_cuda_check(c, cudaMemsetAsync(t->memory, 0, words, c->stream), "a token");
+    return bm_cuda_check(c, cudaMemcpyAsync((void *)p->layers, t->layers, layers, cudaMemcpyHostToDevice, c->stream), "a token");
+}
+
+bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
+    int threads;
+    const void *kernel = bm_cuda_token_kernel(&threads);
+    cudaFuncAttributes code;        /* a later chip may run code for an earlier one, in which the kernel is empty */
+    if (!bm_cuda_check(c, cudaFuncGetAttributes(&code, kernel), "a token") || code.ptxVersion < 90) return NULL;
+    bm_cuda_token *t = (bm_cuda_token *)calloc(1, sizeof *t);
+    if (t && !made(c, t, op, n)) {
+        bm_cuda_token_free(t);
+        return NULL;
+    }
+    if (t) bm_cuda_check(c, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t->bytes), "a token");
+    return t;
+}
+
+/* All blocks at once, or none: they wait for one another. */
+bool bm_cuda_token_run(bm_cuda *c, const bm_cuda_token *t) {
+    int threads;
+    const void *kernel = bm_cuda_token_kernel(&threads);
+    void *args[] = { (void *)&t->p };
+    const dim3 grid((unsigned)t->blocks), block((unsigned)threads);
+    return bm_cuda_check(c, cudaLaunchCooperativeKernel(kernel, grid, block, args, (size_t)t->bytes, c->stream), "a token");
+}
+
+void bm_cuda_token_free(bm_cuda_token *t) {
+    if (!t) return;
+    cudaFree(t->memory);
+    free(t->layers);
+    free(t);
 }

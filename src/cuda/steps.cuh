@@ -3,19 +3,9 @@
 #ifndef BM_CUDA_STEPS_H
 #define BM_CUDA_STEPS_H
 #include "cuda/cuda.h"
+#include "cuda/ptx.cuh"
 #include <cuda_bf16.h>
 
-/* 2^x and 1/x, to 2 units in the last place and 1; no subnormal numbers. */
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline float inverse_fast(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 /* x / (1 + exp -x) */
 __device__ inline float silu(float x) { return x * inverse_fast(1 + exp2_fast(-1.44269504f * x)); }
 /* x/2 (1 + erf(x / sqrt 2)) */

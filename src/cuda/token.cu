@@ -1,8 +1,7 @@
 /* token.cu - one token of up to SLOTS sequences by one kernel that stays on the GPU from the first layer to the last.
  * Room: cuda.
  *
- * In: the operations of a token, in the order model/forward.c asks for them.  Out: a program for the kernel, or none
- * where a shape, a type or the chip is not one it knows (9.0 and later: bulk copies).
+ * In: a program (program.cu).  Out: logits and the best token of each slot; states moved on.
  *
  * A block per multiprocessor makes its share of rows of every matrix, in stages:
  *   INPUT   norm, in, convolution                          its channels
@@ -22,10 +21,8 @@
 #include "cuda/steps.cuh"
 #include "cuda/token.h"
 #include "cuda/weights.cuh"
-#include <stdlib.h>
-#include <string.h>
 
-enum { WARPS = 8, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, STEP = 32, MOST_X = BM_CUDA_MOST_X, GROUP = 64, BATCH = 2, RING_TILES = 16 };
+enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, STEP = 32, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP, BATCH = 2, RING_TILES = 16 };
 /* Pairs of words a thread hears; columns of dt a lane holds. */
 enum { AT_ONCE = BM_CUDA_PAIRS / THREADS, HELD_R = 9, ROUNDS = SLOTS * GROUP / THREADS };
 
@@ -36,7 +33,6 @@ typedef enum kind { INPUT, XPROJ, SCAN, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind
 /* A block's rows of a stage: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together. */
 typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
 
-#define INLINE __device__ __forceinline__ static
 INLINE int tid() { return (int)threadIdx.x; }
 INLINE int lane_of() { return (int)threadIdx.x % 32; }
 INLINE int warp_of() { return (int)threadIdx.x / 32; }
@@ -59,38 +55,11 @@ __device__ static plan plan_of(const program &p, int stage) {
 }
 
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
-/* ---- barriers in shared memory, copies, words --------------------------------------------------------------- */
+/* ---- words --------------------------------------------------------------------------------------------------- */
 
 /* Of the warps that multiply. */
-INLINE void meet() { asm volatile("bar.sync 1, %0;" :: "n"((int)THREADS) : "memory"); }
-INLINE uint32_t address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-INLINE void barrier_make(uint64_t *b, int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address(b)), "r"(count)); }
-INLINE void barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(address(b)) : "memory"); }
-INLINE void barrier_expect(uint64_t *b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(address(b)), "r"(bytes) : "memory");
-}
-INLINE void barrier_wait(uint64_t *b, unsigned round) {
-    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra L; }"
-                 :: "r"(address(b)), "r"(round & 1) : "memory");
-}
-/* Weights pass through the second-level cache: what else lies there (states, small tensors, code) stays. */
-INLINE uint64_t passing() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-INLINE void copy_row(uint8_t *to, const uint8_t *from, int bytes, uint64_t *b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                 :: "r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)), "l"(passing()) : "memory");
-}
-INLINE void tell(uint2 *to, uint32_t v, unsigned number) {
-    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(v), "r"(number) : "memory");
-}
-INLINE uint4 look(const uint2 *from) {    /* two words */
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-    return v;
-}
+INLINE void meet() { meet_of<THREADS>(); }
+
 /* Words of a row, two at a time: pair tid() + i THREADS of n is v[i]. */
 INLINE void hear(uint4 v[AT_ONCE], const uint2 *row, int n, unsigned number) {
     bool all;
@@ -201,18 +170,6 @@ __device__ __noinline__ static void copy_all(const program &p, const plan *q, ri
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
-typedef struct quad { uint32_t v[4]; } quad;
-/* Four matrices of 8 by 8 bf16; lane i has the address of row i % 8 of matrix i / 8. */
-INLINE quad matrices(uint32_t at) {
-    quad q;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3]) : "r"(at));
-    return q;
-}
-INLINE void multiply_bf16(float *c, const quad &a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
-}
 /* part (WARPS,M,GROUP) (+)= this warp's steps of TILES tiles of h rows, `rows` in all, the first of which is row t of the
  * group.  x: where this lane reads activations; use: the slot of its fragment is multiplied by these weights, the others
  * add 0. */
@@ -540,7 +497,7 @@ typedef struct state {
     ring *r; uint8_t *memory;
     unsigned number, tile, round;       /* of the last stage; tiles and routers so far */
     unsigned long long top[ROUNDS];     /* of this thread's rows of logits */
-    chosen *k; unsigned chosen;         /* of this layer; a bit for each expert */
+    chosen *k; unsigned experts;        /* of this layer; a bit for each expert that some slot chose */
     uint32_t x;                         /* where this lane reads activations */
 } state;
 
@@ -606,7 +563,7 @@ template <int STAGE> INLINE void rows_end(const program &p, const shared &s, con
         const bool experts = STAGE == EXPERT || STAGE == DOWN;
         bool more = false;
 #pragma unroll 1
-        for (unsigned left = experts ? t.chosen : 1; left; left &= left - 1, more = true) {
+        for (unsigned left = experts ? t.experts : 1; left; left &= left - 1, more = true) {
             const bool use = !experts || mine == __ffs(left) - 1;
 #pragma unroll 1
             for (int r = 0; r < rows; r += q.tiles * q.h) {
@@ -645,19 +602,18 @@ __device__ static void work(const program &p, const plan *plans, ring *r, layer 
         const layer &a = kept[l % 2];
         norm_rows(p, s, a.norm, NULL, a.eps, false, l == 0, !a.X, t.number);
         for (int i = tid(); l + 1 < p.L && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 8;"
-                         :: "r"(address((uint64_t *)&kept[(l + 1) % 2] + i)), "l"((const uint64_t *)(p.layers + l + 1) + i));
+            copy_word((uint64_t *)&kept[(l + 1) % 2] + i, (const uint64_t *)(p.layers + l + 1) + i);
         if (a.X) {
-            t.chosen = choose(p, s, a, r, t.round, &k);
+            t.experts = choose(p, s, a, r, t.round, &k);
             if (a.router) t.round++;
-            if (guessed && r->guessed != t.chosen) release(t, tiles_of(plans[EXPERT]) + tiles_of(plans[DOWN]));
+            if (guessed && r->guessed != t.experts) release(t, tiles_of(plans[EXPERT]) + tiles_of(plans[DOWN]));
             guessed = false;
             rows_end<EXPERT>(p, s, a, plans[EXPERT], t);
             hear_rows(p, s, p.act, p.F, t.number);
             rows_end<DOWN>(p, s, a, plans[DOWN], t);
         } else {
             rows_end<INPUT>(p, s, a, plans[INPUT], t);
-            asm volatile("cp.async.wait_all;" ::: "memory");
+            words_wait();
             meet();
             guessed = l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);
             if (guessed) guess(p, s, kept[(l + 1) % 2], r, t.round);
@@ -667,7 +623,7 @@ __device__ static void work(const program &p, const plan *plans, ring *r, layer 
             hear_rows(p, s, p.y, p.I, t.number);
             rows_end<OUTPUT>(p, s, a, plans[OUTPUT], t);
         }
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        words_wait();
         meet();
     }
     norm_rows(p, s, p.last_norm, p.last_bias, p.last_eps, p.centered, false, true, t.number);
@@ -679,7 +635,7 @@ __device__ static void work(const program &p, const plan *plans, ring *r, layer 
 
 __global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_constant__ program p) {
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) uint8_t memory[];
+    uint8_t *memory = shared_memory();
     __shared__ layer kept[2];
     __shared__ plan plans[KINDS];
     __shared__ ring r;
@@ -692,7 +648,7 @@ __global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_con
         if (tid() == 0) barrier_make(&r.decided, 1);
         if (tid() == 0) barrier_make(&r.routed, 1);
         if (tid() == 0) barrier_make(&r.foreseen, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_made();
     }
     for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS + 32) ((uint64_t *)&kept[0])[i] = ((const uint64_t *)p.layers)[i];
     __syncthreads();
@@ -701,80 +657,9 @@ __global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_con
 #endif
 }
 
-/* ---- a program on the GPU ------------------------------------------------------------------------------------------- */
+/* ---- what starts it ------------------------------------------------------------------------------------------------- */
 
-struct bm_cuda_token { program p; layer *layers; void *memory; int blocks, bytes; };
-
-static int up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
-static int least(int a, int b) { return a < b ? a : b; }
-
-/* Blocks, each with something of every vector, and places in shared memory; false: the ring would hold too little. */
-static bool shared_fits(const bm_cuda *c, bm_cuda_token *t) {
-    program *p = &t->p;
-    const int B = p->R + 2 * p->N, widest = p->I > p->F ? p->I > p->D ? p->I : p->D : p->F > p->D ? p->F : p->D;
-    int G = least(c->chip.multiProcessorCount, least(p->D, p->I / 2));
-    if (p->F) G = least(G, p->F / 2);
-    const int own = up_to(blocks_of((size_t)p->I, (size_t)G) + 1, 2), stream = blocks_of((size_t)p->D, (size_t)G);
-    t->blocks = G;
-    t->bytes = (int)c->chip.sharedMemPerBlockOptin - 6 * 1024;
-    p->ldx = 2 * widest + 16;
-    p->at_router = t->bytes - 4 * (p->most_X ? p->most_X + 1 : 0) * p->D;
-    p->at_own = p->at_router - up_to(4 * SLOTS * (2 * own + stream), 16);
-    p->at_part = p->at_own - 4 * WARPS * p->M * GROUP;
-    p->at_f = p->at_part - 4 * p->M * p->D;
-    p->at_x = p->at_f - p->M * p->ldx;
-    p->ring = p->at_x / 128 * 128;
-    return B % 2 == 0 && B <= p->D && p->D % 8 == 0 && 4 * (widest + 8) <= p->ring;
-}
-
-/* Zeroed memory on the GPU, cut into pieces. */
-static bool memory_get(bm_cuda *c, bm_cuda_token *t) {
-    program *p = &t->p;
-    const size_t M = (size_t)p->M, words = M * (size_t)(p->D + p->R + 2 * p->N + p->I + p->F / 2), layers = sizeof(layer) * (size_t)p->L;
-    const size_t bytes = 256 + words * sizeof(uint2) + layers;
-    if (cudaMalloc(&t->memory, bytes)) {
-        cudaGetLastError();     /* a failed allocation must not look like a failed kernel */
-        return false;
-    }
-    p->number = (unsigned *)t->memory;
-    p->ended = p->number + 1;
-    p->key = (unsigned long long *)t->memory + 1;
-    p->stream = (uint2 *)((uint8_t *)t->memory + 256);
-    p->xdbl = p->stream + M * (size_t)p->D;
-    p->u = p->xdbl + M * (size_t)(p->R + 2 * p->N);
-    p->y = p->u + M * (size_t)(p->I / 2);
-    p->act = p->y + M * (size_t)(p->I / 2);
-    p->layers = (const layer *)(p->act + M * (size_t)(p->F / 2));
-    bm_cuda_check(c, cudaMemsetAsync(t->memory, 0, bytes, c->stream), "a token");
-    bm_cuda_check(c, cudaMemcpyAsync((void *)p->layers, t->layers, layers, cudaMemcpyHostToDevice, c->stream), "a token");
-    return true;
-}
-
-bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
-    cudaFuncAttributes code;        /* a later chip may run code for an earlier one, in which the kernel is empty */
-    if (!bm_cuda_check(c, cudaFuncGetAttributes(&code, token_kernel), "a token") || code.ptxVersion < 90) return NULL;
-    bm_cuda_token *t = (bm_cuda_token *)calloc(1, sizeof *t);
-    if (!t) return NULL;
-    t->layers = (layer *)calloc((size_t)n, sizeof *t->layers);
-    if (!t->layers || !bm_cuda_program_is(op, n, &t->p, t->layers) || !shared_fits(c, t) || !memory_get(c, t)) {
-        bm_cuda_token_free(t);
-        return NULL;
-    }
-    bm_cuda_check(c, cudaFuncSetAttribute(token_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t->bytes), "a token");
-    return t;
-}
-
-/* All blocks at once, or none: they wait for one another. */
-bool bm_cuda_token_run(bm_cuda *c, const bm_cuda_token *t) {
-    void *args[] = { (void *)&t->p };
-    const cudaError_t e = cudaLaunchCooperativeKernel((const void *)token_kernel, dim3((unsigned)t->blocks), dim3(THREADS + 32), args,
-                                                      (size_t)t->bytes, c->stream);
-    return bm_cuda_check(c, e, "a token");
-}
-
-void bm_cuda_token_free(bm_cuda_token *t) {
-    if (!t) return;
-    cudaFree(t->memory);
-    free(t->layers);
-    free(t);
+const void *bm_cuda_token_kernel(int *threads) {
+    *threads = THREADS + 32;
+    return (const void *)token_kernel;
 }

@@ -19,7 +19,8 @@ typedef struct bm_cuda_op {
 
 /* ---- what token.cu's kernel does in a token: program.cu reads it off the operations --------------------------- */
 
-enum { BM_CUDA_SLOTS = 8, BM_CUDA_MOST_X = 16, BM_CUDA_PAIRS = 5 * 256 };     /* pairs: of words of a vector, at most */
+/* Pairs: of words of a vector, at most.  The kernel: warps that multiply, rows whose sums over warps are kept at once. */
+enum { BM_CUDA_SLOTS = 8, BM_CUDA_MOST_X = 16, BM_CUDA_PAIRS = 5 * 256, BM_CUDA_WARPS = 8, BM_CUDA_GROUP = 64 };
 
 typedef struct bm_cuda_layer {
     const float *norm; float eps;
@@ -49,6 +50,13 @@ typedef struct bm_cuda_program {
     int at_x, at_f, at_part, at_own, at_router; /* where in shared memory, in bytes; the ring is at 0 */
 } bm_cuda_program;
 
+/* The kernel (9.0 and later: bulk copies), its threads a block; its one argument is a bm_cuda_program. */
+const void *bm_cuda_token_kernel(int *threads);
+/* Places of a block's things in `bytes` of shared memory, for the program's shapes on at most `blocks` blocks, each of which has
+ * something of every vector; how many those are, 0: the ring would hold too little. */
+int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes);
+/* Words and counters in zeroed memory of so many bytes; the same with memory NULL: only how many. */
+size_t bm_cuda_program_words(bm_cuda_program *p, void *memory);
 /* Fills all of p but buffers and places, and p->L of n layers; false: not operations that the kernel knows. */
 bool bm_cuda_program_is(const bm_cuda_op *op, int n, bm_cuda_program *p, bm_cuda_layer *layers);
 

@@ -1,0 +1,83 @@
+/* ptx.cuh - instructions that C++ has no words for.  Room: cuda.  What the kernel of a token (token.cu) and single steps (steps.cuh)
+ * use; a test brings its own in their place (tests/emulated.h). */
+#ifndef BM_CUDA_PTX_H
+#define BM_CUDA_PTX_H
+#include <stdint.h>
+
+#define INLINE __device__ __forceinline__ static
+
+/* 2^x and 1/x, to 2 units in the last place and 1; no subnormal numbers. */
+INLINE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+INLINE float inverse_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
+/* ---- barriers in shared memory, copies --------------------------------------------------------------------------- */
+
+/* Of some of a block's threads, whole warps. */
+template <int THREADS> INLINE void meet_of() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
+INLINE uint8_t *shared_memory() {
+    extern __shared__ __align__(128) uint8_t bytes[];
+    return bytes;
+}
+INLINE uint32_t address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+INLINE void barrier_make(uint64_t *b, int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address(b)), "r"(count)); }
+INLINE void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+INLINE void barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(address(b)) : "memory"); }
+INLINE void barrier_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(address(b)), "r"(bytes) : "memory");
+}
+INLINE void barrier_wait(uint64_t *b, unsigned round) {
+    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra L; }"
+                 :: "r"(address(b)), "r"(round & 1) : "memory");
+}
+/* Weights pass through the second-level cache: what else lies there (states, small tensors, code) stays. */
+INLINE uint64_t passing() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+INLINE void copy_row(uint8_t *to, const uint8_t *from, int bytes, uint64_t *b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 :: "r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)), "l"(passing()) : "memory");
+}
+/* Eight bytes; there after words_wait(). */
+INLINE void copy_word(uint64_t *to, const uint64_t *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(address(to)), "l"(from));
+}
+INLINE void words_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/* ---- words of a value and a number, seen by all blocks -------------------------------------------------------------- */
+
+INLINE void tell(uint2 *to, uint32_t v, unsigned number) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(v), "r"(number) : "memory");
+}
+INLINE uint4 look(const uint2 *from) {    /* two words */
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+/* ---- products --------------------------------------------------------------------------------------------------------- */
+
+typedef struct quad { uint32_t v[4]; } quad;
+/* Four matrices of 8 by 8 bf16; lane i has the address of row i % 8 of matrix i / 8. */
+INLINE quad matrices(uint32_t at) {
+    quad q;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3]) : "r"(at));
+    return q;
+}
+INLINE void multiply_bf16(float *c, const quad &a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
+}
+#endif
+#endif

@@ -1,0 +1,171 @@
+/* test_token.cu - the kernel that does a whole token (src/cuda/token.cu), on emulated blocks (emulated.h): against the CPU, and
+ * the same bits whatever the number of blocks, of texts beside one another and the room for weights.  Built as C++. */
+#include "emulated.h"
+#include "cuda/token.cu"
+#include <cmath>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+extern "C" {
+bm_backend *backend_of(bm_device *d);
+const char *scratch_path(const char *name);
+}
+
+bool bm_cuda_check(bm_cuda *, cudaError_t e, const char *) { return e == cudaSuccess; }     /* program.cu's; nobody calls it here */
+
+enum { TEXTS = 3, TOKENS = 2, V = 100 };
+static void fails(const char *what) {
+    fprintf(stderr, "test_token: %s\n", what);
+    exit(1);
+}
+static void ok(bm_status s) { if (s) fails(bm_error()); }
+
+/* ---- the operations of a token, as the CPU is asked for them ---------------------------------------------------- */
+
+static bm_backend cpu;
+static bm_cuda_op op[256];
+static int n_ops;
+static bool noting;
+static bm_cuda_op *noted(bm_cuda_kind kind) {
+    bm_cuda_op *o = &op[n_ops < 255 ? n_ops : 255];
+    if (noting) n_ops++;
+    o->kind = kind;
+    return o;
+}
+#define NOTE(name, KIND) static void note_##name(bm_backend *b, const bm_op_##name *a) { noted(KIND)->name = *a; cpu.name(b, a); }
+NOTE(embed, BM_CUDA_EMBED)
+NOTE(norm, BM_CUDA_NORM)
+NOTE(linear, BM_CUDA_LINEAR)
+NOTE(conv, BM_CUDA_CONV)
+NOTE(scan, BM_CUDA_SCAN)
+NOTE(route, BM_CUDA_ROUTE)
+NOTE(experts, BM_CUDA_EXPERTS)
+NOTE(best, BM_CUDA_BEST)
+static bool replay(bm_backend *, const void *, int) {
+    n_ops = 0;
+    noting = true;
+    return false;
+}
+static void recorded(bm_backend *) { noting = false; }
+static void forget(bm_backend *, const void *) { }
+
+/* ---- blocks as processes ------------------------------------------------------------------------------------------ */
+
+static void *shared_zeros(size_t bytes) {
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) fails("no memory");
+    return p;
+}
+static bm_cuda_program the_program;
+static void *thread(void *number) {
+    threadIdx.x = (unsigned)(uintptr_t)number;
+    token_kernel(the_program);
+    return NULL;
+}
+static void block(unsigned i, unsigned blocks) {
+    int threads;
+    pthread_t t[32 * MOST_WARPS];
+    bm_cuda_token_kernel(&threads);
+    blockIdx.x = i, gridDim.x = blocks, blockDim.x = (unsigned)threads;
+    memset(shared_bytes, 0xff, sizeof shared_bytes);        /* numbers nobody wrote are NaN */
+    for (int k = 0; k < threads; k++) if (pthread_create(&t[k], NULL, thread, (void *)(uintptr_t)k)) _Exit(1);
+    for (int k = 0; k < threads; k++) pthread_join(t[k], NULL);
+    _Exit(0);
+}
+static void run(int blocks) {
+    for (int i = 0; i < blocks; i++) {
+        const pid_t child = fork();
+        if (!child) {
+            alarm(100);
+            block((unsigned)i, (unsigned)blocks);
+        }
+        if (child < 0) fails("no process");
+    }
+    for (int i = 0, status; i < blocks; i++) if (wait(&status) < 0 || status) fails("a block failed");
+}
+
+/* ---- texts ----------------------------------------------------------------------------------------------------------- */
+
+static bm_token id(int text, int t) { return (text * 37 + t * 29 + 5) % V; }
+
+/* n texts, token by token, on so many blocks with so much room for weights (0: all there is): logits of the last token. */
+static void texts(bm_session *s, int n, int blocks, bool little, float logits[TEXTS][V]) {
+    static bm_cuda_layer layer[16];
+    bm_cuda_program *p = &the_program;
+    bm_token *token = (bm_token *)shared_zeros(64), *best = (bm_token *)shared_zeros(64);
+    float *out = (float *)shared_zeros(sizeof(float) * TEXTS * V);
+    for (int i = 0; i < n; i++) ok(bm_state_set(s, i, NULL));
+    for (int t = 0; t < TOKENS; t++) {
+        bm_token ids[TEXTS];
+        bm_input in[TEXTS] = {};
+        for (int i = 0; i < n; i++) {
+            ids[i] = token[i] = id(i, t);
+            in[i].slot = i, in[i].tokens = &ids[i], in[i].n = 1, in[i].want = BM_WANT_LAST;
+        }
+        ok(bm_forward(s, in, n));
+        if (!t) {
+            *p = {};
+            if (!bm_cuda_program_is(op, n_ops, p, layer)) fails("not a token the kernel knows");
+            blocks = bm_cuda_program_place(p, blocks, SHARED_BYTES - 6 * 1024);
+            bm_cuda_program_words(p, shared_zeros(bm_cuda_program_words(p, NULL)));
+            if (little) p->ring = 4 * (128 + 8) / 128 * 128 + 128;
+            float *first = layer[0].conv_state, *state = (float *)shared_zeros(bm_state_bytes(s) * TEXTS);
+            for (int l = 0; l < p->L; l++)
+                if (!layer[l].X) layer[l].conv_state = state + (layer[l].conv_state - first), layer[l].state = state + (layer[l].state - first);
+            p->layers = layer, p->token = token, p->best = best, p->logits = out;
+        }
+        run(blocks);
+        for (int i = 0; i < n; i++) {
+            const float *want = bm_logits(s, i), *got = out + i * V;
+            float peak = 0, off = 0;
+            int top = 0;
+            for (int v = 0; v < V; v++) {
+                if (!(fabsf(got[v] - want[v]) <= off)) off = fabsf(got[v] - want[v]);
+                peak = fmaxf(peak, fabsf(want[v]));
+                if (got[v] > got[top]) top = v;
+            }
+            /* sums in another order: at worst an activation is rounded to the bf16 beside (docs/NUMERICS.md) */
+            if (!(off <= peak / 256)) fails("logits are not the CPU's");
+            if (best[i] != top) fails("the best token is not that of the logits");
+        }
+    }
+    memcpy(logits, out, sizeof(float) * TEXTS * V);
+}
+
+int main() {
+    static float one[TEXTS][V], other[TEXTS][V];
+    bm_config c = {};
+    bm_device *d;
+    bm_model *m;
+    bm_session *s;
+    const char *path = scratch_path("emulated.gguf");
+    c.family = BM_BLACKMAMBA, c.n_layers = 4, c.n_vocab = V, c.d_model = 64, c.d_inner = 128, c.d_state = 16, c.d_conv = 4, c.dt_rank = 4;
+    c.activation = BM_GELU, c.final_norm = BM_LAYERNORM, c.norm_eps = 1e-5f, c.gated = c.conv_bias = c.tied_head = true, c.top_k = 1;
+    c.max_len = 64;
+    for (int l = 0; l < c.n_layers; l += 2) c.layer[l].mixer = BM_MIXER_MAMBA;
+    c.layer[1].ffn = BM_FFN_MOE, c.layer[1].n_experts = 4, c.layer[3].ffn = BM_FFN_DENSE, c.layer[3].n_experts = 1;
+    c.layer[1].d_ff = c.layer[3].d_ff = 96;
+    ok(bm_init(&c, 7, BM_BF16, path, NULL, NULL, NULL));
+    ok(bm_device_open(&d, "cpu", 1));
+    bm_backend *b = backend_of(d);
+    cpu = *b;
+    b->embed = note_embed, b->norm = note_norm, b->linear = note_linear, b->conv = note_conv, b->scan = note_scan, b->route = note_route;
+    b->experts = note_experts, b->best = note_best, b->replay = replay, b->recorded = recorded, b->forget = forget;
+    ok(bm_model_open(&m, d, path));
+    bm_session_options o = {};
+    o.slots = TEXTS;
+    ok(bm_session_open(&s, m, &o));
+    texts(s, 1, 2, false, one);
+    texts(s, 1, 1, false, other);
+    if (memcmp(one[0], other[0], sizeof one[0])) fails("one block and two differ");
+    texts(s, 1, 2, true, other);
+    if (memcmp(one[0], other[0], sizeof one[0])) fails("little room for weights makes a difference");
+    texts(s, TEXTS, 2, false, other);
+    if (memcmp(one[0], other[0], sizeof one[0])) fails("texts beside it make a difference");
+    bm_session_close(s);
+    bm_model_close(m);
+    bm_device_close(d);
+    unlink(path);
+    puts("4 passed");
+    return 0;
+}
