@@ -121,7 +121,7 @@ check-cuda:
 
 # Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
 # allocator, so not that one), what uses threads under TSan.
-SAN_TESTS := $(filter-out test_memory,$(TESTS)) $(REPLAY)
+SAN_TESTS := $(filter-out test_memory test_token,$(TESTS)) $(REPLAY)
 .PHONY: check-san
 check-san: deps
 	@$(MAKE) $(JOBS) SAN=address,undefined tests
