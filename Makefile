@@ -120,7 +120,7 @@ check-cuda:
 	@tools/check $B test_cuda test_cuda.sh cuda:test_golden cuda:test_laws cuda:test_stream
 
 # Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
-# allocator, so not that one), what uses threads under TSan.
+# allocator, another is linked by nvcc: not those), what uses threads under TSan.
 SAN_TESTS := $(filter-out test_memory test_token,$(TESTS)) $(REPLAY)
 .PHONY: check-san
 check-san: deps
