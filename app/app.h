@@ -121,6 +121,7 @@ typedef struct app_engine {
 int  app_engine_open(app_engine *e, const char *path, const char *device, int threads);
 /* The same within so many megabytes of a GPU's memory for the model and a session of that many texts; 0: no limit. */
 int  app_engine_open_within(app_engine *e, const char *path, const char *device, int threads, int vram, int slots);
+double app_hit_rate(const bm_page_times *p);     /* of the experts chosen, those that were on the device; 0 where none was */
 int  app_engine_tokenizer(app_engine *e, const char *path);             /* path NULL: the model's own */
 int  app_engine_session(app_engine *e, int arith, int slots);
 void app_engine_close(app_engine *e);

@@ -44,12 +44,6 @@ static void print_machine(const bench_machine *m) {
            m->threads == 1 ? "" : "s", m->pages, m->cache[0] / 1024, m->cache[1] / 1024, m->cache[2] / 1024);
 }
 
-/* Of the experts chosen in all lines, those that were on the device. */
-static double hit_rate(const bench_result *r) {
-    const double all = (double)(r->pages.hits + r->pages.misses);
-    return all > 0 ? (double)r->pages.hits / all : 0;
-}
-
 static void print_head(const bench_result *r) {
     const bench_summary w = bench_summarize(&r->bandwidth);
     const double peak = bench_summarize(&r->peak).median, f32 = bench_summarize(&r->peak_f32).median;
@@ -63,7 +57,7 @@ static void print_head(const bench_result *r) {
         printf("memory     %.0f MB at most, %.0f MB of it not the file's\n", 1e-6 * r->peak_memory, 1e-6 * r->anonymous_memory);
     if (r->pages.pages)
         printf("experts    %d on the GPU in %.0f MB, %.1f%% of those chosen were there\n", r->pages.pages,
-               1e-6 * (double)r->pages.bytes, 100 * hit_rate(r));
+               1e-6 * (double)r->pages.bytes, 100 * app_hit_rate(&r->pages));
     printf("bandwidth  %.2f GB/s, %.2f to %.2f\n", 1e-9 * w.median, 1e-9 * w.min, 1e-9 * w.max);
     printf("peak       %.0f GFLOP/s in products of this model, %.0f in f32\n", 1e-9 * peak, 1e-9 * f32);
 }
@@ -243,7 +237,7 @@ int bench_json(const bench_result *r, const char *path) {
         json_object_set_new(o, "session_bytes", json_integer((json_int_t)r->session_bytes));
         if (r->pages.pages)
             json_object_set_new(o, "pages", json_pack("{s:i, s:I, s:o}", "n", r->pages.pages, "bytes", (json_int_t)r->pages.bytes,
-                                                      "hit_rate", app_json_real(hit_rate(r))));
+                                                      "hit_rate", app_json_real(app_hit_rate(&r->pages))));
         json_object_set_new(o, "prefill", json_lines(r, BENCH_PREFILL));
         json_object_set_new(o, "batch", json_lines(r, BENCH_BATCH));
     }

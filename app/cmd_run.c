@@ -183,7 +183,7 @@ static void report(const app_engine *e, const app_turn *t, size_t added) {
             per_second(decoded, t->write_s));
     bm_model_pages(e->model, &p);
     if (p.pages) fprintf(stderr, "experts  %7d on the GPU in %.0f MB, %.1f%% of those chosen were there\n", p.pages,
-                         1e-6 * (double)p.bytes, 100 * (double)p.hits / (double)(p.hits + p.misses));
+                         1e-6 * (double)p.bytes, 100 * app_hit_rate(&p));
     fprintf(stderr, "first token after %.2f s, ended by %s, ", t->first_s, t->finish);
     if (o.seed_unknown) fputs("seed of the session\n", stderr);
     else fprintf(stderr, "seed %llu\n", (unsigned long long)o.seed);

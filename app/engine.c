@@ -84,6 +84,11 @@ int app_engine_open_within(app_engine *e, const char *path, const char *device, 
     return s ? app_failed(s) : APP_OK;
 }
 
+double app_hit_rate(const bm_page_times *p) {
+    const double all = (double)(p->hits + p->misses);
+    return all > 0 ? (double)p->hits / all : 0;
+}
+
 int app_engine_tokenizer(app_engine *e, const char *path) {
     bm_status s = bm_tokenizer_open(&e->tokenizer, path ? path : e->path);
     return s ? app_failed(s) : APP_OK;

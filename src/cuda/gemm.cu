@@ -6,8 +6,8 @@
  * tiles, bf16 weights and activations: tensor cores, 16 columns of outputs by 8 rows; warp w sums steps w, w + 8, ... of 32
  *   elements, then warps in order.  A lane's eight elements lie together in memory: which of a step's elements meet in one
  *   product does not matter as long as both sides agree. */
+#include "cuda/steps.cuh"
 #include "cuda/weights.cuh"
-#include <cuda_bf16.h>
 
 enum { WARPS = 8, ROWS = 8 };
 
@@ -62,18 +62,8 @@ __device__ static uint4 eight(const uint8_t *row, int k, int K, bool aligned) {
 /* The same of f32 activations, rounded. */
 __device__ static uint4 eight_rounded(const float *row, int k, int K, bool aligned) {
     alignas(16) float x[8];
-    uint32_t v[4];
     weights8<BM_F32>((const uint8_t *)row, k, K - k, aligned && k + 8 <= K, x);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-        v[i] = *(const uint32_t *)&pair;
-    }
-    return make_uint4(v[0], v[1], v[2], v[3]);
-}
-__device__ static void multiply(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    return make_uint4(halves(x[0], x[1]), halves(x[2], x[3]), halves(x[4], x[5]), halves(x[6], x[7]));
 }
 enum { AHEAD = 4 };         /* steps whose weights are on their way together */
 
@@ -110,8 +100,8 @@ template <int NT> __global__ void __launch_bounds__(32 * WARPS) tiles(const __gr
             for (int j = 0; j < NT; j++) {
                 if (j >= nt) break;
                 const uint4 b = x[j] && k < p.K ? eight_rounded(x[j], k, p.K, x_aligned) : make_uint4(0, 0, 0, 0);
-                multiply(c[j], a[s][0].x, a[s][1].x, a[s][0].y, a[s][1].y, b.x, b.y);
-                multiply(c[j], a[s][0].z, a[s][1].z, a[s][0].w, a[s][1].w, b.z, b.w);
+                multiply_bf16(c[j], { a[s][0].x, a[s][1].x, a[s][0].y, a[s][1].y }, b.x, b.y);
+                multiply_bf16(c[j], { a[s][0].z, a[s][1].z, a[s][0].w, a[s][1].w }, b.z, b.w);
             }
         }
     }

@@ -18,6 +18,21 @@ INLINE float inverse_fast(float x) {
     return y;
 }
 
+/* ---- products --------------------------------------------------------------------------------------------------------- */
+
+typedef struct quad { uint32_t v[4]; } quad;
+/* Four matrices of 8 by 8 bf16; lane i has the address of row i % 8 of matrix i / 8. */
+INLINE quad matrices(uint32_t at) {
+    quad q;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3]) : "r"(at));
+    return q;
+}
+INLINE void multiply_bf16(float *c, const quad &a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
+}
+
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
 /* ---- barriers in shared memory, copies --------------------------------------------------------------------------- */
 
@@ -65,19 +80,5 @@ INLINE uint4 look(const uint2 *from) {    /* two words */
     return v;
 }
 
-/* ---- products --------------------------------------------------------------------------------------------------------- */
-
-typedef struct quad { uint32_t v[4]; } quad;
-/* Four matrices of 8 by 8 bf16; lane i has the address of row i % 8 of matrix i / 8. */
-INLINE quad matrices(uint32_t at) {
-    quad q;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3]) : "r"(at));
-    return q;
-}
-INLINE void multiply_bf16(float *c, const quad &a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
-}
 #endif
 #endif

@@ -396,30 +396,44 @@ INLINE void scan(const program &p, const shared &s, const layer &a, const plan &
 
 typedef struct chosen { int expert[SLOTS]; float gate[SLOTS]; } chosen;
 
+/* A warp's product of x (D) with a router's row w (D); norm: weights of x's elements, NULL: none. */
+INLINE float routed(int D, const float *x, const float *w, const float *norm) {
+    float v = 0;
+#pragma unroll 3
+    for (int k = 4 * lane_of(); k < D; k += 128) {
+        float4 a = *(const float4 *)(x + k);
+        const float4 b = *(const float4 *)(w + k);
+        if (norm) {
+            const float4 n = *(const float4 *)(norm + k);
+            a = make_float4(a.x * n.x, a.y * n.y, a.z * n.z, a.w * n.w);
+        }
+        v = fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, v))));
+    }
+    return warp_sum(v);
+}
+/* A warp's largest of n <= 32: NaN never wins, the lowest index where equal. */
+INLINE int largest(const float *of, int n) {
+    const float v = lane_of() < n ? of[lane_of()] : -INFINITY, top = warp_max(v);       /* of NaN and a number the number */
+    const unsigned best = __ballot_sync(~0u, lane_of() < n && v == top);
+    return best ? __ffs(best) - 1 : 0;
+}
 /* What a layer's router says of s.f, the stream before the layer in front of it: most often that layer does not change it. */
 INLINE void guess(const program &p, const shared &s, const layer &a, ring *r, unsigned round) {
     __shared__ float logit[MOST_X];
     barrier_wait(&r->routed, round);
 #pragma unroll 1
     for (int e = warp_of(); e < a.X; e += WARPS) {
-        float v = 0;
-#pragma unroll 3
-        for (int k = 4 * lane_of(); k < p.D; k += 128) {
-            const float4 x = *(const float4 *)(s.f + k), w = *(const float4 *)(s.router + e * p.D + k), n = *(const float4 *)(s.router + a.X * p.D + k);
-            v = fmaf(x.x * n.x, w.x, fmaf(x.y * n.y, w.y, fmaf(x.z * n.z, w.z, fmaf(x.w * n.w, w.w, v))));
-        }
-        v = warp_sum(v);
+        const float v = routed(p.D, s.f, s.router + e * p.D, s.router + a.X * p.D);
         if (lane_of() == 0) logit[e] = v;
     }
     meet();
     if (warp_of()) return;
-    const float l = lane_of() < a.X ? logit[lane_of()] : -INFINITY, top = warp_max(l);
-    const unsigned best = __ballot_sync(~0u, lane_of() < a.X && l == top);
+    const int expert = largest(logit, a.X);
     if (lane_of()) return;
-    r->guessed = 1u << (best ? __ffs(best) - 1 : 0);
+    r->guessed = 1u << expert;
     barrier_arrive(&r->foreseen);
 }
-/* The choice of every slot, a bit for each that some slot made.  NaN never wins, the lowest index where equal. */
+/* The choice of every slot, a bit for each that some slot made. */
 INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out) {
     __shared__ float logit[SLOTS][MOST_X];
     const int lane = lane_of(), m = warp_of();
@@ -429,20 +443,12 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
         for (int i = 0; i < p.M; i++)
 #pragma unroll 1
             for (int e = warp_of(); e < a.X; e += WARPS) {
-                float v = 0;
-#pragma unroll 3
-                for (int k = 4 * lane; k < p.D; k += 128) {
-                    const float4 x = *(const float4 *)(s.f + i * p.D + k), w = *(const float4 *)(s.router + e * p.D + k);
-                    v = fmaf(x.x, w.x, fmaf(x.y, w.y, fmaf(x.z, w.z, fmaf(x.w, w.w, v))));
-                }
-                v = warp_sum(v);
+                const float v = routed(p.D, s.f + i * p.D, s.router + e * p.D, NULL);
                 if (lane == 0) logit[i][e] = v + (a.router_bias ? __ldg(a.router_bias + e) : 0);
             }
         meet();
         if (m < p.M) {      /* a warp for each slot */
-            const float l = lane < a.X ? logit[m][lane] : -INFINITY, top = warp_max(l);     /* of NaN and a number the number */
-            const unsigned best = __ballot_sync(~0u, lane < a.X && l == top);
-            const int expert = best ? __ffs(best) - 1 : 0;
+            const int expert = largest(logit[m], a.X);
             if (lane == 0) out->expert[m] = expert;
         }
     } else if (tid() < p.M) out->expert[tid()] = 0;
