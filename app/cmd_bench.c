@@ -65,7 +65,7 @@ typedef struct bench {
     app_engine e;
     bench_result r;
     bm_token *ids;              /* of text i from i on */
-    bm_input *in; bm_token *next;       /* one for each text of the largest batch */
+    bm_input *in; bm_token *next; int *slots;       /* one for each text of the largest batch */
     bool gpu;                   /* each text is fed the token it gave */
     int piece;                  /* tokens of a long prompt fed at once */
     bool timed;                 /* this pass counts */
@@ -102,7 +102,8 @@ static bm_status prefill_pass(bench *b, bench_line *l, int n, double *seconds) {
 }
 
 /* Seconds of so many steps of n texts, a token each; the step before them is not counted.  A processor is given tokens
- * without pattern and asked for logits; a GPU chooses the tokens, which is part of the time. */
+ * without pattern and asked for logits; a GPU chooses the tokens, which is part of the time, and where stages are not looked
+ * at the next step is under way while a token is told. */
 static bm_status decode_pass(bench *b, const bench_line *l, double *seconds) {
     bm_status s = BM_OK;
     double start = 0;
@@ -111,6 +112,7 @@ static bm_status decode_pass(bench *b, const bench_line *l, double *seconds) {
         s = bm_state_set(b->e.session, i, NULL);
         b->in[i] = (bm_input){.slot = i, .tokens = &b->next[i], .n = 1, .want = b->gpu ? BM_WANT_BEST : BM_WANT_LAST};
         b->next[i] = b->ids[i * BATCH_STEPS];
+        b->slots[i] = i;
     }
     for (int step = -1; !s && step < l->steps; step++) {
         if (step == 0) {
@@ -118,9 +120,12 @@ static bm_status decode_pass(bench *b, const bench_line *l, double *seconds) {
             start = app_seconds();
         }
         for (int i = 0; !b->gpu && i < l->n; i++) b->next[i] = b->ids[1 + step + i * BATCH_STEPS];
-        s = app_interrupt() ? BM_ECANCELLED : bm_forward(b->e.session, b->in, l->n);
+        if (app_interrupt()) s = BM_ECANCELLED;
+        else if (b->gpu && b->timed && step >= 0) s = bm_next(b->e.session, b->slots, l->n);
+        else s = bm_forward(b->e.session, b->in, l->n);
         for (int i = 0; !s && b->gpu && i < l->n; i++) b->next[i] = bm_best(b->e.session, i);
     }
+    if (!s && b->gpu) s = bm_forward(b->e.session, NULL, 0);        /* the last step ends */
     *seconds = app_seconds() - start;
     return s;
 }
@@ -257,7 +262,8 @@ static int ids_make(bench *b) {
     b->ids = malloc(n * sizeof *b->ids);
     b->in = calloc((size_t)texts, sizeof *b->in);
     b->next = calloc((size_t)texts, sizeof *b->next);
-    if (!b->ids || !b->in || !b->next) return app_error("out of memory: %zu ids", n);
+    b->slots = calloc((size_t)texts, sizeof *b->slots);
+    if (!b->ids || !b->in || !b->next || !b->slots) return app_error("out of memory: %zu ids", n);
     for (size_t i = 0; i < n; i++) {
         x = x * 1664525u + 1013904223u;
         b->ids[i] = (bm_token)((x >> 8) % V);
@@ -355,6 +361,7 @@ static int model_run(void) {
     free(b.ids);
     free(b.in);
     free(b.next);
+    free(b.slots);
     return code;
 }
 

@@ -323,6 +323,12 @@ BM_API bm_status    bm_forward(bm_session *s, const bm_input *in, int n);
 BM_API const float *bm_logits(const bm_session *s, int slot);   /* (V) after the last token fed; NULL unless asked for */
 /* The likeliest next token, the lowest id of equal ones; -1 unless asked for, or where no logit is above -inf. */
 BM_API bm_token     bm_best(const bm_session *s, int slot);
+/* Tells with bm_best the likeliest next token of n distinct slots, each of which was last fed by bm_forward with
+ * BM_WANT_BEST or by this, and begins to feed it: on a GPU the next step is under way while the token is looked at, and
+ * the one after it can be asked for before it ends.  bm_forward of anything, also of nothing, waits for that step and leaves
+ * what it gave in bm_best.  Without a best token (-1) a slot's text is lost: reset it with bm_state_set.  On failure the slots are
+ * reset, as by bm_forward. */
+BM_API bm_status    bm_next(bm_session *s, const int *slots, int n);
 /* nll (n-1): -ln p(tokens[i+1] | what the slot held, tokens[0..i]); feeds the first n-1 tokens. */
 BM_API bm_status    bm_score(bm_session *s, int slot, const bm_token *tokens, size_t n, float *nll);
 

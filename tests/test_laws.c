@@ -233,6 +233,55 @@ static void best(law *w) {
     law_close(w);
 }
 
+/* A token told while it is fed is that of step after step, whichever texts go on and whatever comes between. */
+static void ahead(law *w) {
+    enum { STEPS = 9 };
+    static const int slots[MOST] = { 3, 1, 0, 2 };
+    law_open(w, 2, MOST, 48);
+    bm_session *s;
+    bm_input in[MOST];
+    bm_token next[MOST];
+    OK(bm_session_open(&s, w->r.m, &(bm_session_options){ .slots = MOST, .chunk = 16, .arith = w->arith }));
+    char *state = malloc(2 * bm_state_bytes(s));
+    assert_non_null(state);
+    for (int i = 0; i < MOST; i++)
+        in[i] = (bm_input){ .slot = slots[i], .tokens = w->ids + i, .n = (size_t)(1 + 9 * i), .want = BM_WANT_BEST };
+    OK(bm_forward(w->r.s, in, MOST));
+    OK(bm_forward(s, in, MOST));
+    for (int step = 0; step < STEPS; step++) {
+        const int n = step % 4 == 3 ? 2 : MOST;
+        OK(bm_next(s, slots, n));
+        for (int i = 0; i < n; i++) {
+            next[i] = bm_best(w->r.s, slots[i]);
+            assert_int_equal(bm_best(s, slots[i]), next[i]);
+            in[i].tokens = &next[i];
+            in[i].n = 1;
+        }
+        OK(bm_forward(w->r.s, in, n));
+        if (step == 4) OK(bm_forward(s, NULL, 0));
+        if (step == 5) OK(bm_state_copy(w->r.s, slots[3], slots[0]));
+        if (step == 5) OK(bm_state_copy(s, slots[3], slots[0]));
+        for (int i = 0; step == 4 && i < MOST; i++) assert_int_equal(bm_best(s, i), bm_best(w->r.s, i));
+        if (step == 6) OK(bm_forward(w->r.s, &in[1], 1));
+        if (step == 6) OK(bm_forward(s, &in[1], 1));
+    }
+    for (int i = 0; i < MOST; i++) {
+        OK(bm_state_get(w->r.s, i, state));
+        OK(bm_state_get(s, i, state + bm_state_bytes(s)));
+        assert_memory_equal(state, state + bm_state_bytes(s), bm_state_bytes(s));
+    }
+    OK(bm_state_set(s, 0, NULL));
+    assert_int_equal(bm_next(s, slots, MOST), BM_EARG);
+    assert_non_null(strstr(bm_error(), "slot 0: found no best token"));
+    assert_int_equal(bm_next(s, (int[]){ 1, 1 }, 2), BM_EARG);
+    assert_int_equal(bm_next(s, (int[]){ MOST }, 1), BM_EARG);
+    assert_int_equal(bm_next(s, slots, MOST + 1), BM_EARG);
+    OK(bm_next(s, slots, 1));
+    free(state);
+    bm_session_close(s);
+    law_close(w);
+}
+
 enum { EXPERTS = 4, ALL = 4 + 3 };     /* of the first MoE layer of a tiny model, and of both */
 
 /* The model again, with room for n experts. */
@@ -341,6 +390,7 @@ static void test_batch(void **state) { (void)state; every(batch); }
 static void test_restored(void **state) { (void)state; every(restored); }
 static void test_score(void **state) { (void)state; every(score); }
 static void test_best(void **state) { (void)state; every(best); }
+static void test_ahead(void **state) { (void)state; every(ahead); }
 static void test_pages(void **state) { (void)state; every(pages); }
 
 /* A failing reader, a wrong id: the slot is empty, or untouched. */
@@ -378,9 +428,9 @@ static void test_failures(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_chunking), cmocka_unit_test(test_batch),    cmocka_unit_test(test_restored),
-        cmocka_unit_test(test_score),    cmocka_unit_test(test_best),     cmocka_unit_test(test_pages),
-        cmocka_unit_test(test_oldest),   cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_chunking), cmocka_unit_test(test_batch), cmocka_unit_test(test_restored),
+        cmocka_unit_test(test_score),    cmocka_unit_test(test_best),  cmocka_unit_test(test_ahead),
+        cmocka_unit_test(test_pages),    cmocka_unit_test(test_oldest), cmocka_unit_test(test_failures),
     };
     return cmocka_run_group_tests_name("laws", tests, NULL, NULL);
 }

@@ -11,8 +11,10 @@ static void embed_part(void *arg, int64_t begin, int64_t end, int thread) {
     const bm_tensor *t = a->table;
     const size_t D = (size_t)t->cols, bytes = bm_dtype_bytes(t->type, D);
     (void)thread;
-    for (int64_t i = begin; i < end; i++)
-        j->c->k.widen(a->y + (size_t)i * D, t->type, (const uint8_t *)t->data + (size_t)a->token[i] * bytes, t->cols);
+    for (int64_t i = begin; i < end; i++) {
+        const size_t row = a->token[i] < 0 ? 0 : (size_t)a->token[i];
+        j->c->k.widen(a->y + (size_t)i * D, t->type, (const uint8_t *)t->data + row * bytes, t->cols);
+    }
 }
 
 void bm_cpu_embed(bm_backend *b, const bm_op_embed *a) {

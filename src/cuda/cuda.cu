@@ -12,13 +12,18 @@ bool bm_cuda_check(bm_cuda *c, cudaError_t e, const char *what) {
     return false;
 }
 
-static bm_status cuda_sync(bm_backend *b) {
-    bm_cuda *c = cuda_of(b);
-    bm_cuda_check(c, cudaStreamSynchronize(c->stream), "waiting for the GPU");
+/* The first failure of all before a wait that went like this. */
+static bm_status told(bm_cuda *c, cudaError_t waited) {
+    bm_cuda_check(c, waited, "waiting for the GPU");
     const bm_status s = c->failed;
     c->failed = BM_OK;
     return s ? c->fail(s, "%s", c->sentence) : BM_OK;
 }
+static bm_status cuda_sync(bm_backend *b) { return told(cuda_of(b), cudaStreamSynchronize(cuda_of(b)->stream)); }
+static void cuda_mark(bm_backend *b, int place) {
+    bm_cuda_check(cuda_of(b), cudaEventRecord(cuda_of(b)->place[place], cuda_of(b)->stream), "marking a place");
+}
+static bm_status cuda_reach(bm_backend *b, int place) { return told(cuda_of(b), cudaEventSynchronize(cuda_of(b)->place[place])); }
 
 static bm_status cuda_alloc(bm_backend *b, void *out, size_t bytes, const char *what) {
     bm_cuda *c = cuda_of(b);
@@ -78,13 +83,17 @@ static uint64_t cuda_left(bm_backend *b) {
 }
 static double cuda_waited(bm_backend *, bool) { return 0; }
 
+static void drop(bm_cuda *c) {
+    cudaFree(c->rows);
+    for (int i = 0; i < 2; i++) if (c->place[i]) cudaEventDestroy(c->place[i]);
+    if (c->stream) cudaStreamDestroy(c->stream);
+    free(c);
+}
 static void cuda_close(bm_backend *b) {
     if (!b) return;
     bm_cuda_forget(b, NULL);
-    cudaFree(cuda_of(b)->rows);
     bm_cuda_wide_close(cuda_of(b));
-    cudaStreamDestroy(cuda_of(b)->stream);
-    free(b);
+    drop(cuda_of(b));
 }
 
 /* The driver, the number and the chip, or a sentence. */
@@ -106,6 +115,7 @@ static bm_status choose(bm_cuda *c, int device, bm_cuda_fail_fn fail) {
                     c->chip.major, c->chip.minor);
     if (!e) e = cudaSetDevice(device);
     if (!e) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
+    for (int i = 0; !e && i < 2; i++) e = cudaEventCreateWithFlags(&c->place[i], cudaEventDisableTiming);
     if (!e) e = cudaMalloc(&c->rows, BM_CUDA_BEST_ROWS * sizeof *c->rows);
     if (!e) e = cudaMemsetAsync(c->rows, 0, BM_CUDA_BEST_ROWS * sizeof *c->rows, c->stream);
     return e ? fail(BM_EDEVICE, "cuda:%d: %s", device, cudaGetErrorString(e)) : BM_OK;
@@ -117,9 +127,7 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     if (!c) return fail(BM_EMEMORY, "out of memory: %zu bytes for a backend", sizeof *c);
     const bm_status s = choose(c, device, fail);
     if (s) {
-        cudaFree(c->rows);
-        if (c->stream) cudaStreamDestroy(c->stream);
-        free(c);
+        drop(c);
         return s;
     }
     bm_backend *b = &c->door;
@@ -130,7 +138,7 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     b->alloc = cuda_alloc, b->release = cuda_release;
     b->alloc_host = cuda_alloc_host, b->release_host = cuda_release_host;
     b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
-    b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = bm_cuda_reserve, b->reserving = bm_cuda_reserving;
+    b->zero = cuda_zero, b->sync = cuda_sync, b->mark = cuda_mark, b->reach = cuda_reach, b->close = cuda_close, b->reserve = bm_cuda_reserve, b->reserving = bm_cuda_reserving;
     b->reserved = bm_cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
     b->embed = bm_cuda_embed, b->norm = bm_cuda_norm, b->linear = bm_cuda_linear, b->conv = bm_cuda_conv;
     b->scan = bm_cuda_scan, b->route = bm_cuda_route, b->experts = bm_cuda_experts, b->loss = bm_cuda_loss;

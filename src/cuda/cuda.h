@@ -22,6 +22,7 @@ typedef struct bm_cuda {
     bm_backend door;            /* first: a bm_backend * is a bm_cuda * */
     bm_cuda_fail_fn fail;
     cudaStream_t stream;
+    cudaEvent_t place[2];                   /* in the order of operations: mark(), reach() */
     cudaDeviceProp chip;
     struct bm_cuda_graphs *graphs;          /* what was recorded: graph.cu */
     bm_cuda_row *rows;                      /* (BM_CUDA_BEST_ROWS) zeros between operations */

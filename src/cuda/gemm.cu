@@ -160,7 +160,7 @@ template <int TYPE> __global__ void rows_of(const uint8_t *table, size_t stride,
     const int k = 8 * (int)(blockIdx.x * blockDim.x + threadIdx.x), m = blockIdx.y;
     if (k >= D) return;
     alignas(16) float w[8];
-    const uint8_t *row = table + (size_t)token[m] * stride;
+    const uint8_t *row = table + (size_t)max(token[m], 0) * stride;
     weights8<TYPE>(row, k, D - k, D - k >= 8 && (uintptr_t)row % 16 == 0, w);
     for (int i = 0; i < 8 && k + i < D; i++) y[(size_t)m * D + k + i] = w[i];
 }

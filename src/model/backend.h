@@ -30,7 +30,7 @@ typedef struct bm_tensor {      /* a matrix of weights as stored; data NULL: abs
     int32_t rows, cols;         /* row-major; a row is whole blocks */
 } bm_tensor;
 
-typedef struct bm_op_embed {    /* y (M,D) = table[token] */
+typedef struct bm_op_embed {    /* y (M,D) = table[token]; of a token below 0 the first row */
     int M; const bm_tensor *table; const bm_token *token; float *y;
     const float *dy; float *dtable;             /* (V,D) */
 } bm_op_embed;
@@ -158,6 +158,9 @@ struct bm_backend {
     void  (*copy)(bm_backend *b, void *dst, const void *src, size_t bytes);
     void  (*zero)(bm_backend *b, void *dst, size_t bytes);
     bm_status (*sync)(bm_backend *b);
+    /* mark: a place, 0 or 1, in the order of operations; reach: sync() of what came before it.  NULL: sync() does for both. */
+    void (*mark)(bm_backend *b, int place);
+    bm_status (*reach)(bm_backend *b, int place);
     void  (*close)(bm_backend *b);
     /* Work space for linear and experts up to rows x cols, so that no operation allocates. */
     bm_status (*reserve)(bm_backend *b, int rows, int cols);

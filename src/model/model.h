@@ -275,12 +275,16 @@ struct bm_session {
     bm_pass pass;               /* memory of one chunk of rows, and the states of all slots; its tokens lie in host memory */
     bm_acts acts;               /* what all layers share */
     float *head_in, *head_out, *head_loss;  /* (H,D) (H,V) (H) for H = head_rows at a time */
-    bm_token *head_target, *head_best;      /* (H); head_best is host memory */
+    bm_token *head_target, *head_best[2];   /* (H); head_best is host memory: of the last step and of the one before */
+    bm_input *next;                         /* (S) of bm_next */
+    int turn; bool ahead;                   /* the last step's best tokens are, or will be, in head_best[turn]; not handed out yet */
     float *logits; bool *has_logits;        /* host: (S,V), NULL until wanted, (S) */
     bm_token *best;                         /* (S) host */
     int32_t *start, *slot; bool sent;       /* (M+1) (M) host; sent: the device has the same */
     struct bm_feed *feeds; struct bm_wanted *wanted;    /* (S) (M) */
 };
+
+bool bm_runs_ahead(const bm_session *s);    /* bm_next gains by it */
 
 /* ---- profile.c: where the time goes ----------------------------------------------------------------- */
 

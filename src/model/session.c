@@ -52,7 +52,8 @@ static bm_status work_open(bm_session *s) {
     bm_acts *a = &s->acts;
     BM_TRY(work_alloc(s, NULL));
     BM_TRY(s->be->alloc_host(s->be, &p->token, (size_t)s->chunk * sizeof *p->token, "a session"));
-    BM_TRY(s->be->alloc_host(s->be, &s->head_best, (size_t)s->head_rows * sizeof *s->head_best, "a session"));
+    for (int i = 0; i < 2; i++)
+        BM_TRY(s->be->alloc_host(s->be, &s->head_best[i], (size_t)s->head_rows * sizeof *s->head_best[i], "a session"));
     a->y = a->u;
     a->ffn_norm = a->norm;
     for (int l = 0; l < c->n_layers; l++) p->acts[l] = *a;
@@ -60,10 +61,11 @@ static bm_status work_open(bm_session *s) {
 }
 
 static void work_free(bm_session *s) {
+    for (int i = 0; s->be->forget && i < 2; i++) s->be->forget(s->be, &s->head_best[i]);
     if (s->be->forget) s->be->forget(s->be, s);
     const bm_pass *p = &s->pass;
     const bm_acts *a = &s->acts;
-    void *const host[] = { p->token, s->head_best, s->logits };
+    void *const host[] = { p->token, s->head_best[0], s->head_best[1], s->logits };
     void *const all[] = { p->start, p->slot, p->out, a->sum, a->norm, a->xz, a->u, a->xdbl, a->dt, a->logits, a->gate,
                           a->hidden, a->expert, a->order, a->first, s->head_in, s->head_out, s->head_loss, s->head_target, p->state };
     for (size_t k = 0; k < sizeof all / sizeof *all; k++)
@@ -85,6 +87,7 @@ static bm_status session_init(bm_session *s) {
     BM_TRY(bm_alloc(&s->wanted, sizeof *s->wanted * (size_t)s->chunk, "a session"));
     BM_TRY(bm_alloc(&s->has_logits, sizeof *s->has_logits * (size_t)s->slots, "a session"));
     BM_TRY(bm_alloc(&s->best, sizeof *s->best * (size_t)s->slots, "a session"));
+    BM_TRY(bm_alloc(&s->next, sizeof *s->next * (size_t)s->slots, "a session"));
     for (int i = 0; i < s->slots; i++) s->best[i] = -1;
     return work_open(s);
 }
@@ -145,14 +148,15 @@ void bm_session_close(bm_session *s) {
     free(s->wanted);
     free(s->has_logits);
     free(s->best);
+    free(s->next);
     free(s->pass.profile);
     free(s);
 }
 
 /* ---- head ------------------------------------------------------------------------------------------- */
 
-/* head_out: logits of n <= head_rows rows of the chunk; rows side by side share a norm.  head_best, where asked for. */
-static void head(bm_session *s, const wanted *w, int n, bool best) {
+/* head_out: logits of n <= head_rows rows of the chunk; rows side by side share a norm.  best (n), where asked for. */
+static void head(bm_session *s, const wanted *w, int n, bm_token *best) {
     const bm_config *c = &s->m->config;
     const size_t D = (size_t)c->d_model;
     bm_backend *be = s->be;
@@ -165,7 +169,7 @@ static void head(bm_session *s, const wanted *w, int n, bool best) {
     }
     be->linear(be, &(bm_op_linear){ .M = n, .ldx = c->d_model, .w = &s->m->w.head, .x = s->head_in, .bias = s->m->w.head_bias,
                                     .y = s->head_out, .arith = s->arith });
-    if (best) be->best(be, &(bm_op_best){ .M = n, .V = s->ids, .ld = c->n_vocab, .logits = s->head_out, .best = s->head_best });
+    if (best) be->best(be, &(bm_op_best){ .M = n, .V = s->ids, .ld = c->n_vocab, .logits = s->head_out, .best = best });
 }
 
 /* Scores of n rows of head_out, which follow one another in one text. */
@@ -205,7 +209,7 @@ static bm_status hand_out(bm_session *s, const wanted *w, int n) {
     }
     BM_TRY(be->sync(be));
     for (int i = 0; i < n; i++)
-        if (w[i].f->in->want == BM_WANT_BEST) s->best[w[i].f->in->slot] = s->head_best[i];
+        if (w[i].f->in->want == BM_WANT_BEST) s->best[w[i].f->in->slot] = s->head_best[0][i];
     return BM_OK;
 }
 
@@ -245,27 +249,33 @@ static int pack(bm_session *s, feed *f, int n) {
     return W;
 }
 
-/* The chunk through all layers, then W wanted rows through the head, head_rows at a time; waits for the device.  A token
- * of each sequence is the same operations over the same memory every time. */
+/* A token of each sequence, all of them wanted, is the same operations over the same memory every time. */
+static bool recordable(const bm_session *s) { return s->be->replay && !s->pass.profile && !s->pass.experts; }
+static void step(bm_session *s, const void *owner, bm_token *token, bm_token *best) {
+    bm_pass p = s->pass;
+    p.token = token;
+    if (recordable(s) && s->be->replay(s->be, owner, p.M)) return;
+    bm_forward_layers(&p);
+    head(s, s->wanted, p.M, best);
+    if (recordable(s)) s->be->recorded(s->be);
+}
+
+/* The chunk through all layers, then W wanted rows through the head, head_rows at a time; waits for the device. */
 static bm_status compute(bm_session *s, int W) {
     const bm_pass *p = &s->pass;
     const wanted *w = s->wanted;
     bm_backend *be = s->be;
-    const bool again = be->replay && !p->profile && !p->experts && p->M == p->Q && W == p->M && W <= s->head_rows && !w->f->nll;
-    if (!again || !be->replay(be, s, p->M)) {
-        bm_forward_layers(p);
-        if (again) {
-            head(s, w, W, true);
-            be->recorded(be);
-        }
+    if (recordable(s) && p->M == p->Q && W == p->M && W <= s->head_rows && !w->f->nll) {
+        step(s, s, p->token, s->head_best[0]);
+        return hand_out(s, w, W);
     }
-    if (again) return hand_out(s, w, W);
+    bm_forward_layers(p);
     BM_TRY(bm_pages_failed(s->m->pages));
     for (int at = 0, n; at < W; at += n) {
         bool best = false;
         n = W - at < s->head_rows ? W - at : s->head_rows;
         for (int i = 0; i < n; i++) best = best || w[at + i].f->in->want == BM_WANT_BEST;
-        head(s, w + at, n, best);
+        head(s, w + at, n, best ? s->head_best[0] : NULL);
         BM_TRY(hand_out(s, w + at, n));
     }
     return W ? BM_OK : be->sync(be);
@@ -320,8 +330,24 @@ static bm_status logits_alloc(bm_session *s, const bm_input *in, int n) {
     return s->be->alloc_host(s->be, &s->logits, sizeof *s->logits * (size_t)s->slots * (size_t)s->m->config.n_vocab, "logits");
 }
 
+/* What the step that is under way gave, once it is done: nothing is under way then. */
+static bm_status settle(bm_session *s) {
+    if (!s->ahead) return BM_OK;
+    s->ahead = false;
+    const bm_status st = s->be->sync(s->be);
+    for (int i = 0; i < s->pass.Q; i++)
+        if (st) slot_zero(s, s->slot[i]);
+        else s->best[s->slot[i]] = s->head_best[s->turn][i];
+    return st;
+}
+
 static bm_status run_locked(bm_session *s, feed *f, int n) {
     pthread_mutex_lock(&s->m->device->lock);
+    const bm_status before = settle(s);
+    if (before) {
+        pthread_mutex_unlock(&s->m->device->lock);
+        return before;
+    }
     for (int i = 0; i < n; i++) {
         s->has_logits[f[i].in->slot] = false;
         s->best[f[i].in->slot] = -1;
@@ -337,6 +363,58 @@ bm_status bm_forward(bm_session *s, const bm_input *in, int n) {
     BM_TRY(logits_alloc(s, in, n));
     for (int i = 0; i < n; i++) s->feeds[i] = (feed){ .in = &in[i] };
     return run_locked(s, s->feeds, n);
+}
+
+/* Whether these are the texts of the step under way. */
+static bool same_texts(const bm_session *s, const int *slots, int n) {
+    bool same = s->ahead && n == s->pass.Q;
+    for (int i = 0; same && i < n; i++) same = s->slot[i] == slots[i];
+    return same;
+}
+static void next_step(bm_session *s, const void *owner, bm_token *token, int turn) {
+    s->turn = turn;
+    s->ahead = true;
+    step(s, owner, token, s->head_best[turn]);
+    if (s->be->mark) s->be->mark(s->be, turn);
+}
+/* A step of n texts whose best tokens are known. */
+static bm_status next_of_known(bm_session *s, const int *slots, int n) {
+    BM_TRY(settle(s));
+    for (int i = 0; i < n; i++) {
+        const bool slot = slots[i] >= 0 && slots[i] < s->slots;
+        if (slot && s->best[slots[i]] < 0)
+            return bm_fail(BM_EARG, "slot %d: found no best token, expected one: feed it with BM_WANT_BEST", slots[i]);
+        s->next[i] = (bm_input){ .slot = slots[i], .tokens = &s->best[slot ? slots[i] : 0], .n = 1, .want = BM_WANT_BEST };
+        s->feeds[i] = (feed){ .in = &s->next[i] };
+    }
+    BM_TRY(check_inputs(s, s->next, n));
+    for (int i = 0; i < n; i++) s->has_logits[slots[i]] = false;
+    pack(s, s->feeds, n);
+    next_step(s, s, s->pass.token, 0);
+    return BM_OK;
+}
+/* The same where the device knows them, or soon will; then those of the step before are told. */
+static bm_status next_of_device(bm_session *s) {
+    const int before = s->turn;
+    next_step(s, &s->head_best[!before], s->head_best[before], !before);
+    const bm_status st = s->be->reach ? s->be->reach(s->be, before) : s->be->sync(s->be);
+    for (int i = 0; i < s->pass.Q; i++)
+        if (st) slot_zero(s, s->slot[i]);
+        else s->best[s->slot[i]] = s->head_best[before][i];
+    if (st) s->ahead = s->sent = false;
+    return st;
+}
+
+bool bm_runs_ahead(const bm_session *s) { return recordable(s); }
+
+bm_status bm_next(bm_session *s, const int *slots, int n) {
+    const int most = s->head_rows < s->chunk ? s->head_rows : s->chunk;
+    if (n < 1 || n > s->slots || n > most)
+        return bm_fail(BM_EARG, "texts: found %d, expected 1 to %d", n, s->slots < most ? s->slots : most);
+    pthread_mutex_lock(&s->m->device->lock);
+    const bm_status st = same_texts(s, slots, n) ? next_of_device(s) : next_of_known(s, slots, n);
+    pthread_mutex_unlock(&s->m->device->lock);
+    return st;
 }
 
 const float *bm_logits(const bm_session *s, int slot) {
@@ -374,9 +452,10 @@ bm_status bm_state_get(const bm_session *s, int slot, void *buf) {
 bm_status bm_state_set(bm_session *s, int slot, const void *buf) {
     BM_TRY(check_slot(s, slot));
     pthread_mutex_lock(&s->m->device->lock);
+    const bm_status before = settle(s);
     slot_zero(s, slot);
     if (buf) s->be->put(s->be, s->pass.state + (size_t)slot * s->pass.stride, buf, bm_state_bytes(s));
-    const bm_status st = s->be->sync(s->be);
+    const bm_status st = before ? before : s->be->sync(s->be);
     pthread_mutex_unlock(&s->m->device->lock);
     return st;
 }
@@ -387,8 +466,9 @@ bm_status bm_state_copy(bm_session *s, int dst, int src) {
     if (dst == src) return BM_OK;
     const size_t V = (size_t)s->m->config.n_vocab;
     pthread_mutex_lock(&s->m->device->lock);
+    const bm_status before = settle(s);
     s->be->copy(s->be, s->pass.state + (size_t)dst * s->pass.stride, s->pass.state + (size_t)src * s->pass.stride, bm_state_bytes(s));
-    const bm_status st = s->be->sync(s->be);
+    const bm_status st = before ? before : s->be->sync(s->be);
     s->has_logits[dst] = s->has_logits[src];
     s->best[dst] = s->best[src];
     if (s->has_logits[src]) memcpy(s->logits + (size_t)dst * V, s->logits + (size_t)src * V, V * sizeof *s->logits);

@@ -158,6 +158,11 @@ static bm_status snapshot(bm_stream *g) {
     return BM_OK;
 }
 
+static bm_status snapshot_due(bm_stream *g) {
+    const size_t kept = g->n_snaps ? g->snap[g->n_snaps - 1].at : 0;
+    return g->fed - kept >= BM_STREAM_SNAPSHOT_EVERY ? snapshot(g) : BM_OK;
+}
+
 /* The slot as it was after at most `limit` tokens. */
 static bm_status restore(bm_stream *g, size_t limit) {
     bm_stream_drop_snapshots(g, limit);
@@ -265,9 +270,21 @@ static bm_status feed_all(bm_stream *g, bm_want want, bm_progress_fn progress, v
             return bm_fail(st, "%s", why);
         }
         g->fed += step;
-        const size_t kept = g->n_snaps ? g->snap[g->n_snaps - 1].at : 0;
-        if (g->fed - kept >= BM_STREAM_SNAPSHOT_EVERY) BM_TRY(snapshot(g));
+        BM_TRY(snapshot_due(g));
         if (progress && !progress(user, g->fed, g->n) && g->fed < g->n) return bm_fail(BM_ECANCELLED, "stopped while reading the text");
+    }
+    return BM_OK;
+}
+
+/* The likeliest token, which is being fed when it is told. */
+static bm_status next_ahead(bm_stream *g, bm_token *id) {
+    const bm_status st = bm_next(g->s, &g->slot, 1);
+    *id = bm_best(g->s, g->slot);
+    if (st || *id < 0) {        /* the slot was emptied, or fed what is no token */
+        char why[512];
+        snprintf(why, sizeof why, "%s", bm_error());
+        restore(g, g->n - 1);
+        return st ? bm_fail(st, "%s", why) : bm_sampler_none();
     }
     return BM_OK;
 }
@@ -277,13 +294,16 @@ bm_status bm_stream_next(bm_stream *g, bool ignore_eos, bm_piece *out, bm_progre
     *out = (bm_piece){ .token = -1, .text = "" };
     if (!g->n) return bm_fail(BM_EARG, "nothing to go on from: give a prompt");
     BM_TRY(bm_grow(&g->token, &g->cap, g->n + 1, sizeof *g->token, "tokens"));
-    if (g->fed == g->n) BM_TRY(restore(g, g->n - 1));           /* a failure came between feeding and sampling */
-    const bool best = g->best && bm_sampler_greedy(g->sampler);
+    const bool best = g->best && bm_sampler_greedy(g->sampler), ahead = best && bm_runs_ahead(g->s);
+    if (g->fed == g->n && !(ahead && g->ahead == g->n)) BM_TRY(restore(g, g->n - 1));  /* what the last token gave was not kept */
     BM_TRY(feed_all(g, best ? BM_WANT_BEST : BM_WANT_LAST, progress, user));
     const size_t window = (size_t)bm_sampler_settings(g->sampler)->penalty_window, recent = g->n < window ? g->n : window;
-    if (!best) BM_TRY(bm_sampler_pick(g->sampler, bm_logits(g->s, g->slot), g->token + g->n - recent, recent, g->allowed, &id));
+    if (ahead) BM_TRY(next_ahead(g, &id));
+    else if (!best) BM_TRY(bm_sampler_pick(g->sampler, bm_logits(g->s, g->slot), g->token + g->n - recent, recent, g->allowed, &id));
     else if ((id = bm_best(g->s, g->slot)) < 0) return bm_sampler_none();
     g->token[g->n++] = id;
+    if (ahead) g->fed = g->ahead = g->n;
+    if (ahead) BM_TRY(snapshot_due(g));
     return take_token(g, id, ignore_eos, out);
 }
 

@@ -57,13 +57,23 @@ static void put_all(writer *w, const bm_stream *g, const fixed *f, const void *s
     w->status = bm_out_write(w->out, &sum, sizeof sum);
 }
 
+/* state (zeros) becomes the slot's, after *fed tokens: before the last one, of which nobody has seen what it gives. */
+static bm_status state_before_last(const bm_stream *g, uint64_t *fed, void *state) {
+    size_t i = g->n_snaps;
+    if (!g->n || g->fed < g->n) return bm_state_get(g->s, g->slot, state);
+    while (i && g->snap[i - 1].at >= g->n) i--;
+    *fed = i ? g->snap[i - 1].at : 0;
+    if (i) memcpy(state, g->snap[i - 1].state, bm_state_bytes(g->s));
+    return BM_OK;
+}
+
 bm_status bm_stream_save(const bm_stream *g, const char *path) {
     fixed f;
     void *state = NULL;
     writer w = { 0 };
     bm_status st = describe(g, &f);
     if (!st) st = bm_alloc(&state, f.state_bytes, "a session file");
-    if (!st) st = bm_state_get(g->s, g->slot, state);
+    if (!st) st = state_before_last(g, &f.fed, state);
     if (!st && !(w.hash = XXH3_createState())) st = bm_fail_memory(sizeof *w.hash, "a checksum");
     if (!st) st = bm_out_open(&w.out, path);
     if (!st) {
