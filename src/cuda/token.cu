@@ -646,7 +646,7 @@ __global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_con
     __shared__ plan plans[KINDS];
     __shared__ ring r;
     __shared__ bm_token token[SLOTS];
-    if (tid() < p.M) token[tid()] = p.token[tid()];
+    if (tid() < p.M) token[tid()] = max(p.token[tid()], 0);
     if (tid() < KINDS) plans[tid()] = plan_of(p, tid());
     if (tid() < RING_TILES) {
         barrier_make(&r.full[tid()], 1);
