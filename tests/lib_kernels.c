@@ -24,6 +24,7 @@ void done(bm_backend *b) {
     b->close(b);
 }
 
+int one_in(int n) { return getenv("BM_EMULATOR") ? n : 1; }
 int least_threads(void) { return getenv("BM_EMULATOR") ? 3 : 1; }
 
 enum { GUARD = 16 };

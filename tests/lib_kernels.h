@@ -17,6 +17,8 @@ bm_backend *open_level(int level, int threads);
 void done(bm_backend *b);
 /* Where 1 to 3 threads are tried: 1, or 3 under an emulator (BM_EMULATOR), where time is dear. */
 int least_threads(void);
+/* For the same reason of many like cases one in n there, all elsewhere: 1. */
+int one_in(int n);
 
 /* Floats with guard words on both sides, which no kernel may touch. */
 float *floats(size_t n);

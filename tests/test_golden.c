@@ -98,6 +98,10 @@ static void golden_model(void **state) {
         print_message("  %s: shared golden files are absent, skipped\n", (const char *)*state);
         skip();
     }
+    if (getenv("BM_EMULATOR") && !strcmp(*state, "long")) {
+        print_message("  long: takes an emulated processor minutes, skipped\n");
+        skip();
+    }
     golden g;
     bm_device *d;
     bm_model *m;
