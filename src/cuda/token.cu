@@ -60,15 +60,22 @@ __device__ static plan plan_of(const program &p, int stage) {
 /* Of the warps that multiply. */
 INLINE void meet() { meet_of<THREADS>(); }
 
-/* Words of a row, two at a time: pair tid() + i THREADS of n is v[i]. */
+INLINE bool said(const uint4 &v, unsigned number) { return v.y == number && v.w == number; }
+/* Words of a row, two at a time: pair tid() + i THREADS of n is v[i].  A warp looks at its first pair until that is there, then at
+ * those that are not: what all blocks ask of the second cache holds up what it brings. */
 INLINE void hear(uint4 v[AT_ONCE], const uint2 *row, int n, unsigned number) {
+    const int first = tid() / 32 * 32;
     bool all;
+    if (first < n) while (!said(look(row + 2 * first), number)) { }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) v[i].y = ~number;
     do {
         all = true;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) if (tid() + i * THREADS < n) v[i] = look(row + 2 * (tid() + i * THREADS));
+        for (int i = 0; i < AT_ONCE; i++)
+            if (tid() + i * THREADS < n && !said(v[i], number)) v[i] = look(row + 2 * (tid() + i * THREADS));
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) all = all && (tid() + i * THREADS >= n || (v[i].y == number && v[i].w == number));
+        for (int i = 0; i < AT_ONCE; i++) all = all && (tid() + i * THREADS >= n || said(v[i], number));
     } while (!all);
 }
 
