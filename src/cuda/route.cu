@@ -7,11 +7,8 @@ enum { THREADS = 128, SORTERS = 1024 };
 /* a is a better choice than b: NaN never wins. */
 __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !isnan(a)); }
 
-/* The k best of a row, the lowest index where equal; gates by sigmoid or softmax. */
-__global__ void choose(bm_op_route a) {
-    after_previous();
-    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
-    if (i >= a.M) return;
+/* The k best of row i, the lowest index where equal; gates by sigmoid or softmax. */
+__device__ static void choose_row(const bm_op_route &a, int i) {
     const float *l = a.logits + (size_t)i * a.X;
     int max = 0, before = -1;
     float sum = 0;
@@ -30,7 +27,14 @@ __global__ void choose(bm_op_route a) {
     }
 }
 
-/* Up to 32 experts, one block for each choice: a warp counts and places a run of rows, lane e for expert e. */
+__global__ void __launch_bounds__(THREADS) choose(bm_op_route a) {
+    after_previous();
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    if (i < a.M) choose_row(a, i);
+}
+
+/* Up to 32 experts, one block for each choice: a warp counts and places a run of rows, lane e for expert e.  Up to SORTERS rows are
+ * chosen for by their threads before. */
 __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     after_previous();
     __shared__ int count[SORTERS / 32][32];
@@ -38,7 +42,9 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     int32_t *order = a.order + (size_t)blockIdx.x * a.M, *first = a.first + (size_t)blockIdx.x * (a.X + 1);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = (a.M + SORTERS - 1) / SORTERS * 32;
     const int begin = warp * run, end = begin + run < a.M ? begin + run : a.M;
+    const int warps = (a.M + run - 1) / run;
     int n = 0;
+    if (a.M <= SORTERS && begin + lane < end) choose_row(a, begin + lane);
     for (int i = begin + lane; i - lane < end; i += 32) {
         const int mine = i < end ? expert[i] : -1;
         for (int e = 0; e < a.X; e++) {
@@ -50,14 +56,14 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     __syncthreads();
     if (!warp) {                /* where each warp's rows of each expert begin */
         int total = 0, before = 0;
-        for (int w = 0; w < SORTERS / 32; w++) total += count[w][lane];
+        for (int w = 0; w < warps; w++) total += count[w][lane];
         for (int e = 0; e < a.X; e++) {
             const int of = __shfl_sync(~0u, total, e);
             if (e < lane) before += of;
         }
         if (lane < a.X) first[lane] = before;
         if (lane == a.X - 1) first[a.X] = before + total;
-        for (int w = 0; w < SORTERS / 32; w++) {
+        for (int w = 0; w < warps; w++) {
             const int own = count[w][lane];
             count[w][lane] = before;
             before += own;
@@ -109,8 +115,9 @@ __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
 void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
-    if (a->X <= 32) bm_cuda_start(c, group_few, a->k, SORTERS, 0, *a);
+    const bool few = a->X <= 32, at_once = few && a->M <= SORTERS;
+    if (!at_once) bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
+    if (few) bm_cuda_start(c, group_few, a->k, at_once ? 32 * blocks_of((size_t)a->M, 32) : SORTERS, 0, *a);
     else bm_cuda_start(c, group, a->k, SORTERS, 0, *a);
     bm_cuda_check(c, cudaGetLastError(), "routing");
 }

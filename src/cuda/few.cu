@@ -1,0 +1,248 @@
+/* few.cu - products of 9 to 128 rows with bf16 weights and activations on Hopper's tensor cores.  Room: cuda.
+ *
+ * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes one tile after
+ * another: 64 columns of outputs (or those of gate and of up) for up to SLOTS rows of a group.  A warp has the copy engine bring
+ * 64 columns of k at a time into a ring of stages, and a warpgroup multiplies them (wgmma) with the weights as the side of 64.
+ * Weights that are known to be wanted are brought while the kernel before still works.
+ * Where there are few tiles, the blocks of a cluster share a tile's k and add what they have in the order of their ranks.  Which
+ * block sums which k depends on the shape of the weights alone: an output has the same bits whatever rows are beside it. */
+#include "cuda/hopper.cuh"
+
+enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 32, ROOM = 108 * 1024, LD = TALL + 4 };
+
+/* Two blocks of ROOM fit a multiprocessor: one that works, one that makes ready, or two that work. */
+template <int SLOTS, int END> struct shape {
+    enum { TALLS = END == GATED ? 2 : 1, WEIGHTS = TALLS * TALL * LINE, BYTES = WEIGHTS + SLOTS * LINE,
+           PAPER = TALLS * SLOTS * LD * 4, STAGES = (ROOM - PAPER) / BYTES, SHARED = STAGES * BYTES + PAPER + 1024 };
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* Block `rank` of the `blocks` of a cluster, which is one of `clusters`; its steps of k. */
+typedef struct place { int rank, blocks, cluster, clusters, begin, end; } place;
+/* Barriers over a cluster: outputs lie on paper; all of them were read. */
+typedef struct meeting { uint64_t *written, *taken; } meeting;
+
+__device__ static place place_of(int K) {
+    place w;
+    const int steps = (K + DEPTH - 1) / DEPTH;
+    w.rank = rank_in_cluster();
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(w.blocks));
+    w.cluster = (int)blockIdx.x / w.blocks, w.clusters = (int)gridDim.x / w.blocks;
+    w.begin = steps * w.rank / w.blocks, w.end = steps * (w.rank + 1) / w.blocks;
+    return w;
+}
+
+/* ---- bringing ------------------------------------------------------------------------------------------ */
+
+/* A step of a tile: number k of DEPTH columns. */
+typedef struct step { tile at; int t, k; } step;
+__device__ static step before_first(const place &w) { return { { -1 }, w.cluster - w.clusters, w.end - 1 }; }
+template <int SLOTS> __device__ static bool next(const bm_product &p, const place &w, step *s) {
+    if (++s->k < w.end) return true;
+    s->k = w.begin;
+    s->t += w.clusters;
+    return find(p, false, &s->at, s->t, SLOTS, TALL);
+}
+__device__ static int rows_of(const tile &at, int most) { return at.end - at.row < most ? at.end - at.row : most; }
+
+__device__ static void bring_weights(void *to, const CUtensorMap *map, uint64_t *b, const step &s) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%2, %3, %4}], [%5], %6;"
+                 :: "r"(address(to)), "l"(map), "r"(s.k * DEPTH), "r"(s.at.col), "r"(s.at.e), "r"(address(b)), "l"(passing()) : "memory");
+}
+
+/* By a warp.  Rows of groups one by one, so that they may lie anywhere. */
+template <int SLOTS, int END> __device__ static void
+bring_steps(const bm_product &p, const ring &r, const place &w, bool known, const CUtensorMap *x, const CUtensorMap *weights,
+            const CUtensorMap *gate) {
+    typedef shape<SLOTS, END> S;
+    const int lane = threadIdx.x % 32;
+    const auto bring_first = [&](const step &s, int n) {
+        uint8_t *to = r.stage + n % S::STAGES * S::BYTES;
+        uint64_t *full = &r.full[n % S::STAGES];
+        barrier_expect(full, S::WEIGHTS + LINE * (p.first ? rows_of(s.at, SLOTS) : SLOTS));
+        if (END == GATED) bring_weights(to, gate, full, s);
+        bring_weights(to + S::WEIGHTS - TALL * LINE, weights, full, s);
+    };
+    step s = before_first(w);
+    int early = 0;
+    for (; known && early < S::STAGES && next<SLOTS>(p, w, &s); early++) if (!lane) bring_first(s, early);
+    previous_done();
+    s = before_first(w);
+    for (int n = 0; next<SLOTS>(p, w, &s); n++) {
+        uint8_t *to = r.stage + n % S::STAGES * S::BYTES + S::WEIGHTS;
+        uint64_t *full = &r.full[n % S::STAGES];
+        if (n >= early) {
+            barrier_wait(&r.empty[n % S::STAGES], n / S::STAGES % 2 ^ 1);
+            if (!lane) bring_first(s, n);
+        }
+        __syncwarp();
+        if (p.first) {
+            for (int i = lane; i < rows_of(s.at, SLOTS); i += 32)
+                bring(to + i * LINE, x, full, s.k * DEPTH, p.from ? p.from[s.at.row + i] : s.at.row + i, 0);
+        } else if (!lane) bring(to, x, full, s.k * DEPTH, s.at.row, 0);
+    }
+}
+
+/* ---- multiplying --------------------------------------------------------------------------------------- */
+
+/* In all blocks of the cluster; what was written before is seen by who waits. */
+__device__ static void tell_cluster(uint64_t *b, const place &w) {
+    __syncwarp();
+    if ((int)threadIdx.x % 32 < w.blocks)
+        asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r];}"
+                     :: "r"(address(b)), "r"(threadIdx.x % 32) : "memory");
+}
+__device__ static void wait_cluster(uint64_t *b, unsigned round) {
+    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1; @!p bra L; }"
+                 :: "r"(address(b)), "r"(round & 1) : "memory");
+}
+/* Sum over the blocks of a cluster of what lies at the same place in each. */
+__device__ static float4 sum_over(const float *own, int blocks) {
+    float4 sum = make_float4(0, 0, 0, 0);
+    for (int rank = 0; rank < blocks; rank++) {
+        float4 v;
+        asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [r];}"
+                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address(own)), "r"(rank) : "memory");
+        sum = rank ? make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w) : v;
+    }
+    return sum;
+}
+
+/* Four columns of row i of the groups. */
+__device__ static void put(const bm_product &p, const ending &end, int e, int i, int n, float4 v) {
+    const int row = p.to ? p.to[i] : i;
+    const float scale = p.scale ? p.scale[row] : 1;
+    const float2 a = biased(p, e, n, v.x, v.y, scale), b = biased(p, e, n + 2, v.z, v.w, scale);
+    float *y = p.y + (size_t)row * p.ldy + n;
+    v = make_float4(a.x, a.y, b.x, b.y);
+    if (!p.accumulate && n + 4 <= p.N && (uintptr_t)y % 16 == 0) *(float4 *)y = v;
+    else put_four(p, y, n, v);
+    if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + n) = halves(v);
+}
+
+/* A lane holds columns lane / 4 and 8 on of 16 and two rows of each eight.  Paper is (TALLS,SLOTS,LD); each block of a cluster
+ * writes every blocks-th row. */
+template <int SLOTS, int END> __device__ static void
+put_tile(const bm_product &p, const ending &end, const place &w, const meeting &m, const tile &at, int round,
+         const float (&c)[shape<SLOTS, END>::TALLS][SLOTS / 2], float *paper) {
+    typedef shape<SLOTS, END> S;
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16 + lane / 4, rows = rows_of(at, SLOTS);
+    wait_cluster(m.taken, round + 1);
+#pragma unroll
+    for (int t = 0; t < S::TALLS; t++)
+#pragma unroll
+        for (int j = 0; j < SLOTS / 2; j++)
+            paper[(t * SLOTS + j / 4 * 8 + lane % 4 * 2 + j % 2) * LD + own + j / 2 % 2 * 8] = c[t][j];
+    tell_cluster(m.written, w);
+    wait_cluster(m.written, round);
+    const int col = threadIdx.x % 16 * 4, n = at.col + col;
+    for (int i = w.rank + threadIdx.x / 16 * w.blocks; i < rows && n < p.N; i += MULTIPLIERS / 16 * w.blocks) {
+        const float4 v = sum_over(paper + i * LD + col, w.blocks);
+        if constexpr (END == PLAIN) put(p, end, at.e, at.row + i, n, v);
+        else {
+            const float4 up = END == GATED ? sum_over(paper + (SLOTS + i) * LD + col, w.blocks) : v;
+            const uint32_t a = hidden<END>(p, end, at.e, n, make_float2(v.x, v.y), make_float2(up.x, up.y));
+            const uint32_t b = hidden<END>(p, end, at.e, n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w));
+            *(uint2 *)(end.act + (size_t)(at.row + i) * p.N + n) = make_uint2(a, b);
+        }
+    }
+    tell_cluster(m.taken, w);
+}
+
+template <int SLOTS, int END> __device__ static void
+multiply_steps(const bm_product &p, const ending &end, const ring &r, const place &w, const meeting &m) {
+    typedef shape<SLOTS, END> S;
+    float c[S::TALLS][SLOTS / 2];
+    tile at = { -1 };
+    int n = 0, round = 0;
+    for (int t = w.cluster; find(p, false, &at, t, SLOTS, TALL); t += w.clusters, round++) {
+        for (int k = w.begin; k < w.end; k++, n++) {
+            const uint8_t *stage = r.stage + n % S::STAGES * S::BYTES;
+            const uint64_t x = matrix(stage + S::WEIGHTS);
+            barrier_wait(&r.full[n % S::STAGES], n / S::STAGES % 2);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < DEPTH / 16; i++)
+#pragma unroll
+                for (int h = 0; h < S::TALLS; h++)
+                    multiply(c[h], matrix(stage + h * TALL * LINE) + 2 * i, x + 2 * i, k > w.begin || i);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (k > w.begin && threadIdx.x % 32 == 0) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
+        put_tile<SLOTS, END>(p, end, w, m, at, round, c, (float *)(r.stage + S::STAGES * S::BYTES));
+    }
+}
+#endif
+
+/* known: the groups were before the kernel before this one. */
+template <int SLOTS, int END> __global__ void __launch_bounds__(THREADS)
+few(const __grid_constant__ bm_product p, const ending end, bool known, const __grid_constant__ CUtensorMap x,
+    const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    typedef shape<SLOTS, END> S;
+    extern __shared__ uint8_t memory[];
+    __shared__ uint64_t full[S::STAGES], empty[S::STAGES], written, taken;
+    const ring r = { memory + (1024 - address(memory) % 1024) % 1024, full, empty };
+    const place here = place_of(p.K);
+    if (!p.first) next_may_start();
+    if (!threadIdx.x) {
+        for (int s = 0; s < S::STAGES; s++) {
+            barrier_make(&full[s], 1);
+            barrier_make(&empty[s], MULTIPLIERS / 32);
+        }
+        barrier_make(&written, MULTIPLIERS / 32 * here.blocks);
+        barrier_make(&taken, MULTIPLIERS / 32 * here.blocks);
+        barriers_made();
+    }
+    __syncthreads();
+    cluster_meet();
+    if (threadIdx.x >= MULTIPLIERS) bring_steps<SLOTS, END>(p, r, here, known, &x, &w, &gate);
+    else {
+        previous_done();
+        if (p.first) next_may_start();      /* a kernel that starts knows the groups */
+        multiply_steps<SLOTS, END>(p, end, r, here, { &written, &taken });
+    }
+    __syncwarp();
+    cluster_meet();             /* the others read this block's paper until they are done */
+#endif
+}
+
+/* ---- launches -------------------------------------------------------------------------------------------- */
+
+/* Blocks that share a tile's k: enough that all multiprocessors have some. */
+static int sharing(const bm_cuda *c, const bm_product *p) {
+    const int tiles = blocks_of((size_t)p->N, TALL), steps = blocks_of((size_t)p->K, DEPTH);
+    int blocks = 1;
+    while (!p->first && blocks < 8 && tiles * blocks < c->chip.multiProcessorCount && steps >= 4 * blocks) blocks *= 2;
+    return blocks;
+}
+
+template <int SLOTS, int END> static bool launch(bm_cuda *c, const job *j) {
+    typedef shape<SLOTS, END> S;
+    bm_product p = *j->p;
+    CUtensorMap x, w, gate = {};
+    bool good = bm_cuda_describe_rows(c, &x, j->x, p.K, p.M, 2 * j->ldx, p.first ? 1 : SLOTS) &&
+                bm_cuda_describe_weights(c, &w, &p, TALL);
+    if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, TALL);
+    if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
+    const int blocks = sharing(c, &p), all = c->chip.multiProcessorCount;
+    const int tiles = (p.M / SLOTS + p.X) * blocks_of((size_t)p.N, TALL);
+    const int clusters = tiles * blocks <= 2 * all ? tiles : all / blocks;
+    p.from = j->from;
+    return bm_cuda_start_clusters(c, few<SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end,
+                                  !p.first || p.half, x, w, gate);
+}
+template <int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
+    return j->gate ? launch<SLOTS, GATED>(c, j) : j->end.act ? launch<SLOTS, ACT>(c, j) : launch<SLOTS, PLAIN>(c, j);
+}
+/* Slots for most groups; of larger ones weights are read more than once. */
+bool bm_cuda_few(bm_cuda *c, const job *j) {
+    const int M = j->p->M, rows = j->p->first && 2 * M / j->p->X + 8 < M ? 2 * M / j->p->X + 8 : M;
+    if (rows <= 16) return launch_end<16>(c, j);
+    if (rows <= 32) return launch_end<32>(c, j);
+    return rows <= 64 ? launch_end<64>(c, j) : launch_end<128>(c, j);
+}
