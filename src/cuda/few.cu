@@ -13,7 +13,7 @@ enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 32, ROOM = 108 * 10
 /* Two blocks of ROOM fit a multiprocessor: one that works, one that makes ready, or two that work. */
 template <int SLOTS, int END> struct shape {
     enum { TALLS = END == GATED ? 2 : 1, WEIGHTS = TALLS * TALL * LINE, BYTES = WEIGHTS + SLOTS * LINE,
-           PAPER = TALLS * SLOTS * LD * 4, STAGES = (ROOM - PAPER) / BYTES, SHARED = STAGES * BYTES + PAPER + 1024 };
+           PIECE = SLOTS < 32 ? SLOTS : 32, PAPER = TALLS * PIECE * LD * 4, STAGES = (ROOM - PAPER) / BYTES, SHARED = STAGES * BYTES + PAPER + 1024 };
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -32,6 +32,8 @@ __device__ static place place_of(int K) {
     return w;
 }
 
+__device__ static void look_up(const CUtensorMap *map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
+
 /* ---- bringing ------------------------------------------------------------------------------------------ */
 
 /* A step of a tile: number k of DEPTH columns. */
@@ -44,6 +46,7 @@ template <int SLOTS> __device__ static bool next(const bm_product &p, const plac
     return find(p, false, &s->at, s->t, SLOTS, TALL);
 }
 __device__ static int rows_of(const tile &at, int most) { return at.end - at.row < most ? at.end - at.row : most; }
+__device__ static int boxes_of(const tile &at, int most, int box) { return (rows_of(at, most) + box - 1) / box; }
 
 __device__ static void bring_weights(void *to, const CUtensorMap *map, uint64_t *b, const step &s) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
@@ -51,16 +54,16 @@ __device__ static void bring_weights(void *to, const CUtensorMap *map, uint64_t 
                  :: "r"(address(to)), "l"(map), "r"(s.k * DEPTH), "r"(s.at.col), "r"(s.at.e), "r"(address(b)), "l"(passing()) : "memory");
 }
 
-/* By a warp.  Rows of groups one by one, so that they may lie anywhere. */
+/* By a warp.  Rows `box` at a time: one by one where they may lie anywhere. */
 template <int SLOTS, int END> __device__ static void
-bring_steps(const bm_product &p, const ring &r, const place &w, bool known, const CUtensorMap *x, const CUtensorMap *weights,
-            const CUtensorMap *gate) {
+bring_steps(const bm_product &p, const ring &r, const place &w, int box, bool known, const CUtensorMap *x,
+            const CUtensorMap *weights, const CUtensorMap *gate) {
     typedef shape<SLOTS, END> S;
     const int lane = threadIdx.x % 32;
     const auto bring_first = [&](const step &s, int n) {
         uint8_t *to = r.stage + n % S::STAGES * S::BYTES;
         uint64_t *full = &r.full[n % S::STAGES];
-        barrier_expect(full, S::WEIGHTS + LINE * (p.first ? rows_of(s.at, SLOTS) : SLOTS));
+        barrier_expect(full, S::WEIGHTS + boxes_of(s.at, SLOTS, box) * box * LINE);
         if (END == GATED) bring_weights(to, gate, full, s);
         bring_weights(to + S::WEIGHTS - TALL * LINE, weights, full, s);
     };
@@ -77,10 +80,8 @@ bring_steps(const bm_product &p, const ring &r, const place &w, bool known, cons
             if (!lane) bring_first(s, n);
         }
         __syncwarp();
-        if (p.first) {
-            for (int i = lane; i < rows_of(s.at, SLOTS); i += 32)
-                bring(to + i * LINE, x, full, s.k * DEPTH, p.from ? p.from[s.at.row + i] : s.at.row + i, 0);
-        } else if (!lane) bring(to, x, full, s.k * DEPTH, s.at.row, 0);
+        for (int i = lane; i < boxes_of(s.at, SLOTS, box); i += 32)
+            bring(to + i * box * LINE, x, full, s.k * DEPTH, p.from ? p.from[s.at.row + i] : s.at.row + i * box, 0);
     }
 }
 
@@ -121,33 +122,38 @@ __device__ static void put(const bm_product &p, const ending &end, int e, int i,
     if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + n) = halves(v);
 }
 
-/* A lane holds columns lane / 4 and 8 on of 16 and two rows of each eight.  Paper is (TALLS,SLOTS,LD); each block of a cluster
- * writes every blocks-th row. */
+/* PIECE rows at a time.  A lane holds columns lane / 4 and 8 on of 16 and two rows of each eight.  Paper is (TALLS,PIECE,LD); each
+ * block of a cluster writes every blocks-th row. */
 template <int SLOTS, int END> __device__ static void
-put_tile(const bm_product &p, const ending &end, const place &w, const meeting &m, const tile &at, int round,
+put_tile(const bm_product &p, const ending &end, const place &w, const meeting &m, const tile &at, int *round,
          const float (&c)[shape<SLOTS, END>::TALLS][SLOTS / 2], float *paper) {
     typedef shape<SLOTS, END> S;
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16 + lane / 4, rows = rows_of(at, SLOTS);
-    wait_cluster(m.taken, round + 1);
-#pragma unroll
-    for (int t = 0; t < S::TALLS; t++)
-#pragma unroll
-        for (int j = 0; j < SLOTS / 2; j++)
-            paper[(t * SLOTS + j / 4 * 8 + lane % 4 * 2 + j % 2) * LD + own + j / 2 % 2 * 8] = c[t][j];
-    tell_cluster(m.written, w);
-    wait_cluster(m.written, round);
     const int col = threadIdx.x % 16 * 4, n = at.col + col;
-    for (int i = w.rank + threadIdx.x / 16 * w.blocks; i < rows && n < p.N; i += MULTIPLIERS / 16 * w.blocks) {
-        const float4 v = sum_over(paper + i * LD + col, w.blocks);
-        if constexpr (END == PLAIN) put(p, end, at.e, at.row + i, n, v);
-        else {
-            const float4 up = END == GATED ? sum_over(paper + (SLOTS + i) * LD + col, w.blocks) : v;
-            const uint32_t a = hidden<END>(p, end, at.e, n, make_float2(v.x, v.y), make_float2(up.x, up.y));
-            const uint32_t b = hidden<END>(p, end, at.e, n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w));
-            *(uint2 *)(end.act + (size_t)(at.row + i) * p.N + n) = make_uint2(a, b);
+#pragma unroll
+    for (int piece = 0; piece < SLOTS; piece += S::PIECE, ++*round) {
+        if (piece >= rows) break;
+        wait_cluster(m.taken, *round + 1);
+#pragma unroll
+        for (int t = 0; t < S::TALLS; t++)
+#pragma unroll
+            for (int j = 0; j < S::PIECE / 2; j++)
+                paper[(t * S::PIECE + j / 4 * 8 + lane % 4 * 2 + j % 2) * LD + own + j / 2 % 2 * 8] = c[t][piece / 2 + j];
+        tell_cluster(m.written, w);
+        wait_cluster(m.written, *round);
+        for (int i = w.rank + threadIdx.x / 16 * w.blocks; i < S::PIECE && piece + i < rows && n < p.N; i += MULTIPLIERS / 16 * w.blocks) {
+            const float4 v = sum_over(paper + i * LD + col, w.blocks);
+            const int row = at.row + piece + i;
+            if constexpr (END == PLAIN) put(p, end, at.e, row, n, v);
+            else {
+                const float4 up = END == GATED ? sum_over(paper + (S::PIECE + i) * LD + col, w.blocks) : v;
+                const uint32_t a = hidden<END>(p, end, at.e, n, make_float2(v.x, v.y), make_float2(up.x, up.y));
+                const uint32_t b = hidden<END>(p, end, at.e, n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w));
+                *(uint2 *)(end.act + (size_t)row * p.N + n) = make_uint2(a, b);
+            }
         }
+        tell_cluster(m.taken, w);
     }
-    tell_cluster(m.taken, w);
 }
 
 template <int SLOTS, int END> __device__ static void
@@ -156,7 +162,7 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
     float c[S::TALLS][SLOTS / 2];
     tile at = { -1 };
     int n = 0, round = 0;
-    for (int t = w.cluster; find(p, false, &at, t, SLOTS, TALL); t += w.clusters, round++) {
+    for (int t = w.cluster; find(p, false, &at, t, SLOTS, TALL); t += w.clusters) {
         for (int k = w.begin; k < w.end; k++, n++) {
             const uint8_t *stage = r.stage + n % S::STAGES * S::BYTES;
             const uint64_t x = matrix(stage + S::WEIGHTS);
@@ -173,14 +179,14 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
-        put_tile<SLOTS, END>(p, end, w, m, at, round, c, (float *)(r.stage + S::STAGES * S::BYTES));
+        put_tile<SLOTS, END>(p, end, w, m, at, &round, c, (float *)(r.stage + S::STAGES * S::BYTES));
     }
 }
 #endif
 
 /* known: the groups were before the kernel before this one. */
 template <int SLOTS, int END> __global__ void __launch_bounds__(THREADS)
-few(const __grid_constant__ bm_product p, const ending end, bool known, const __grid_constant__ CUtensorMap x,
+few(const __grid_constant__ bm_product p, const ending end, int box, bool known, const __grid_constant__ CUtensorMap x,
     const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     typedef shape<SLOTS, END> S;
@@ -189,6 +195,11 @@ few(const __grid_constant__ bm_product p, const ending end, bool known, const __
     const ring r = { memory + (1024 - address(memory) % 1024) % 1024, full, empty };
     const place here = place_of(p.K);
     if (!p.first) next_may_start();
+    if (threadIdx.x == MULTIPLIERS) {
+        look_up(&x);
+        look_up(&w);
+        if (END == GATED) look_up(&gate);
+    }
     if (!threadIdx.x) {
         for (int s = 0; s < S::STAGES; s++) {
             barrier_make(&full[s], 1);
@@ -200,7 +211,7 @@ few(const __grid_constant__ bm_product p, const ending end, bool known, const __
     }
     __syncthreads();
     cluster_meet();
-    if (threadIdx.x >= MULTIPLIERS) bring_steps<SLOTS, END>(p, r, here, known, &x, &w, &gate);
+    if (threadIdx.x >= MULTIPLIERS) bring_steps<SLOTS, END>(p, r, here, box, known, &x, &w, &gate);
     else {
         previous_done();
         if (p.first) next_may_start();      /* a kernel that starts knows the groups */
@@ -225,15 +236,16 @@ template <int SLOTS, int END> static bool launch(bm_cuda *c, const job *j) {
     typedef shape<SLOTS, END> S;
     bm_product p = *j->p;
     CUtensorMap x, w, gate = {};
-    bool good = bm_cuda_describe_rows(c, &x, j->x, p.K, p.M, 2 * j->ldx, p.first ? 1 : SLOTS) &&
+    const int box = j->from ? 1 : p.first ? 8 : SLOTS;
+    bool good = bm_cuda_describe_rows(c, &x, j->x, p.K, p.M, 2 * j->ldx, box) &&
                 bm_cuda_describe_weights(c, &w, &p, TALL);
     if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, TALL);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int blocks = sharing(c, &p), all = c->chip.multiProcessorCount;
-    const int tiles = (p.M / SLOTS + p.X) * blocks_of((size_t)p.N, TALL);
+    const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, TALL);
     const int clusters = tiles * blocks <= 2 * all ? tiles : all / blocks;
     p.from = j->from;
-    return bm_cuda_start_clusters(c, few<SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end,
+    return bm_cuda_start_clusters(c, few<SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box,
                                   !p.first || p.half, x, w, gate);
 }
 template <int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
@@ -241,7 +253,7 @@ template <int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
 }
 /* Slots for most groups; of larger ones weights are read more than once. */
 bool bm_cuda_few(bm_cuda *c, const job *j) {
-    const int M = j->p->M, rows = j->p->first && 2 * M / j->p->X + 8 < M ? 2 * M / j->p->X + 8 : M;
+    const int M = j->p->M, most = M / j->p->X * 3 / 2 + 4, rows = j->p->first && most < M ? most : M;
     if (rows <= 16) return launch_end<16>(c, j);
     if (rows <= 32) return launch_end<32>(c, j);
     return rows <= 64 ? launch_end<64>(c, j) : launch_end<128>(c, j);

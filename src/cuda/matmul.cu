@@ -333,18 +333,20 @@ void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *u
 
 /* ---- few columns --------------------------------------------------------------------------- */
 
-enum { NARROW = 8, PER_WARP = 2, WARPS = 8, WIDEST = 192 * 1024 / (4 * NARROW) };
+enum { NARROW = 8, WARPS = 8, WIDEST = 192 * 1024 / (4 * NARROW) };
 
 /* Up to NARROW columns of f32 weights, a router's, for a few rows: an output is summed as `dots` does (gemm.cu).  Weights lie in
  * shared memory by n, half of eight k, and k / 8. */
-__global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
+template <int PER_WARP> __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
     extern __shared__ float4 w[];
-    const int lane = threadIdx.x % 32, row0 = PER_WARP * (int)(blockIdx.x * WARPS + threadIdx.x / 32), eights = p.K / 8;
-    after_previous();
-    for (int i = threadIdx.x; i < p.N * 2 * eights; i += 32 * WARPS) {
+    const int lane = threadIdx.x % 32, row0 = PER_WARP * (int)((blockIdx.x * blockDim.x + threadIdx.x) / 32), eights = p.K / 8;
+    next_may_start();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < p.N * 2 * eights; i += blockDim.x) {
         const int n = i / (2 * eights), k4 = i % (2 * eights);
         w[(2 * n + k4 % 2) * eights + k4 / 2] = ((const float4 *)(p.w[0] + n * p.w_stride))[k4];
     }
+    previous_done();
     __syncthreads();
     if (row0 >= p.M) return;
     const float4 *x[PER_WARP];
@@ -385,9 +387,12 @@ bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
            !p->from && !p->to && !p->scale && ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
 }
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {
+    const bool few = p->M <= FEW;           /* then more processors share them */
+    const int warps = few ? WARPS / 2 : WARPS, rows = few ? warps : 2 * warps;
+    const auto kernel = few ? narrow<1> : narrow<2>;
     const size_t shared = 4 * (size_t)p->N * p->K;
-    cudaFuncSetAttribute(narrow, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    bm_cuda_start(c, narrow, blocks_of((size_t)p->M, PER_WARP * WARPS), 32 * WARPS, shared, *p);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    bm_cuda_start(c, kernel, blocks_of((size_t)p->M, (size_t)rows), 32 * warps, shared, *p);
 }
 
 /* ---- room ---------------------------------------------------------------------------------- */
