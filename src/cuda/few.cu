@@ -1,26 +1,27 @@
 /* few.cu - products of 9 to 128 rows with bf16 weights and activations on Hopper's tensor cores.  Room: cuda.
  *
  * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes one tile after
- * another: 64 columns of outputs (or those of gate and of up) for up to SLOTS rows of a group.  A warp has the copy engine bring
- * 64 columns of k at a time into a ring of stages, and a warpgroup multiplies them (wgmma) with the weights as the side of 64.
+ * another: 64 rows of weights (or 32 of gate and 32 of up) and up to SLOTS rows of a group.  A warp has the copy engine bring 64
+ * columns of k at a time into a ring of stages, and a warpgroup multiplies them (wgmma) with the weights as the side of 64.
  * Weights that are known to be wanted are brought while the kernel before still works.
- * Where there are few tiles, the blocks of a cluster share a tile's k and add what they have in the order of their ranks.  Which
- * block sums which k depends on the shape of the weights alone: an output has the same bits whatever rows are beside it. */
+ * Where there are few tiles, the blocks of a cluster share a tile's k and send what they have to each other, to be added in the
+ * order of their ranks.  Which block sums which k depends on the shape of the weights alone: an output has the same bits whatever
+ * rows are beside it. */
 #include "cuda/hopper.cuh"
 
 enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 32, ROOM = 108 * 1024, LD = TALL + 4 };
 
-/* Two blocks of ROOM fit a multiprocessor: one that works, one that makes ready, or two that work. */
+/* COLS columns of outputs, turned round PIECE rows at a time.  Two blocks of ROOM fit a multiprocessor: one that works, one that
+ * makes ready, or two that work. */
 template <int SLOTS, int END> struct shape {
-    enum { TALLS = END == GATED ? 2 : 1, WEIGHTS = TALLS * TALL * LINE, BYTES = WEIGHTS + SLOTS * LINE,
-           PIECE = SLOTS < 32 ? SLOTS : 32, PAPER = TALLS * PIECE * LD * 4, STAGES = (ROOM - PAPER) / BYTES, SHARED = STAGES * BYTES + PAPER + 1024 };
+    enum { COLS = END == GATED ? TALL / 2 : TALL, WEIGHTS = TALL * LINE, BYTES = WEIGHTS + SLOTS * LINE, PIECE = SLOTS < 32 ? SLOTS : 32,
+           PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4, APART = PAPER > DESK ? PAPER : DESK, STAGES = (ROOM - APART) / BYTES,
+           SHARED = STAGES * BYTES + APART + 1024 };
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* Block `rank` of the `blocks` of a cluster, which is one of `clusters`; its steps of k. */
 typedef struct place { int rank, blocks, cluster, clusters, begin, end; } place;
-/* Barriers over a cluster: outputs lie on paper; all of them were read. */
-typedef struct meeting { uint64_t *written, *taken; } meeting;
 
 __device__ static place place_of(int K) {
     place w;
@@ -32,6 +33,10 @@ __device__ static place place_of(int K) {
     return w;
 }
 
+__device__ static void expect(const CUtensorMap *map, int k, int row, int e) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
+                 :: "l"(map), "r"(k), "r"(row), "r"(e) : "memory");
+}
 __device__ static void look_up(const CUtensorMap *map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
 
 /* ---- bringing ------------------------------------------------------------------------------------------ */
@@ -39,11 +44,11 @@ __device__ static void look_up(const CUtensorMap *map) { asm volatile("prefetch.
 /* A step of a tile: number k of DEPTH columns. */
 typedef struct step { tile at; int t, k; } step;
 __device__ static step before_first(const place &w) { return { { -1 }, w.cluster - w.clusters, w.end - 1 }; }
-template <int SLOTS> __device__ static bool next(const bm_product &p, const place &w, step *s) {
+template <int SLOTS, int END> __device__ static bool next(const bm_product &p, const place &w, step *s) {
     if (++s->k < w.end) return true;
     s->k = w.begin;
     s->t += w.clusters;
-    return find(p, false, &s->at, s->t, SLOTS, TALL);
+    return find(p, false, &s->at, s->t, SLOTS, shape<SLOTS, END>::COLS);
 }
 __device__ static int rows_of(const tile &at, int most) { return at.end - at.row < most ? at.end - at.row : most; }
 __device__ static int boxes_of(const tile &at, int most, int box) { return (rows_of(at, most) + box - 1) / box; }
@@ -52,6 +57,17 @@ __device__ static void bring_weights(void *to, const CUtensorMap *map, uint64_t 
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1, {%2, %3, %4}], [%5], %6;"
                  :: "r"(address(to)), "l"(map), "r"(s.k * DEPTH), "r"(s.at.col), "r"(s.at.e), "r"(address(b)), "l"(passing()) : "memory");
+}
+
+/* Where groups are not known yet: into the second cache what the first tile is if each group has one row of tiles. */
+template <int SLOTS, int END> __device__ static void
+expect_weights(const bm_product &p, const place &w, const CUtensorMap *weights, const CUtensorMap *gate) {
+    enum { COLS = shape<SLOTS, END>::COLS };
+    const int cols = (p.N + COLS - 1) / COLS, e = w.cluster / cols, col = w.cluster % cols * COLS;
+    for (int k = w.begin + threadIdx.x % 32; k < w.end && e < p.X; k += 32) {
+        if (END == GATED) expect(gate, k * DEPTH, col, e);
+        expect(weights, k * DEPTH, col, e);
+    }
 }
 
 /* By a warp.  Rows `box` at a time: one by one where they may lie anywhere. */
@@ -65,14 +81,15 @@ bring_steps(const bm_product &p, const ring &r, const place &w, int box, bool kn
         uint64_t *full = &r.full[n % S::STAGES];
         barrier_expect(full, S::WEIGHTS + boxes_of(s.at, SLOTS, box) * box * LINE);
         if (END == GATED) bring_weights(to, gate, full, s);
-        bring_weights(to + S::WEIGHTS - TALL * LINE, weights, full, s);
+        bring_weights(to + (TALL - S::COLS) * LINE, weights, full, s);
     };
     step s = before_first(w);
     int early = 0;
-    for (; known && early < S::STAGES && next<SLOTS>(p, w, &s); early++) if (!lane) bring_first(s, early);
+    for (; known && early < S::STAGES && next<SLOTS, END>(p, w, &s); early++) if (!lane) bring_first(s, early);
+    if (!known) expect_weights<SLOTS, END>(p, w, weights, gate);
     previous_done();
     s = before_first(w);
-    for (int n = 0; next<SLOTS>(p, w, &s); n++) {
+    for (int n = 0; next<SLOTS, END>(p, w, &s); n++) {
         uint8_t *to = r.stage + n % S::STAGES * S::BYTES + S::WEIGHTS;
         uint64_t *full = &r.full[n % S::STAGES];
         if (n >= early) {
@@ -87,29 +104,6 @@ bring_steps(const bm_product &p, const ring &r, const place &w, int box, bool kn
 
 /* ---- multiplying --------------------------------------------------------------------------------------- */
 
-/* In all blocks of the cluster; what was written before is seen by who waits. */
-__device__ static void tell_cluster(uint64_t *b, const place &w) {
-    __syncwarp();
-    if ((int)threadIdx.x % 32 < w.blocks)
-        asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r];}"
-                     :: "r"(address(b)), "r"(threadIdx.x % 32) : "memory");
-}
-__device__ static void wait_cluster(uint64_t *b, unsigned round) {
-    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1; @!p bra L; }"
-                 :: "r"(address(b)), "r"(round & 1) : "memory");
-}
-/* Sum over the blocks of a cluster of what lies at the same place in each. */
-__device__ static float4 sum_over(const float *own, int blocks) {
-    float4 sum = make_float4(0, 0, 0, 0);
-    for (int rank = 0; rank < blocks; rank++) {
-        float4 v;
-        asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [r];}"
-                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address(own)), "r"(rank) : "memory");
-        sum = rank ? make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w) : v;
-    }
-    return sum;
-}
-
 /* Four columns of row i of the groups. */
 __device__ static void put(const bm_product &p, const ending &end, int e, int i, int n, float4 v) {
     const int row = p.to ? p.to[i] : i;
@@ -122,64 +116,106 @@ __device__ static void put(const bm_product &p, const ending &end, int e, int i,
     if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + n) = halves(v);
 }
 
-/* PIECE rows at a time.  A lane holds columns lane / 4 and 8 on of 16 and two rows of each eight.  Paper is (TALLS,PIECE,LD); each
- * block of a cluster writes every blocks-th row. */
+/* The same of row i of a tile, with what becomes of hidden columns. */
+template <int END> __device__ static void
+put_either(const bm_product &p, const ending &end, const tile &at, int i, int col, float4 v, float4 up) {
+    const int n = at.col + col, row = at.row + i;
+    if (n >= p.N) return;
+    if constexpr (END == PLAIN) put(p, end, at.e, row, n, v);
+    else {
+        const uint32_t a = hidden<END>(p, end, at.e, n, make_float2(v.x, v.y), make_float2(up.x, up.y));
+        const uint32_t b = hidden<END>(p, end, at.e, n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w));
+        *(uint2 *)(end.act + (size_t)row * p.N + n) = make_uint2(a, b);
+    }
+}
+
+/* Rows [from, from + COUNT) of outputs onto paper (COUNT,LD).  A lane holds columns lane / 4 and 8 on of 16, two rows of each eight. */
+template <int COUNT, int ALL> __device__ static void lay(const float (&c)[ALL], int from, float *paper) {
+    const int lane = threadIdx.x % 32, col = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < COUNT / 2; j++)
+        paper[(j / 4 * 8 + lane % 4 * 2 + j % 2) * LD + col + j / 2 % 2 * 8] = c[from / 2 + j];
+}
+
 template <int SLOTS, int END> __device__ static void
-put_tile(const bm_product &p, const ending &end, const place &w, const meeting &m, const tile &at, int *round,
-         const float (&c)[shape<SLOTS, END>::TALLS][SLOTS / 2], float *paper) {
-    typedef shape<SLOTS, END> S;
-    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16 + lane / 4, rows = rows_of(at, SLOTS);
-    const int col = threadIdx.x % 16 * 4, n = at.col + col;
+put_alone(const bm_product &p, const ending &end, const tile &at, const float (&c)[SLOTS / 2], float *paper) {
+    enum { PIECE = shape<SLOTS, END>::PIECE, COLS = shape<SLOTS, END>::COLS, FOURS = COLS / 4 };
+    const int col = threadIdx.x % FOURS * 4, rows = rows_of(at, SLOTS);
 #pragma unroll
-    for (int piece = 0; piece < SLOTS; piece += S::PIECE, ++*round) {
+    for (int piece = 0; piece < SLOTS; piece += PIECE) {
         if (piece >= rows) break;
-        wait_cluster(m.taken, *round + 1);
-#pragma unroll
-        for (int t = 0; t < S::TALLS; t++)
-#pragma unroll
-            for (int j = 0; j < S::PIECE / 2; j++)
-                paper[(t * S::PIECE + j / 4 * 8 + lane % 4 * 2 + j % 2) * LD + own + j / 2 % 2 * 8] = c[t][piece / 2 + j];
-        tell_cluster(m.written, w);
-        wait_cluster(m.written, *round);
-        for (int i = w.rank + threadIdx.x / 16 * w.blocks; i < S::PIECE && piece + i < rows && n < p.N; i += MULTIPLIERS / 16 * w.blocks) {
-            const float4 v = sum_over(paper + i * LD + col, w.blocks);
-            const int row = at.row + piece + i;
-            if constexpr (END == PLAIN) put(p, end, at.e, row, n, v);
-            else {
-                const float4 up = END == GATED ? sum_over(paper + (S::PIECE + i) * LD + col, w.blocks) : v;
-                const uint32_t a = hidden<END>(p, end, at.e, n, make_float2(v.x, v.y), make_float2(up.x, up.y));
-                const uint32_t b = hidden<END>(p, end, at.e, n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w));
-                *(uint2 *)(end.act + (size_t)row * p.N + n) = make_uint2(a, b);
-            }
+        meet_of<MULTIPLIERS>();
+        lay<PIECE>(c, piece, paper);
+        meet_of<MULTIPLIERS>();
+        for (int i = threadIdx.x / FOURS; i < PIECE && piece + i < rows; i += MULTIPLIERS / FOURS) {
+            const float *v = paper + i * LD + col;
+            put_either<END>(p, end, at, piece + i, col, *(const float4 *)v, *(const float4 *)(v + TALL - COLS));
         }
-        tell_cluster(m.taken, w);
+    }
+}
+
+/* To the same place in another block of the cluster, whose barrier is told. */
+__device__ static void send(float *to, float4 v, uint64_t *b, int rank) {
+    asm volatile("{.reg .b32 t, r; mapa.shared::cluster.u32 t, %0, %6; mapa.shared::cluster.u32 r, %1, %6;"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [t], {%2, %3, %4, %5}, [r];}"
+                 :: "r"(address(to)), "r"(address(b)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(rank) : "memory");
+}
+/* The sum over the blocks of a cluster, `apart` floats from one to the next. */
+__device__ static float4 sum_over(const float *v, int blocks, int apart) {
+    float4 sum = *(const float4 *)v;
+    for (int rank = 1; rank < blocks; rank++) {
+        const float4 a = *(const float4 *)(v + rank * apart);
+        sum = make_float4(sum.x + a.x, sum.y + a.y, sum.z + a.z, sum.w + a.w);
+    }
+    return sum;
+}
+/* Block r of the cluster writes rows r, r + blocks, ...; what others have of them comes to its desk (blocks,SLOTS/blocks,TALL).  A
+ * cluster has one tile: the ring is done with and serves as paper. */
+template <int SLOTS, int END> __device__ static void
+put_shared(const bm_product &p, const ending &end, const place &w, const tile &at, const float (&c)[SLOTS / 2], float *paper, float *desk,
+           uint64_t *sent) {
+    enum { COLS = shape<SLOTS, END>::COLS, FOURS = COLS / 4 };
+    const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = SLOTS / w.blocks * TALL;
+    meet_of<MULTIPLIERS>();
+    lay<SLOTS>(c, 0, paper);
+    if (!threadIdx.x) barrier_expect(sent, own * w.blocks * TALL * 4);
+    meet_of<MULTIPLIERS>();
+    for (int i = threadIdx.x / 16; i < rows; i += MULTIPLIERS / 16) {
+        const int four = threadIdx.x % 16 * 4;
+        send(desk + w.rank * apart + i / w.blocks * TALL + four, *(const float4 *)(paper + i * LD + four), sent, i % w.blocks);
+    }
+    barrier_wait(sent, 0);
+    for (int i = threadIdx.x / FOURS; i < own; i += MULTIPLIERS / FOURS) {
+        const int col = threadIdx.x % FOURS * 4;
+        const float *v = desk + i * TALL + col;
+        put_either<END>(p, end, at, w.rank + i * w.blocks, col, sum_over(v, w.blocks, apart),
+                              END == GATED ? sum_over(v + COLS, w.blocks, apart) : make_float4(0, 0, 0, 0));
     }
 }
 
 template <int SLOTS, int END> __device__ static void
-multiply_steps(const bm_product &p, const ending &end, const ring &r, const place &w, const meeting &m) {
+multiply_steps(const bm_product &p, const ending &end, const ring &r, const place &w, uint64_t *sent) {
     typedef shape<SLOTS, END> S;
-    float c[S::TALLS][SLOTS / 2];
+    float c[SLOTS / 2];
     tile at = { -1 };
-    int n = 0, round = 0;
-    for (int t = w.cluster; find(p, false, &at, t, SLOTS, TALL); t += w.clusters) {
+    float *apart = (float *)(r.stage + S::STAGES * S::BYTES);
+    int n = 0;
+    for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
         for (int k = w.begin; k < w.end; k++, n++) {
             const uint8_t *stage = r.stage + n % S::STAGES * S::BYTES;
-            const uint64_t x = matrix(stage + S::WEIGHTS);
+            const uint64_t weights = matrix(stage), x = matrix(stage + S::WEIGHTS);
             barrier_wait(&r.full[n % S::STAGES], n / S::STAGES % 2);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < DEPTH / 16; i++)
-#pragma unroll
-                for (int h = 0; h < S::TALLS; h++)
-                    multiply(c[h], matrix(stage + h * TALL * LINE) + 2 * i, x + 2 * i, k > w.begin || i);
+            for (int i = 0; i < DEPTH / 16; i++) multiply(c, weights + 2 * i, x + 2 * i, k > w.begin || i);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             if (k > w.begin && threadIdx.x % 32 == 0) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
-        put_tile<SLOTS, END>(p, end, w, m, at, &round, c, (float *)(r.stage + S::STAGES * S::BYTES));
+        if (w.blocks == 1) put_alone<SLOTS, END>(p, end, at, c, apart);
+        else put_shared<SLOTS, END>(p, end, w, at, c, (float *)r.stage, apart, sent);
     }
 }
 #endif
@@ -191,7 +227,7 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     typedef shape<SLOTS, END> S;
     extern __shared__ uint8_t memory[];
-    __shared__ uint64_t full[S::STAGES], empty[S::STAGES], written, taken;
+    __shared__ uint64_t full[S::STAGES], empty[S::STAGES], sent;
     const ring r = { memory + (1024 - address(memory) % 1024) % 1024, full, empty };
     const place here = place_of(p.K);
     if (!p.first) next_may_start();
@@ -205,8 +241,7 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
             barrier_make(&full[s], 1);
             barrier_make(&empty[s], MULTIPLIERS / 32);
         }
-        barrier_make(&written, MULTIPLIERS / 32 * here.blocks);
-        barrier_make(&taken, MULTIPLIERS / 32 * here.blocks);
+        barrier_make(&sent, 1);
         barriers_made();
     }
     __syncthreads();
@@ -215,10 +250,8 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
     else {
         previous_done();
         if (p.first) next_may_start();      /* a kernel that starts knows the groups */
-        multiply_steps<SLOTS, END>(p, end, r, here, { &written, &taken });
+        multiply_steps<SLOTS, END>(p, end, r, here, &sent);
     }
-    __syncwarp();
-    cluster_meet();             /* the others read this block's paper until they are done */
 #endif
 }
 
@@ -238,11 +271,11 @@ template <int SLOTS, int END> static bool launch(bm_cuda *c, const job *j) {
     CUtensorMap x, w, gate = {};
     const int box = j->from ? 1 : p.first ? 8 : SLOTS;
     bool good = bm_cuda_describe_rows(c, &x, j->x, p.K, p.M, 2 * j->ldx, box) &&
-                bm_cuda_describe_weights(c, &w, &p, TALL);
-    if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, TALL);
+                bm_cuda_describe_weights(c, &w, &p, S::COLS);
+    if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, S::COLS);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int blocks = sharing(c, &p), all = c->chip.multiProcessorCount;
-    const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, TALL);
+    const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, S::COLS);
     const int clusters = tiles * blocks <= 2 * all ? tiles : all / blocks;
     p.from = j->from;
     return bm_cuda_start_clusters(c, few<SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box,

@@ -38,6 +38,12 @@ bm_cuda_start_clusters(bm_cuda *c, void (*kernel)(P...), int blocks, int ctas, i
     return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, a...), "a matrix product");
 }
 
+/* Sixteen bytes into shared memory; there after copies_wait(). */
+INLINE void copy_four(float4 *to, const float4 *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from));
+}
+INLINE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 /* ---- how outputs leave ------------------------------------------------------------------------------- */
 
 /* x/2 erfc(-x / sqrt 2) to 1.5e-7 |x|, far below a bf16: Abramowitz and Stegun, 7.1.26. */

@@ -189,7 +189,7 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
 
 /* ---- activations as bf16 ------------------------------------------------------------------- */
 
-enum { ROUNDERS = 256 };
+enum { ROUNDERS = 256, APIECE = 8 };
 
 /* Rows from[0], from[1], ... of x, to the last of the groups: a thread rounds eight elements. */
 __global__ void __launch_bounds__(ROUNDERS) round_rows(const bm_product p, bool aligned, uint16_t *half) {
@@ -220,7 +220,8 @@ static void find_activations(bm_cuda *c, job *j) {
     const bm_product *p = j->p;
     j->x = p->half, j->ldx = (size_t)p->K;
     if (p->half) return;
-    const bool there = w->of == p->x && p->ldx == (size_t)w->cols && (!p->from || p->M <= FEW);
+    const bool near = !p->from || (p->M <= FEW && p->M <= APIECE * p->X);       /* else rows one by one take longer than to gather them */
+    const bool there = w->of == p->x && p->ldx == (size_t)w->cols && near;
     w->of = NULL;
     if (there) {
         j->x = w->there, j->ldx = p->ldx, j->from = p->from;
@@ -333,25 +334,30 @@ void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *u
 
 /* ---- few columns --------------------------------------------------------------------------- */
 
-enum { NARROW = 8, WARPS = 8, WIDEST = 192 * 1024 / (4 * NARROW) };
+enum { NARROW = 8, WARPS = 8, FEW_WARPS = 4, WIDEST = 192 * 1024 / (4 * (NARROW + FEW_WARPS)) };
 
-/* Up to NARROW columns of f32 weights, a router's, for a few rows: an output is summed as `dots` does (gemm.cu).  Weights lie in
- * shared memory by n, half of eight k, and k / 8. */
+/* Up to NARROW columns of f32 weights, a router's: an output is summed as `dots` does (gemm.cu).  Weights lie in shared memory by
+ * n, half of eight k, and k / 8; behind them the rows of x of each warp where there is one a warp. */
 template <int PER_WARP> __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
     extern __shared__ float4 w[];
     const int lane = threadIdx.x % 32, row0 = PER_WARP * (int)((blockIdx.x * blockDim.x + threadIdx.x) / 32), eights = p.K / 8;
     next_may_start();
-#pragma unroll 4
     for (int i = threadIdx.x; i < p.N * 2 * eights; i += blockDim.x) {
         const int n = i / (2 * eights), k4 = i % (2 * eights);
-        w[(2 * n + k4 % 2) * eights + k4 / 2] = ((const float4 *)(p.w[0] + n * p.w_stride))[k4];
+        copy_four(&w[(2 * n + k4 % 2) * eights + k4 / 2], (const float4 *)(p.w[0] + n * p.w_stride) + k4);
     }
     previous_done();
-    __syncthreads();
-    if (row0 >= p.M) return;
     const float4 *x[PER_WARP];
     float sum[PER_WARP][NARROW] = {};
-    for (int i = 0; i < PER_WARP; i++) x[i] = (const float4 *)(p.x + (size_t)(row0 + i < p.M ? row0 + i : row0) * p.ldx);
+    for (int i = 0; i < PER_WARP; i++) x[i] = (const float4 *)(p.x + (size_t)(row0 + i < p.M ? row0 + i : p.M - 1) * p.ldx);
+    if (PER_WARP == 1) {
+        float4 *own = w + (p.N + threadIdx.x / 32) * 2 * eights;
+        for (int k = lane; k < 2 * eights; k += 32) copy_four(own + k, x[0] + k);
+        x[0] = own;
+    }
+    copies_wait();
+    __syncthreads();
+    if (row0 >= p.M) return;
 #pragma unroll 3
     for (int k = lane; k < eights; k += 32) {
         float4 v[PER_WARP][2];
@@ -388,9 +394,9 @@ bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
 }
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {
     const bool few = p->M <= FEW;           /* then more processors share them */
-    const int warps = few ? WARPS / 2 : WARPS, rows = few ? warps : 2 * warps;
+    const int warps = few ? FEW_WARPS : WARPS, rows = few ? warps : 2 * warps;
     const auto kernel = few ? narrow<1> : narrow<2>;
-    const size_t shared = 4 * (size_t)p->N * p->K;
+    const size_t shared = 4 * (size_t)(p->N + (few ? warps : 0)) * p->K;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     bm_cuda_start(c, kernel, blocks_of((size_t)p->M, (size_t)rows), 32 * warps, shared, *p);
 }

@@ -7,30 +7,35 @@ enum { THREADS = 128, SORTERS = 1024 };
 /* a is a better choice than b: NaN never wins. */
 __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !isnan(a)); }
 
-/* The k best of row i, the lowest index where equal; gates by sigmoid or softmax. */
-__device__ static void choose_row(const bm_op_route &a, int i) {
+/* The k best of row i, the lowest index where equal; gates by sigmoid or softmax.  Which was choice j. */
+__device__ static int choose_row(const bm_op_route &a, int i, int choice) {
     const float *l = a.logits + (size_t)i * a.X;
-    int max = 0, before = -1;
-    float sum = 0;
-    for (int e = 1; e < a.X; e++) if (better(l[e], l[max])) max = e;
-    for (int e = 0; a.rule == BM_ROUTE_SOFTMAX && e < a.X; e++) sum += expf(l[e] - l[max]);
+    float top = l[0], last = 0, sum = 0;
+    int before = -1, found = -1;
+#pragma unroll 8
+    for (int e = 1; e < a.X; e++) if (better(l[e], top)) top = l[e];
+    for (int e = 0; a.rule == BM_ROUTE_SOFTMAX && e < a.X; e++) sum += expf(l[e] - top);
     for (int j = 0; j < a.k; j++) {
         int best = -1;          /* of those that come after `before` in the order of choices */
+        float value = 0;
+#pragma unroll 8
         for (int e = 0; e < a.X; e++) {
-            if (before >= 0 && (e == before || better(l[e], l[before]) || (!better(l[before], l[e]) && e < before))) continue;
-            if (best < 0 || better(l[e], l[best])) best = e;
+            const float v = l[e];
+            if (before >= 0 && (e == before || better(v, last) || (!better(last, v) && e < before))) continue;
+            if (best < 0 || better(v, value)) best = e, value = v;
         }
-        before = best;
+        before = best, last = value;
+        if (j == choice) found = best;
         const size_t at = (size_t)j * a.M + i;
         a.expert[at] = best;
-        a.gate[at] = a.rule == BM_ROUTE_SIGMOID ? 1 / (1 + expf(-l[best])) : best == max ? 1 / sum : expf(l[best] - l[max]) / sum;
+        a.gate[at] = a.rule == BM_ROUTE_SIGMOID ? 1 / (1 + expf(-value)) : j ? expf(value - top) / sum : 1 / sum;
     }
+    return found;
 }
-
 __global__ void __launch_bounds__(THREADS) choose(bm_op_route a) {
     after_previous();
     const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
-    if (i < a.M) choose_row(a, i);
+    if (i < a.M) choose_row(a, i, 0);
 }
 
 /* Up to 32 experts, one block for each choice: a warp counts and places a run of rows, lane e for expert e.  Up to SORTERS rows are
@@ -44,9 +49,10 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     const int begin = warp * run, end = begin + run < a.M ? begin + run : a.M;
     const int warps = (a.M + run - 1) / run;
     int n = 0;
-    if (a.M <= SORTERS && begin + lane < end) choose_row(a, begin + lane);
+    const bool at_once = a.M <= SORTERS;
+    const int own = at_once && begin + lane < end ? choose_row(a, begin + lane, (int)blockIdx.x) : -1;
     for (int i = begin + lane; i - lane < end; i += 32) {
-        const int mine = i < end ? expert[i] : -1;
+        const int mine = at_once ? own : i < end ? expert[i] : -1;
         for (int e = 0; e < a.X; e++) {
             const unsigned all = __ballot_sync(~0u, mine == e);
             if (lane == e) n += __popc(all);
@@ -72,7 +78,7 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     __syncthreads();
     int at = count[warp][lane];
     for (int i = begin + lane; i - lane < end; i += 32) {
-        const int mine = i < end ? expert[i] : -1;
+        const int mine = at_once ? own : i < end ? expert[i] : -1;
         int to = 0, taken = 0;
         for (int e = 0; e < a.X; e++) {
             const unsigned all = __ballot_sync(~0u, mine == e);
