@@ -2,14 +2,15 @@
  *
  * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes one tile after
  * another: 64 rows of weights (or 32 of gate and 32 of up) and up to SLOTS rows of a group.  A warp has the copy engine bring 64
- * columns of k at a time into a ring of stages, and a warpgroup multiplies them (wgmma) with the weights as the side of 64.
+ * columns of k of weights at a time into a ring of stages, one those of activations, and a warpgroup multiplies them (wgmma) with
+ * the weights as the side of 64.  A step is 8 KB: what a warp does besides must stay below a third of a microsecond.
  * Weights that are known to be wanted are brought while the kernel before still works.
  * Where there are few tiles, the blocks of a cluster share a tile's k and send what they have to each other, to be added in the
  * order of their ranks.  Which block sums which k depends on the shape of the weights alone: an output has the same bits whatever
  * rows are beside it. */
 #include "cuda/hopper.cuh"
 
-enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 32, ROOM = 108 * 1024, LD = TALL + 4 };
+enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TALL + 4 };
 
 /* COLS columns of outputs, turned round PIECE rows at a time.  Two blocks of ROOM fit a multiprocessor: one that works, one that
  * makes ready, or two that work. */
@@ -41,64 +42,78 @@ __device__ static void look_up(const CUtensorMap *map) { asm volatile("prefetch.
 
 /* ---- bringing ------------------------------------------------------------------------------------------ */
 
-/* A step of a tile: number k of DEPTH columns. */
-typedef struct step { tile at; int t, k; } step;
-__device__ static step before_first(const place &w) { return { { -1 }, w.cluster - w.clusters, w.end - 1 }; }
-template <int SLOTS, int END> __device__ static bool next(const bm_product &p, const place &w, step *s) {
-    if (++s->k < w.end) return true;
-    s->k = w.begin;
-    s->t += w.clusters;
-    return find(p, false, &s->at, s->t, SLOTS, shape<SLOTS, END>::COLS);
+/* Where in the ring: the stage, and whether it is used for an odd time. */
+typedef struct turn { int stage; unsigned odd; } turn;
+template <int STAGES> __device__ static void go_on(turn *t) {
+    if (++t->stage < STAGES) return;
+    t->stage = 0;
+    t->odd ^= 1;
 }
 __device__ static int rows_of(const tile &at, int most) { return at.end - at.row < most ? at.end - at.row : most; }
-__device__ static int boxes_of(const tile &at, int most, int box) { return (rows_of(at, most) + box - 1) / box; }
 
-__device__ static void bring_weights(void *to, const CUtensorMap *map, uint64_t *b, const step &s) {
+__device__ static void bring_once(void *to, const CUtensorMap *map, uint64_t *b, int k, const tile &at, uint64_t policy) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1, {%2, %3, %4}], [%5], %6;"
-                 :: "r"(address(to)), "l"(map), "r"(s.k * DEPTH), "r"(s.at.col), "r"(s.at.e), "r"(address(b)), "l"(passing()) : "memory");
+                 :: "r"(address(to)), "l"(map), "r"(k * DEPTH), "r"(at.col), "r"(at.e), "r"(address(b)), "l"(policy) : "memory");
 }
 
 /* Where groups are not known yet: into the second cache what the first tile is if each group has one row of tiles. */
-template <int SLOTS, int END> __device__ static void
+template <int COLS> __device__ static void
 expect_weights(const bm_product &p, const place &w, const CUtensorMap *weights, const CUtensorMap *gate) {
-    enum { COLS = shape<SLOTS, END>::COLS };
     const int cols = (p.N + COLS - 1) / COLS, e = w.cluster / cols, col = w.cluster % cols * COLS;
-    for (int k = w.begin + threadIdx.x % 32; k < w.end && e < p.X; k += 32) {
-        if (END == GATED) expect(gate, k * DEPTH, col, e);
+    for (int k = w.begin; k < w.end && e < p.X; k++) {
+        if (COLS < TALL) expect(gate, k * DEPTH, col, e);
         expect(weights, k * DEPTH, col, e);
     }
 }
 
-/* By a warp.  Rows `box` at a time: one by one where they may lie anywhere. */
+/* By one thread. */
 template <int SLOTS, int END> __device__ static void
-bring_steps(const bm_product &p, const ring &r, const place &w, int box, bool known, const CUtensorMap *x,
-            const CUtensorMap *weights, const CUtensorMap *gate) {
+bring_weights(const bm_product &p, const ring &r, const place &w, int box, bool known, const CUtensorMap *weights,
+              const CUtensorMap *gate) {
     typedef shape<SLOTS, END> S;
-    const int lane = threadIdx.x % 32;
-    const auto bring_first = [&](const step &s, int n) {
-        uint8_t *to = r.stage + n % S::STAGES * S::BYTES;
-        uint64_t *full = &r.full[n % S::STAGES];
-        barrier_expect(full, S::WEIGHTS + boxes_of(s.at, SLOTS, box) * box * LINE);
-        if (END == GATED) bring_weights(to, gate, full, s);
-        bring_weights(to + (TALL - S::COLS) * LINE, weights, full, s);
-    };
-    step s = before_first(w);
-    int early = 0;
-    for (; known && early < S::STAGES && next<SLOTS, END>(p, w, &s); early++) if (!lane) bring_first(s, early);
-    if (!known) expect_weights<SLOTS, END>(p, w, weights, gate);
-    previous_done();
-    s = before_first(w);
-    for (int n = 0; next<SLOTS, END>(p, w, &s); n++) {
-        uint8_t *to = r.stage + n % S::STAGES * S::BYTES + S::WEIGHTS;
-        uint64_t *full = &r.full[n % S::STAGES];
-        if (n >= early) {
-            barrier_wait(&r.empty[n % S::STAGES], n / S::STAGES % 2 ^ 1);
-            if (!lane) bring_first(s, n);
+    const uint64_t policy = passing();
+    tile at = { -1 };
+    turn now = { 0, 1 };
+    if (!known) {
+        expect_weights<S::COLS>(p, w, weights, gate);
+        previous_done();
+    }
+    for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
+        const int bytes = S::WEIGHTS + (rows_of(at, SLOTS) + box - 1) / box * box * LINE;
+        for (int k = w.begin; k < w.end; k++, go_on<S::STAGES>(&now)) {
+            uint8_t *to = r.stage + now.stage * S::BYTES;
+            uint64_t *full = &r.full[now.stage];
+            barrier_wait(&r.empty[now.stage], now.odd);
+            barrier_expect(full, bytes);
+            if (END == GATED) bring_once(to, gate, full, k, at, policy);
+            bring_once(to + (TALL - S::COLS) * LINE, weights, full, k, at, policy);
         }
-        __syncwarp();
-        for (int i = lane; i < boxes_of(s.at, SLOTS, box); i += 32)
-            bring(to + i * box * LINE, x, full, s.k * DEPTH, p.from ? p.from[s.at.row + i] : s.at.row + i * box, 0);
+    }
+}
+/* By a warp, `box` rows at a time: one by one where they may lie anywhere. */
+template <int SLOTS, int END> __device__ static void
+bring_rows(const bm_product &p, const ring &r, const place &w, int box, const CUtensorMap *x) {
+    typedef shape<SLOTS, END> S;
+    enum { MINE = (SLOTS + 31) / 32 };
+    const int lane = threadIdx.x % 32;
+    tile at = { -1 };
+    turn now = { 0, 1 };
+    previous_done();
+    for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
+        int row[MINE];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const int first = (lane + 32 * i) * box;
+            row[i] = first >= rows_of(at, SLOTS) ? -1 : p.from ? p.from[at.row + first] : at.row + first;
+        }
+        for (int k = w.begin; k < w.end; k++, go_on<S::STAGES>(&now)) {
+            uint8_t *to = r.stage + now.stage * S::BYTES + S::WEIGHTS + lane * box * LINE;
+            barrier_wait(&r.empty[now.stage], now.odd);
+#pragma unroll
+            for (int i = 0; i < MINE; i++)
+                if (row[i] >= 0) bring(to + 32 * i * box * LINE, x, &r.full[now.stage], k * DEPTH, row[i], 0);
+        }
     }
 }
 
@@ -199,21 +214,22 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
     float c[SLOTS / 2];
     tile at = { -1 };
     float *apart = (float *)(r.stage + S::STAGES * S::BYTES);
-    int n = 0;
+    turn now = { 0, 0 };
     for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
-        for (int k = w.begin; k < w.end; k++, n++) {
-            const uint8_t *stage = r.stage + n % S::STAGES * S::BYTES;
+        int last = 0;
+        for (int k = w.begin; k < w.end; k++, last = now.stage, go_on<S::STAGES>(&now)) {
+            const uint8_t *stage = r.stage + now.stage * S::BYTES;
             const uint64_t weights = matrix(stage), x = matrix(stage + S::WEIGHTS);
-            barrier_wait(&r.full[n % S::STAGES], n / S::STAGES % 2);
+            barrier_wait(&r.full[now.stage], now.odd);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (int i = 0; i < DEPTH / 16; i++) multiply(c, weights + 2 * i, x + 2 * i, k > w.begin || i);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (k > w.begin && threadIdx.x % 32 == 0) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
+            if (k > w.begin && threadIdx.x % 32 == 0) barrier_arrive(&r.empty[last]);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[(n - 1) % S::STAGES]);
+        if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[last]);
         if (w.blocks == 1) put_alone<SLOTS, END>(p, end, at, c, apart);
         else put_shared<SLOTS, END>(p, end, w, at, c, (float *)r.stage, apart, sent);
     }
@@ -246,8 +262,9 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
     }
     __syncthreads();
     cluster_meet();
-    if (threadIdx.x >= MULTIPLIERS) bring_steps<SLOTS, END>(p, r, here, box, known, &x, &w, &gate);
-    else {
+    if (threadIdx.x >= MULTIPLIERS + 32) bring_rows<SLOTS, END>(p, r, here, box, &x);
+    else if (threadIdx.x == MULTIPLIERS) bring_weights<SLOTS, END>(p, r, here, box, known, &w, &gate);
+    else if (threadIdx.x < MULTIPLIERS) {
         previous_done();
         if (p.first) next_may_start();      /* a kernel that starts knows the groups */
         multiply_steps<SLOTS, END>(p, end, r, here, &sent);
