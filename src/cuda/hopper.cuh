@@ -18,10 +18,10 @@ typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; 
 
 bool bm_cuda_few(bm_cuda *c, const job *j);
 
-/* Rows of bf16, `row` bytes apart, and matrices (p->X, p->N, p->K): read `box` rows and DEPTH columns at a time, zeros past the
- * edges. */
-bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const uint16_t *x, int K, int rows, size_t row, int box);
-bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box);
+/* Activations, and matrices (p->X, p->N, p->K): read `box` rows and DEPTH columns at a time, zeros past the edges; promotion: what the
+ * second cache reads of a row at once. */
+bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int box);
+bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box, CUtensorMapL2promotion promotion);
 
 /* Clusters of `ctas` blocks, set up while the kernel before ends. */
 template <class... P, class... A> static bool

@@ -238,20 +238,21 @@ static void find_activations(bm_cuda *c, job *j) {
 enum { APART = 512, NARROWEST = 256 };      /* rows of a group from which weights are not read once more for its end alone */
 
 /* Matrices (count,rows,K) of bf16, read `box` rows and DEPTH columns at a time; zeros past the edges. */
-static bool
-describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each, int box) {
+static bool describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each, int box,
+                     CUtensorMapL2promotion promotion) {
     const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, each };
     const cuuint32_t part[3] = { DEPTH, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
     return !c->wide->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)data, size, stride, part, step,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
-bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const uint16_t *x, int K, int rows, size_t row, int box) {
-    return describe(c, map, x, K, rows, 1, row, row * (size_t)rows, box);
+bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int box) {
+    const size_t row = sizeof *j->x * j->ldx;
+    return describe(c, map, j->x, j->p->K, j->p->M, 1, row, row * j->p->M, box, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
-bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box) {
+bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box, CUtensorMapL2promotion promotion) {
     const size_t matrix = p->X > 1 ? (size_t)(p->w[1] - p->w[0]) : p->w_stride * p->N;
-    return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box);
+    return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box, promotion);
 }
 
 template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, const job *j) {
@@ -260,8 +261,9 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     const auto kernel = wide<BN, GROUPS, CTAS, END>;
     const bm_product *p = j->p;
     CUtensorMap x, w, gate = {};
-    bool good = bm_cuda_describe_rows(c, &x, j->x, p->K, p->M, 2 * j->ldx, S::ROWS / CTAS) && bm_cuda_describe_weights(c, &w, p, COLS);
-    if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, COLS);
+    const CUtensorMapL2promotion ahead = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+    bool good = bm_cuda_describe_rows(c, &x, j, S::ROWS / CTAS) && bm_cuda_describe_weights(c, &w, p, COLS, ahead);
+    if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, COLS, ahead);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
     return bm_cuda_start_clusters(c, kernel, CTAS * (most < all ? most : all), CTAS, S::THREADS, S::SHARED, *p, j->end, x, w, gate);

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool st
 /* Row q is the one row of sequence q; a block makes its channels of `some` sequences: one where there are few. */
 enum { SOME = 4, FEW = 128 };
 __global__ void __launch_bounds__(WIDTH) single_rows(bm_op_scan a, int some, uint16_t *half) {
-    after_previous();
+    next_may_start();
     __shared__ float B[2][N16], C[2][N16];
     const int c = (int)(blockIdx.x * WIDTH + threadIdx.x), q0 = (int)blockIdx.y * some, q1 = q0 + some < a.Q ? q0 + some : a.Q;
     const bool channel = c < a.I;
@@ -194,6 +194,7 @@ __global__ void __launch_bounds__(WIDTH) single_rows(bm_op_scan a, int some, uin
     float rate[N16];
 #pragma unroll
     for (int n = 0; n < N16; n++) rate[n] = channel && n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
+    previous_done();
     for (int q = q0; q < q1; q++) {
         const size_t at = (size_t)q * a.I + c;
         float *state = state_of(a, q) + c, h[N16], p[LANES], (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
