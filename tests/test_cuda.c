@@ -360,6 +360,54 @@ static void test_rows(void **state) {
         }
 }
 
+/* A recorded router, which is one kernel for few rows, gives the bits of a product and a choice. */
+static void router_case(int T, int X, int K) {
+    pair w = make_pair(BM_F32, X, K);
+    const size_t rows = (size_t)T, n[3] = { rows, rows, (size_t)(X + 1) };
+    twin x = random_twin((size_t)(T * K), 1), bias = random_twin((size_t)X, 1), logits[2], gate[2];
+    int32_t *host[3] = { calloc(rows, 4), calloc(rows, 4), calloc(n[2], 4) }, *at[2][3];
+    for (int r = 0; r < 2; r++) {
+        logits[r] = empty_twin((size_t)(T * X));
+        gate[r] = empty_twin(rows);
+        for (int i = 0; i < 3; i++) at[r][i] = put_ints(host[i], n[i]);
+        for (int again = 0; again < 2; again++) {
+            if (r && gpu->replay(gpu, &w, T)) break;
+            gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = K, .w = &w.at, .x = x.at, .bias = T % 2 ? bias.at : NULL, .y = logits[r].at,
+                                              .arith = BM_ARITH_F32 });
+            gpu->route(gpu, &(bm_op_route){ .M = T, .X = X, .k = 1, .rule = T % 2 ? BM_ROUTE_SOFTMAX : BM_ROUTE_SIGMOID, .logits = logits[r].at,
+                                            .expert = at[r][0], .order = at[r][1], .first = at[r][2], .gate = gate[r].at });
+            if (r) gpu->recorded(gpu);
+        }
+        OK(gpu->sync(gpu));
+    }
+    gpu->forget(gpu, &w);
+    float *want[2] = { fetched(&logits[0]), fetched(&gate[0]) }, *got[2] = { fetched(&logits[1]), fetched(&gate[1]) };
+    assert_memory_equal(want[0], got[0], sizeof(float) * (size_t)(T * X));
+    assert_memory_equal(want[1], got[1], sizeof(float) * rows);
+    for (int i = 0; i < 3; i++) {
+        gpu->get(gpu, host[i], at[0][i], n[i] * 4);
+        OK(gpu->sync(gpu));
+        same(host[i], at[1][i], n[i], i == 0 ? "experts" : i == 1 ? "order" : "first");
+        free(host[i]);
+    }
+    for (int r = 0; r < 2; r++) {
+        for (int i = 0; i < 3; i++) gpu->release(gpu, at[r][i]);
+        drop(want[r]);
+        drop(got[r]);
+        end(&logits[r]); end(&gate[r]);
+    }
+    end(&x); end(&bias); end_pair(&w);
+}
+static void test_router(void **state) {
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        const int rows = (int[]){ 9, 40, 128, 257 }[i];
+        router_case(rows, 8, 1160);
+        router_case(rows, 3, 64);
+        router_case(rows, 8, 2056);
+    }
+}
+
 /* Few rows and many, whole ids and a part, ties, -0 beside 0, NaN, rows of nothing else; into memory of both sides. */
 static void test_best(void **state) {
     static const struct { int M, V, ld; } size[] = { { 1, 50304, 50304 }, { 3, 1, 2 }, { 9, 700, 703 }, { 64, 513, 513 },
@@ -520,10 +568,11 @@ int main(void) {
                                        cmocka_unit_test(test_wide), cmocka_unit_test(test_wide_experts), cmocka_unit_test(test_rows),
                                        cmocka_unit_test(test_best), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory),
                                        cmocka_unit_test(test_told), cmocka_unit_test(test_token), cmocka_unit_test(test_few),
-                                       cmocka_unit_test(test_alone), cmocka_unit_test(test_few_experts) };
+                                       cmocka_unit_test(test_alone), cmocka_unit_test(test_few_experts),
+                                       cmocka_unit_test(test_router) };
     const bm_status s = bm_backend_open_cuda(&gpu, 0);
     if (s == BM_ENOSUPPORT) {
-        printf("%s: 14 skipped\n", bm_error());
+        printf("%s: 15 skipped\n", bm_error());
         return 0;
     }
     assert_int_equal(s, BM_OK);
