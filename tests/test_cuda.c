@@ -114,7 +114,7 @@ static void test_wide(void **state) {
     linear_in(BM_ARITH_NATIVE, BM_BF16, 2048, 1152, 72, false, 1e-5);
 }
 
-/* 9 to 128 rows of bf16: tiles of 64 columns and 64 of k that end anywhere, k shared by blocks; weights that do not lie at 16 bytes. */
+/* 9 to 128 rows of bf16: tiles of 64 columns and 64 of k that end anywhere, k shared by blocks; weights at an odd place. */
 static void test_few(void **state) {
     static const int rows[] = { 9, 16, 17, 32, 33, 63, 64, 65, 127, 128 };
     static const int size[][2] = { { 37, 72 }, { 130, 200 }, { 104, 2304 }, { 192, 64 }, { 391, 1152 }, { 64, 8 }, { 200, 68 } };
@@ -183,9 +183,9 @@ static void experts_alone(int M, int n, int D, int F, bool gated) {
         grouped(chosen + from, rows, X, order, first);
         int32_t *at[2] = { put_ints(order, (size_t)rows), put_ints(first, X + 1) };
         const bm_op_route route = { .M = rows, .X = X, .k = 1, .order = at[0], .first = at[1], .gate = gate.at + from };
-        gpu->experts(gpu, &(bm_op_experts){ .M = rows, .D = D, .F = F, .X = X, .activation = BM_SILU, .arith = BM_ARITH_NATIVE, .route = &route,
-                                            .gate = gated ? w[0] : NULL, .up = w[1], .down = w[2], .x = x.at + from * D, .hidden = hidden.at,
-                                            .y = few ? z.at : y.at });
+        gpu->experts(gpu, &(bm_op_experts){ .M = rows, .D = D, .F = F, .X = X, .activation = BM_SILU, .arith = BM_ARITH_NATIVE,
+                                            .route = &route, .gate = gated ? w[0] : NULL, .up = w[1], .down = w[2],
+                                            .x = x.at + from * D, .hidden = hidden.at, .y = few ? z.at : y.at });
         OK(gpu->sync(gpu));
         gpu->release(gpu, at[0]); gpu->release(gpu, at[1]);
     }

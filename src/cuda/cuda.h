@@ -68,7 +68,8 @@ typedef struct bm_product {
 } bm_product;
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
 
-/* Products of 9 rows and more, few.cu, matmul.cu: whether it takes one, then that; or act (M,N) bf16 = act(gate) up, or act(up). */
+/* Products of 9 rows and more, few.cu, matmul.cu: whether they take one, then that; or act (M,N) bf16 = act(gate) up, or
+ * act(up). */
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act);

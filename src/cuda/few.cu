@@ -15,9 +15,9 @@ enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 10
 /* COLS columns of outputs, turned round PIECE rows at a time.  Two blocks of ROOM fit a multiprocessor: one that works, one that
  * makes ready, or two that work. */
 template <int SLOTS, int END> struct shape {
-    enum { COLS = END == GATED ? TALL / 2 : TALL, WEIGHTS = TALL * LINE, BYTES = WEIGHTS + SLOTS * LINE, PIECE = SLOTS < 32 ? SLOTS : 32,
-           PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4, APART = PAPER > DESK ? PAPER : DESK, STAGES = (ROOM - APART) / BYTES,
-           SHARED = STAGES * BYTES + APART + 1024 };
+    enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32, PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4 };
+    enum { APART = PAPER > DESK ? PAPER : DESK, WEIGHTS = TALL * LINE, BYTES = WEIGHTS + SLOTS * LINE,
+           STAGES = (ROOM - APART) / BYTES, SHARED = STAGES * BYTES + APART + 1024 };
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -144,7 +144,8 @@ put_either(const bm_product &p, const ending &end, const tile &at, int i, int co
     }
 }
 
-/* Rows [from, from + COUNT) of outputs onto paper (COUNT,LD).  A lane holds columns lane / 4 and 8 on of 16, two rows of each eight. */
+/* Rows [from, from + COUNT) of outputs onto paper (COUNT,LD).  A lane holds columns lane / 4 and 8 on of 16, two rows of each
+ * eight. */
 template <int COUNT, int ALL> __device__ static void lay(const float (&c)[ALL], int from, float *paper) {
     const int lane = threadIdx.x % 32, col = threadIdx.x / 32 * 16 + lane / 4;
 #pragma unroll
@@ -184,11 +185,11 @@ __device__ static float4 sum_over(const float *v, int blocks, int apart) {
     }
     return sum;
 }
-/* Block r of the cluster writes rows r, r + blocks, ...; what others have of them comes to its desk (blocks,SLOTS/blocks,TALL).  A
- * cluster has one tile: the ring is done with and serves as paper. */
+/* Block r of the cluster writes rows r, r + blocks, ...; what others have of them comes to its desk (blocks,SLOTS/blocks,TALL).
+ * A cluster has one tile: the ring is done with and serves as paper. */
 template <int SLOTS, int END> __device__ static void
-put_shared(const bm_product &p, const ending &end, const place &w, const tile &at, const float (&c)[SLOTS / 2], float *paper, float *desk,
-           uint64_t *sent) {
+put_shared(const bm_product &p, const ending &end, const place &w, const tile &at, const float (&c)[SLOTS / 2], float *paper,
+           float *desk, uint64_t *sent) {
     enum { COLS = shape<SLOTS, END>::COLS, FOURS = COLS / 4 };
     const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = SLOTS / w.blocks * TALL;
     meet_of<MULTIPLIERS>();

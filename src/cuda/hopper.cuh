@@ -18,8 +18,8 @@ typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; 
 
 bool bm_cuda_few(bm_cuda *c, const job *j);
 
-/* Activations, and matrices (p->X, p->N, p->K): read `box` rows and DEPTH columns at a time, zeros past the edges; promotion: what the
- * second cache reads of a row at once. */
+/* Activations, and matrices (p->X, p->N, p->K): read `box` rows and DEPTH columns at a time, zeros past the edges; promotion: what
+ * the second cache reads of a row at once. */
 bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int box);
 bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box, CUtensorMapL2promotion promotion);
 
@@ -38,11 +38,10 @@ bm_cuda_start_clusters(bm_cuda *c, void (*kernel)(P...), int blocks, int ctas, i
     return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, a...), "a matrix product");
 }
 
-/* Sixteen bytes into shared memory; there after copies_wait(). */
+/* Sixteen bytes into shared memory; there after cp.async.wait_all. */
 INLINE void copy_four(float4 *to, const float4 *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from));
 }
-INLINE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* ---- how outputs leave ------------------------------------------------------------------------------- */
 

@@ -220,7 +220,7 @@ static void find_activations(bm_cuda *c, job *j) {
     const bm_product *p = j->p;
     j->x = p->half, j->ldx = (size_t)p->K;
     if (p->half) return;
-    const bool near = !p->from || (p->M <= FEW && p->M <= APIECE * p->X);       /* else rows one by one take longer than to gather them */
+    const bool near = !p->from || (p->M <= FEW && p->M <= APIECE * p->X);       /* else gathering them first is faster */
     const bool there = w->of == p->x && p->ldx == (size_t)w->cols && near;
     w->of = NULL;
     if (there) {
@@ -238,8 +238,8 @@ static void find_activations(bm_cuda *c, job *j) {
 enum { APART = 512, NARROWEST = 256 };      /* rows of a group from which weights are not read once more for its end alone */
 
 /* Matrices (count,rows,K) of bf16, read `box` rows and DEPTH columns at a time; zeros past the edges. */
-static bool describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each, int box,
-                     CUtensorMapL2promotion promotion) {
+static bool describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each,
+                     int box, CUtensorMapL2promotion promotion) {
     const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, each };
     const cuuint32_t part[3] = { DEPTH, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
     return !c->wide->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)data, size, stride, part, step,
@@ -250,7 +250,8 @@ bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int
     const size_t row = sizeof *j->x * j->ldx;
     return describe(c, map, j->x, j->p->K, j->p->M, 1, row, row * j->p->M, box, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
-bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box, CUtensorMapL2promotion promotion) {
+bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box,
+                              CUtensorMapL2promotion promotion) {
     const size_t matrix = p->X > 1 ? (size_t)(p->w[1] - p->w[0]) : p->w_stride * p->N;
     return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box, promotion);
 }
@@ -266,7 +267,8 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, COLS, ahead);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
-    return bm_cuda_start_clusters(c, kernel, CTAS * (most < all ? most : all), CTAS, S::THREADS, S::SHARED, *p, j->end, x, w, gate);
+    const int clusters = most < all ? most : all;
+    return bm_cuda_start_clusters(c, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, x, w, gate);
 }
 /* What rounds of tiles of 64 groups rows by cols columns cost, all blocks at once; smaller tiles read more.  Groups of rows end
  * anywhere in a tile. */
@@ -322,7 +324,8 @@ bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
     bm_cuda_wide *w = c->wide;
     job j = { .p = p, .end = { .apart = p->M >= APART * p->X } };
-    const bool copied = p->M <= FEW && p->N <= NARROWEST && p->N % 8 == 0 && p->ldy == (size_t)p->N && !p->first && !p->accumulate;
+    const bool narrow = p->N <= NARROWEST && p->N % 8 == 0 && p->ldy == (size_t)p->N;
+    const bool copied = narrow && p->M <= FEW && !p->first && !p->accumulate;      /* a Mamba layer's x, which dt reads */
     find_activations(c, &j);
     if (copied) j.end.copy = w->narrow, w->there = w->narrow, w->of = p->y, w->cols = p->N;
     run(c, &j);
@@ -357,7 +360,7 @@ template <int PER_WARP> __global__ void __launch_bounds__(32 * WARPS) narrow(con
         for (int k = lane; k < 2 * eights; k += 32) copy_four(own + k, x[0] + k);
         x[0] = own;
     }
-    copies_wait();
+    asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     if (row0 >= p.M) return;
 #pragma unroll 3

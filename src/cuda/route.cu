@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(THREADS) choose(bm_op_route a) {
     if (i < a.M) choose_row(a, a.logits + (size_t)i * a.X, i, 0);
 }
 
-/* Up to 32 experts, choice `choice`, by a block: a warp counts and places a run of rows, lane e for expert e.  own: the expert of a
- * thread's row where each has one at most. */
+/* Up to 32 experts, choice `choice`, by a block: a warp counts and places a run of rows, lane e for expert e.  own: the expert of
+ * a thread's row where each has one at most. */
 __device__ static void group_rows(const bm_op_route &a, int choice, int own) {
     __shared__ int count[SORTERS / 32][32];
     const int32_t *expert = a.expert + (size_t)choice * a.M;
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     group_rows(a, choice, a.M <= SORTERS && i < a.M ? choose_row(a, a.logits + (size_t)i * a.X, i, choice) : -1);
 }
 
-/* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is summed as
- * by `dots` (gemm.cu). */
+/* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is
+ * summed as by `dots` (gemm.cu). */
 __global__ void __launch_bounds__(32 * ROUTED) route_rows(bm_op_linear l, const float *w, int K, bm_op_route a, unsigned *ended) {
     __shared__ float logit[ROUTED];
     __shared__ bool last;
@@ -181,7 +181,8 @@ bool bm_cuda_router(bm_backend *b, const bm_op_linear *l, const bm_op_route *a) 
     bm_cuda *c = cuda_of(b);
     const int K = l->w->cols;
     const uintptr_t all = (uintptr_t)l->x | (uintptr_t)l->w->data | (uintptr_t)(4 * l->ldx);
-    if (l->w->type != BM_F32 || l->y != a->logits || l->accumulate || a->k != 1 || a->X > ROUTED || a->M > 32 * a->X) return false;
+    if (l->w->type != BM_F32 || l->y != a->logits || l->accumulate) return false;
+    if (a->k != 1 || a->X > ROUTED || a->M > 32 * a->X) return false;
     if (K % 8 || K > 256 * EIGHTS || all % 16) return false;
     bm_cuda_start(c, route_rows, a->M, 32 * a->X, 0, *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
     return bm_cuda_check(c, cudaGetLastError(), "routing");

@@ -183,9 +183,8 @@ __global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool st
     for (int i = tiles > 1 ? tiles - 2 : 0; finishes && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
 }
 
-/* Row q is the one row of sequence q; a block makes its channels of `some` sequences: of SOME at most, else of so few
- * that AT_ONCE blocks a multiprocessor are all. */
-enum { SOME = 4, AT_ONCE = 8 };
+/* Row q is the one row of sequence q; a block makes its channels of `some` sequences: one where there are few. */
+enum { SOME = 4, FEW = 128, AT_ONCE = 8 };
 __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int some, uint16_t *half) {
     next_may_start();
     __shared__ float B[2][N16], C[2][N16];
@@ -248,8 +247,7 @@ void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
     const uintptr_t of_rows = (uintptr_t)a->dt | (uintptr_t)a->u | (uintptr_t)a->z | (uintptr_t)a->y;
     const bool rows = of_rows % 16 == 0 && (a->I | a->ldz) % 4 == 0;
     const bool states = ((uintptr_t)a->B | (uintptr_t)a->C) % 16 == 0 && (a->N | a->ldbc) % 4 == 0;
-    const int blocks = blocks_of((size_t)a->I, WIDTH);
-    const int most = blocks_of((size_t)blocks * a->Q, (size_t)AT_ONCE * c->chip.multiProcessorCount), some = most < SOME ? most : SOME;
+    const int blocks = blocks_of((size_t)a->I, WIDTH), some = a->Q <= FEW ? 1 : SOME;
     if (c->failed || !a->M) return;
     uint16_t *half = !wide && a->I % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL;
     if (wide) bm_cuda_start(c, wide_rows, dim3(blocks, a->Q), WIDTH, 0, *a);
