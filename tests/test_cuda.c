@@ -114,6 +114,97 @@ static void test_wide(void **state) {
     linear_in(BM_ARITH_NATIVE, BM_BF16, 2048, 1152, 72, false, 1e-5);
 }
 
+/* 9 to 128 rows of bf16: tiles of 64 columns and 64 of k that end anywhere, k shared by blocks; weights at an odd place. */
+static void test_few(void **state) {
+    static const int rows[] = { 9, 16, 17, 32, 33, 63, 64, 65, 127, 128 };
+    static const int size[][2] = { { 37, 72 }, { 130, 200 }, { 104, 2304 }, { 192, 64 }, { 391, 1152 }, { 64, 8 }, { 200, 68 } };
+    (void)state;
+    for (int i = 0; i < 10; i++)
+        for (int k = 0; k < 7; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
+    pair w = make_pair(BM_BF16, 65, 64);
+    twin x = random_twin(20 * 64, 1), y = empty_twin(20 * 64);
+    bm_op_linear a = { .M = 20, .ldx = 64, .w = &w.host, .x = x.host, .y = y.host, .arith = BM_ARITH_F32 };
+    round_all(&x);
+    w.host.rows = w.at.rows = 64;
+    w.host.data = (const char *)w.host.data + 2, w.at.data = (const char *)w.at.data + 2;
+    cpu->linear(cpu, &a);
+    a.arith = BM_ARITH_NATIVE, a.w = &w.at, a.x = x.at, a.y = y.at;
+    gpu->linear(gpu, &a);
+    agree(&y, 1e-5, "weights at an odd place");
+    w.host.data = (const char *)w.host.data - 2, w.at.data = (const char *)w.at.data - 2;
+    end(&x); end(&y); end_pair(&w);
+}
+
+/* An output's bits are the same whatever rows are beside it: the last n of M rows, and those n alone. */
+static float *fetched(const twin *t) {
+    float *got = floats(t->n);
+    OK(gpu->sync(gpu));
+    gpu->get(gpu, got, t->at, t->n * sizeof *got);
+    OK(gpu->sync(gpu));
+    return got;
+}
+static void rows_alone(int M, int n, int N, int K) {
+    pair w = make_pair(BM_BF16, N, K);
+    twin x = random_twin((size_t)(M * K), 1), y = empty_twin((size_t)(M * N)), z = empty_twin((size_t)(n * N));
+    bm_op_linear a = { .M = M, .ldx = K, .w = &w.at, .x = x.at, .y = y.at, .arith = BM_ARITH_NATIVE };
+    gpu->linear(gpu, &a);
+    a.M = n, a.x = x.at + (M - n) * K, a.y = z.at;
+    gpu->linear(gpu, &a);
+    float *all = fetched(&y), *some = fetched(&z);
+    if (memcmp(all + (M - n) * N, some, sizeof *some * (size_t)(n * N))) fail_msg("%d of %d rows by (%d,%d) differ alone", n, M, N, K);
+    drop(all);
+    drop(some);
+    end(&x); end(&y); end(&z); end_pair(&w);
+}
+/* Row i goes to expert chosen[i] of X. */
+static void grouped(const int32_t *chosen, int M, int X, int32_t *order, int32_t *first) {
+    int n = 0;
+    for (int e = 0; e < X; e++) {
+        first[e] = n;
+        for (int i = 0; i < M; i++) if (chosen[i] == e) order[n++] = i;
+    }
+    first[X] = n;
+}
+static void experts_alone(int M, int n, int D, int F, bool gated) {
+    enum { X = 5, MOST = 128 };
+    pair m[3][X];
+    bm_tensor w[3][X];
+    twin x = random_twin((size_t)(M * D), 1), gate = random_twin((size_t)M, 1), hidden = empty_twin((size_t)(M * 2 * F));
+    twin y = empty_twin((size_t)(M * D)), z = empty_twin((size_t)(n * D));
+    int32_t chosen[MOST], order[MOST], first[X + 1];
+    for (int i = 0; i < M; i++) chosen[i] = i % 7 < 4 ? 1 : i % 3 + 2;        /* nobody takes expert 0, most take 1 */
+    for (int i = 0; i < 3; i++)
+        for (int e = 0; e < X; e++) {
+            m[i][e] = i < 2 ? make_pair(BM_BF16, F, D) : make_pair(BM_BF16, D, F);
+            w[i][e] = m[i][e].at;
+        }
+    for (int few = 0; few < 2; few++) {
+        const int rows = few ? n : M, from = M - rows;
+        grouped(chosen + from, rows, X, order, first);
+        int32_t *at[2] = { put_ints(order, (size_t)rows), put_ints(first, X + 1) };
+        const bm_op_route route = { .M = rows, .X = X, .k = 1, .order = at[0], .first = at[1], .gate = gate.at + from };
+        gpu->experts(gpu, &(bm_op_experts){ .M = rows, .D = D, .F = F, .X = X, .activation = BM_SILU, .arith = BM_ARITH_NATIVE,
+                                            .route = &route, .gate = gated ? w[0] : NULL, .up = w[1], .down = w[2],
+                                            .x = x.at + from * D, .hidden = hidden.at, .y = few ? z.at : y.at });
+        OK(gpu->sync(gpu));
+        gpu->release(gpu, at[0]); gpu->release(gpu, at[1]);
+    }
+    float *all = fetched(&y), *some = fetched(&z);
+    if (memcmp(all + (M - n) * D, some, sizeof *some * (size_t)(n * D))) fail_msg("experts: %d of %d rows differ alone", n, M);
+    drop(all);
+    drop(some);
+    for (int i = 0; i < 3; i++) for (int e = 0; e < X; e++) end_pair(&m[i][e]);
+    end(&x); end(&gate); end(&hidden); end(&y); end(&z);
+}
+static void test_alone(void **state) {
+    static const int size[][2] = { { 104, 2304 }, { 391, 1152 }, { 1152, 600 }, { 64, 72 } };
+    (void)state;
+    for (int k = 0; k < 4; k++)
+        for (int n = 9; n < 128; n = 2 * n - 1) rows_alone(128, n, size[k][0], size[k][1]);
+    for (int gated = 0; gated < 2; gated++)
+        for (int n = 9; n < 128; n = 2 * n - 1) experts_alone(128, n, 200, 328, gated);
+}
+
 /* Rows of two sequences, one of them empty in between, in slots 2 and 0. */
 enum { M = 103, Q = 3, SLOTS = 3 };
 static const int32_t start[Q + 1] = { 0, 9, 9, M }, slot[Q] = { 2, 1, 0 };
@@ -154,7 +245,8 @@ static void test_conv_scan(void **state) {
 
 typedef struct experts { int M, D, F, X, k; bm_routing rule; bool gated, accumulate; bm_arith arith; double bound; } experts;
 
-static void experts_case(experts c) {
+/* crowded: everybody takes expert 1. */
+static void experts_in(experts c, bool crowded) {
     const int T = c.M, D = c.D, F = c.F, X = c.X, k = c.k;
     const size_t rows = (size_t)(T * k), bytes = sizeof(bm_tensor) * (size_t)X, MD = (size_t)(T * D), XF = (size_t)(X * F);
     twin logits = random_twin((size_t)(T * X), 1), gate = empty_twin(rows), x = random_twin(MD, 1), y = random_twin(MD, 1);
@@ -166,6 +258,7 @@ static void experts_case(experts c) {
     logits.host[3] = logits.host[1];        /* a tie; a NaN never wins, but softmax has no sum with it; nobody takes expert 2 */
     if (c.rule == BM_ROUTE_SIGMOID) logits.host[X] = NAN;
     for (int i = 0; X > 3 && i < T; i++) logits.host[i * X + 2] = -99;
+    for (int i = 0; crowded && i < T; i++) logits.host[i * X + 1] = 99;
     gpu->put(gpu, logits.at, logits.host, logits.n * sizeof(float));
     for (int i = 0; i < 3; i++) {
         host[i] = calloc(n[i], sizeof(int32_t));
@@ -207,6 +300,7 @@ static void experts_case(experts c) {
     free(m);
     end(&logits); end(&gate); end(&x); end(&y); end(&hidden);
 }
+static void experts_case(experts c) { experts_in(c, false); }
 static void test_experts(void **state) {
     (void)state;
     experts_case((experts){ 23, 40, 72, 8, 1, BM_ROUTE_SIGMOID, true, false, BM_ARITH_F32, 5e-6 });
@@ -225,6 +319,19 @@ static void test_wide_experts(void **state) {
         experts_case((experts){ 129, 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, false, BM_ARITH_NATIVE, 2e-3 });
         experts_case((experts){ 90, 60, 100, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });    /* no whole 16 bytes */
     }
+}
+
+/* The same of 9 to 128 rows: groups that are empty, of a few rows, of more than a tile's, and one that has all. */
+static void test_few_experts(void **state) {
+    static const int rows[] = { 9, 16, 31, 64, 100, 128 };
+    (void)state;
+    for (int i = 0; i < 6; i++)
+        for (int gated = 0; gated < 2; gated++) {
+            const bool odd = i % 2;
+            experts_case((experts){ rows[i], 200, 328, 8, 1, BM_ROUTE_SIGMOID, gated, odd, BM_ARITH_NATIVE, 2e-3 });
+            experts_in((experts){ rows[i], 72, 136, 8, 1, BM_ROUTE_SIGMOID, gated, !odd, BM_ARITH_NATIVE, 2e-3 }, true);
+            experts_case((experts){ rows[i], 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, odd, BM_ARITH_NATIVE, 2e-3 });
+        }
 }
 
 static void test_rows(void **state) {
@@ -251,6 +358,54 @@ static void test_rows(void **state) {
             gpu->release(gpu, t);
             end(&x); end(&r); end(&w); end(&y); end(&loss);
         }
+}
+
+/* A recorded router, which is one kernel for few rows, gives the bits of a product and a choice. */
+static void router_case(int T, int X, int K) {
+    pair w = make_pair(BM_F32, X, K);
+    const size_t rows = (size_t)T, n[3] = { rows, rows, (size_t)(X + 1) };
+    twin x = random_twin((size_t)(T * K), 1), bias = random_twin((size_t)X, 1), logits[2], gate[2];
+    int32_t *host[3] = { calloc(rows, 4), calloc(rows, 4), calloc(n[2], 4) }, *at[2][3];
+    for (int r = 0; r < 2; r++) {
+        logits[r] = empty_twin((size_t)(T * X));
+        gate[r] = empty_twin(rows);
+        for (int i = 0; i < 3; i++) at[r][i] = put_ints(host[i], n[i]);
+        for (int again = 0; again < 2; again++) {
+            if (r && gpu->replay(gpu, &w, T)) break;
+            gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = K, .w = &w.at, .x = x.at, .bias = T % 2 ? bias.at : NULL, .y = logits[r].at,
+                                              .arith = BM_ARITH_F32 });
+            gpu->route(gpu, &(bm_op_route){ .M = T, .X = X, .k = 1, .rule = T % 2 ? BM_ROUTE_SOFTMAX : BM_ROUTE_SIGMOID, .logits = logits[r].at,
+                                            .expert = at[r][0], .order = at[r][1], .first = at[r][2], .gate = gate[r].at });
+            if (r) gpu->recorded(gpu);
+        }
+        OK(gpu->sync(gpu));
+    }
+    gpu->forget(gpu, &w);
+    float *want[2] = { fetched(&logits[0]), fetched(&gate[0]) }, *got[2] = { fetched(&logits[1]), fetched(&gate[1]) };
+    assert_memory_equal(want[0], got[0], sizeof(float) * (size_t)(T * X));
+    assert_memory_equal(want[1], got[1], sizeof(float) * rows);
+    for (int i = 0; i < 3; i++) {
+        gpu->get(gpu, host[i], at[0][i], n[i] * 4);
+        OK(gpu->sync(gpu));
+        same(host[i], at[1][i], n[i], i == 0 ? "experts" : i == 1 ? "order" : "first");
+        free(host[i]);
+    }
+    for (int r = 0; r < 2; r++) {
+        for (int i = 0; i < 3; i++) gpu->release(gpu, at[r][i]);
+        drop(want[r]);
+        drop(got[r]);
+        end(&logits[r]); end(&gate[r]);
+    }
+    end(&x); end(&bias); end_pair(&w);
+}
+static void test_router(void **state) {
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        const int rows = (int[]){ 9, 40, 128, 257 }[i];
+        router_case(rows, 8, 1160);
+        router_case(rows, 3, 64);
+        router_case(rows, 8, 2056);
+    }
 }
 
 /* Few rows and many, whole ids and a part, ties, -0 beside 0, NaN, rows of nothing else; into memory of both sides. */
@@ -412,10 +567,12 @@ int main(void) {
     const struct CMUnitTest test[] = { cmocka_unit_test(test_linear), cmocka_unit_test(test_conv_scan), cmocka_unit_test(test_experts),
                                        cmocka_unit_test(test_wide), cmocka_unit_test(test_wide_experts), cmocka_unit_test(test_rows),
                                        cmocka_unit_test(test_best), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory),
-                                       cmocka_unit_test(test_told), cmocka_unit_test(test_token) };
+                                       cmocka_unit_test(test_told), cmocka_unit_test(test_token), cmocka_unit_test(test_few),
+                                       cmocka_unit_test(test_alone), cmocka_unit_test(test_few_experts),
+                                       cmocka_unit_test(test_router) };
     const bm_status s = bm_backend_open_cuda(&gpu, 0);
     if (s == BM_ENOSUPPORT) {
-        printf("%s: 11 skipped\n", bm_error());
+        printf("%s: 15 skipped\n", bm_error());
         return 0;
     }
     assert_int_equal(s, BM_OK);

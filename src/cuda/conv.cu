@@ -56,15 +56,18 @@ __global__ void __launch_bounds__(THREADS) rows4(bm_op_conv a, uint16_t *half) {
 
 /* The same where each sequence has one row, and its state at once. */
 __global__ void __launch_bounds__(THREADS) single4(bm_op_conv a, uint16_t *half) {
-    after_previous();
     const int c = 4 * (int)(blockIdx.x * THREADS + threadIdx.x), q = blockIdx.y;
+    next_may_start();
     if (c >= a.I) return;
+    float4 x[4], w[4], s = a.bias ? *(const float4 *)(a.bias + c) : make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int k = 0; k < 4; k++) w[k] = *(const float4 *)(a.weight + (size_t)k * a.I + c);
+    previous_done();
     float *state = a.state + (size_t)a.slot[q] * a.stride + c;
-    float4 x[4], s = a.bias ? *(const float4 *)(a.bias + c) : make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int k = 0; k < 4; k++) x[k] = *(const float4 *)(k < 3 ? state + (size_t)k * a.I : a.x + (size_t)q * a.ldx + c);
 #pragma unroll
-    for (int k = 0; k < 4; k++) s = step4(s, *(const float4 *)(a.weight + (size_t)k * a.I + c), x[k]);
+    for (int k = 0; k < 4; k++) s = step4(s, w[k], x[k]);
 #pragma unroll
     for (int k = 0; k < 3; k++) *(float4 *)(state + (size_t)k * a.I) = x[k + 1];
     s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));

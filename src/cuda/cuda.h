@@ -44,6 +44,8 @@ void bm_cuda_conv(bm_backend *b, const bm_op_conv *a);
 void bm_cuda_scan(bm_backend *b, const bm_op_scan *a);
 void bm_cuda_route(bm_backend *b, const bm_op_route *a);
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a);
+/* Few rows' logits and what bm_cuda_route makes of them, by one kernel; false: not these. */
+bool bm_cuda_router(bm_backend *b, const bm_op_linear *l, const bm_op_route *a);
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a);
 void bm_cuda_attention(bm_backend *b, const bm_op_attention *a);
 void bm_cuda_best(bm_backend *b, const bm_op_best *a);
@@ -67,7 +69,8 @@ typedef struct bm_product {
 } bm_product;
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
 
-/* Products of many rows, matmul.cu: whether it takes one, then that; or act (M,N) bf16 = act(gate) up, or act(up). */
+/* Products of 9 rows and more, few.cu, matmul.cu: whether they take one, then that; or act (M,N) bf16 = act(gate) up, or
+ * act(up). */
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act);
@@ -95,10 +98,19 @@ static void bm_cuda_start(const bm_cuda *c, void (*kernel)(P...), dim3 grid, int
     config.attrs = &early, config.numAttrs = c->chip.major == 9;    /* later ones may run PTX for earlier ones: no wait in it */
     cudaLaunchKernelEx(&config, kernel, a...);
 }
-__device__ inline void after_previous() {
+__device__ inline void next_may_start() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+__device__ inline void previous_done() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void after_previous() {
+    next_may_start();
+    previous_done();
 }
 
 /* The sequence a row belongs to; start (Q+1), sequences without rows are passed over. */

@@ -116,7 +116,12 @@ static void capture(bm_backend *b, recording *r) {
     bm_cuda *c = cuda_of(b);
     cudaGraph_t graph = NULL;
     if (!bm_cuda_check(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording")) return;
-    for (int i = 0; i < c->graphs->n; i++) issue(b, &c->graphs->op[i]);
+    for (int i = 0; i < c->graphs->n; i++) {
+        bm_cuda_op *o = &c->graphs->op[i];
+        const bool pair = i + 1 < c->graphs->n && o[0].kind == BM_CUDA_LINEAR && o[1].kind == BM_CUDA_ROUTE;
+        if (pair && bm_cuda_router(b, &o[0].linear, &o[1].route)) i++;
+        else issue(b, o);
+    }
     if (bm_cuda_check(c, cudaStreamEndCapture(c->stream, &graph), "recording"))
         bm_cuda_check(c, cudaGraphInstantiate(&r->graph, graph, 0), "recording");
     if (graph) cudaGraphDestroy(graph);

@@ -4,22 +4,18 @@
  * warp has the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
  * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: what bounds large
  * products is the second cache.  An output sums its k in order, 16 at a time, whatever rows are beside it.
- * Other chips, types and fewer rows: gemm.cu. */
-#include "cuda/steps.cuh"
-#include <cudaTypedefs.h>
+ * Up to 128 rows: few.cu; other chips, types and fewer rows: gemm.cu. */
+#include "cuda/hopper.cuh"
 #include <stdlib.h>
 
-enum { LEAST = 65, DEPTH = 64, LINE = 128 };    /* rows; columns of k in a stage, and their bytes */
 enum { PAPER = 16 * 40 * 4 };                   /* bytes in which a warp turns its outputs round */
-
-/* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up. */
-enum { PLAIN, ACT, GATED };
-typedef struct ending { uint16_t *act; const float *gate_bias; bool is_gelu, apart; } ending;
 
 struct bm_cuda_wide {
     PFN_cuTensorMapEncodeTiled_v12000 encode;
     uint16_t *half; size_t room;                /* activations as bf16, and how many fit */
-    const float *of; int cols;                  /* whose rows they are, until a product has read them; else NULL */
+    uint16_t *narrow;                           /* those that a product with few columns left, FEW rows of up to NARROWEST */
+    const float *of; int cols;                  /* whose rows are there, until a product has read them; else NULL */
+    const uint16_t *there;
 };
 
 /* A tile is 64 GROUPS rows by BN columns of w.  CTAS blocks make tiles beside each other and share their rows of x. */
@@ -29,95 +25,14 @@ template <int BN, int GROUPS, int CTAS> struct shape {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* ---- tiles: rows fastest, then columns, then groups ------------------------------------------------------- */
-
-/* One of X runs of tiles, or of 2 X: those full of rows, then what groups end with, which takes less time and so comes last.  Its
- * first row, the group's end, its tiles; this one's first row and column. */
-typedef struct tile { int run, e, begin, end, t0, tiles, row, col; } tile;
-
-__device__ static void enter(const bm_product &p, bool apart, tile *w, int run, int rows, int col_tiles) {
-    const bool first = run < p.X;
-    w->run = run;
-    w->e = first ? run : run - p.X;
-    w->begin = p.first ? p.first[w->e] : 0;
-    w->end = p.first ? p.first[w->e + 1] : p.M;
-    w->t0 += w->tiles;
-    const int n = w->end - w->begin, whole = n / rows, ends = n > whole * rows;
-    w->tiles = (!first ? ends : apart ? whole : whole + ends) * col_tiles;
-    if (!first) w->begin += whole * rows;
-}
-/* Tile t, t never less than before; false past the last. */
-__device__ static bool find(const bm_product &p, bool apart, tile *w, int t, int rows, int cols) {
-    const int col_tiles = (p.N + cols - 1) / cols;
-    if (w->run < 0) enter(p, apart, w, 0, rows, col_tiles);
-    while (t >= w->t0 + w->tiles) {
-        if (w->run + 1 == (apart ? 2 : 1) * p.X) return false;
-        enter(p, apart, w, w->run + 1, rows, col_tiles);
-    }
-    const int row_tiles = w->tiles / col_tiles, at = t - w->t0;
-    w->row = w->begin + at % row_tiles * rows;
-    w->col = at / row_tiles * cols;
-    return true;
-}
-
-/* ---- barriers, copies, products ---------------------------------------------------------- */
-
-/* Of block `cta` of the cluster. */
-__device__ static void barrier_arrive(uint64_t *b, int cta) {
-    asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}"
-                 :: "r"(address(b)), "r"(cta) : "memory");
-}
-__device__ static void bring(void *to, const CUtensorMap *map, uint64_t *b, int k, int row, int e) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3, %4}], [%5];"
-                 :: "r"(address(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(address(b)) : "memory");
-}
 /* To the same place in both blocks, each barrier told of its own. */
 __device__ static void bring_both(void *to, const CUtensorMap *map, uint64_t *b, int k, int row) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
                  " [%0], [%1, {%2, %3, %4}], [%5], %6;"
                  :: "r"(address(to)), "l"(map), "r"(k), "r"(row), "r"(0), "r"(address(b)), "h"((uint16_t)3) : "memory");
 }
-__device__ static int rank_in_cluster() {
-    int r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-__device__ static void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-}
-/* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
-__device__ static uint64_t matrix(const void *p) {
-    return (uint64_t)(address(p) >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-#define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
-/* c (64,BN) = x (64,16) w (BN,16)^T, added to c or not. */
-__device__ static void multiply(float (&c)[96], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
-        "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,"
-        "%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1, 0, 0;}"
-        : F16(0), F16(16), F16(32), F16(48), F16(64), F16(80) : "l"(x), "l"(w), "r"(add));
-}
-__device__ static void multiply(float (&c)[64], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
-        "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;}"
-        : F16(0), F16(16), F16(32), F16(48) : "l"(x), "l"(w), "r"(add));
-}
-__device__ static void multiply(float (&c)[48], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %50, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, %48, %49, p, 1, 1, 0, 0;}"
-        : F16(0), F16(16), F16(32) : "l"(x), "l"(w), "r"(add));
-}
 
 /* ---- one warp brings, the others multiply -------------------------------------------------- */
-
-typedef struct ring { uint8_t *stage; uint64_t *full, *empty; } ring;
 
 template <int BN, int GROUPS, int CTAS, int END> __device__ static void
 bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, const CUtensorMap *x, const CUtensorMap *w,
@@ -138,42 +53,6 @@ bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, con
             if (END == GATED) bring(to, gate, &r.full[s], k, col, at.e);
             bring(to + (BN - COLS) * LINE, w, &r.full[s], k, col, at.e);
         }
-}
-
-/* x/2 erfc(-x / sqrt 2) to 1.5e-7 |x|, far below a bf16: Abramowitz and Stegun, 7.1.26. */
-__device__ static float gelu_fast(float x) {
-    const float k = inverse_fast(fmaf(0.231641888f, fabsf(x), 1));
-    const float s = fmaf(fmaf(fmaf(fmaf(0.530702715f, k, -0.726576014f), k, 0.710706871f), k, -0.142248368f), k, 0.127414796f);
-    const float tail = s * k * exp2_fast(-0.721347520f * x * x);
-    return x * (x > 0 ? 1 - tail : tail);
-}
-__device__ static float activate(float x, bool is_gelu) { return is_gelu ? gelu_fast(x) : silu(x); }
-
-/* Four outputs that may end at an edge, lie anywhere, or be added. */
-__device__ static void put_four(const bm_product &p, float *y, int n, float4 v) {
-    const float *one = &v.x;
-#pragma unroll
-    for (int i = 0; i < 4; i++) if (n + i < p.N) y[i] = p.accumulate ? y[i] + one[i] : one[i];
-}
-__device__ static float2 biased(const bm_product &p, int e, int n, float x, float y, float scale) {
-    if (p.bias) {
-        const float *b = p.bias + (size_t)e * p.bias_stride + n;
-        x += n < p.N ? b[0] : 0, y += n + 1 < p.N ? b[1] : 0;
-    }
-    return make_float2(x * scale, y * scale);
-}
-/* act(gate) up of two columns. */
-template <int BN, int END> __device__ static uint32_t
-hidden(const bm_product &p, const ending &end, int e, int n, const float *c) {
-    const size_t b = (size_t)e * p.bias_stride + n;
-    float2 v = make_float2(c[0], c[1]), up = make_float2(1, 1);
-    const float *bias = n < p.N ? END == GATED ? end.gate_bias : p.bias : NULL;
-    if (bias) v.x += bias[b], v.y += bias[b + 1];
-    if constexpr (END == GATED) {
-        up = make_float2(c[BN / 4], c[BN / 4 + 1]);
-        if (p.bias && n < p.N) up.x += p.bias[b], up.y += p.bias[b + 1];
-    }
-    return halves(activate(v.x, end.is_gelu) * up.x, activate(v.y, end.is_gelu) * up.y);
 }
 
 /* A warp's 16 rows from row0 on, 32 columns at a time: a lane holds two columns of each eight of rows lane / 4 and 8 on, and
@@ -228,8 +107,11 @@ put_hidden(const bm_product &p, const ending &end, const tile &at, int row0, int
         for (int k = 0; k < 4; k++)
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                paper[(own + 8 * h) * LD + 4 * k + pair] =
-                    hidden<BN, END>(p, end, at.e, col0 + 8 * (j + k) + 2 * pair, c + 4 * (j + k) + 2 * h);
+            {
+                const float *v = c + 4 * (j + k) + 2 * h, *up = END == GATED ? v + BN / 4 : v;
+                paper[(own + 8 * h) * LD + 4 * k + pair] = hidden<END>(p, end, at.e, col0 + 8 * (j + k) + 2 * pair,
+                                                                       make_float2(v[0], v[1]), make_float2(up[0], up[1]));
+            }
         __syncwarp();
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -307,7 +189,7 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
 
 /* ---- activations as bf16 ------------------------------------------------------------------- */
 
-enum { ROUNDERS = 256 };
+enum { ROUNDERS = 256, APIECE = 8 };
 
 /* Rows from[0], from[1], ... of x, to the last of the groups: a thread rounds eight elements. */
 __global__ void __launch_bounds__(ROUNDERS) round_rows(const bm_product p, bool aligned, uint16_t *half) {
@@ -328,39 +210,50 @@ uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols) {
     const bool wanted = M >= LEAST && (size_t)M * cols <= w->room;
     w->of = wanted ? x : NULL;
     w->cols = cols;
+    w->there = w->half;
     return wanted ? w->half : NULL;
 }
 
-/* Activations of p as bf16 rows of K. */
-static const uint16_t *activations(bm_cuda *c, const bm_product *p) {
+/* Activations as the kernel before left them, or rounded in the order of groups. */
+static void find_activations(bm_cuda *c, job *j) {
     bm_cuda_wide *w = c->wide;
-    if (p->half) return p->half;
-    const bool there = w->of == p->x && w->cols == p->K && p->ldx == (size_t)p->K && !p->from;
+    const bm_product *p = j->p;
+    j->x = p->half, j->ldx = (size_t)p->K;
+    if (p->half) return;
+    const bool near = !p->from || (p->M <= FEW && p->M <= APIECE * p->X);       /* else gathering them first is faster */
+    const bool there = w->of == p->x && p->ldx == (size_t)w->cols && near;
     w->of = NULL;
-    if (there) return w->half;
+    if (there) {
+        j->x = w->there, j->ldx = p->ldx, j->from = p->from;
+        return;
+    }
     const bool aligned = ((uintptr_t)p->x | 4 * p->ldx) % 16 == 0;
     const int blocks = blocks_of((size_t)p->M * (p->K / 8), ROUNDERS);
     bm_cuda_start(c, round_rows, blocks, ROUNDERS, 0, *p, aligned, w->half);
-    return w->half;
+    j->x = w->half;
 }
 
 /* ---- launches ------------------------------------------------------------------------------ */
 
-enum { APART = 512 };           /* rows of a group from which weights are not read once more for its end alone */
-typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; } job;
+enum { APART = 512, NARROWEST = 256 };      /* rows of a group from which weights are not read once more for its end alone */
 
 /* Matrices (count,rows,K) of bf16, read `box` rows and DEPTH columns at a time; zeros past the edges. */
-static bool
-describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each, int box) {
+static bool describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each,
+                     int box, CUtensorMapL2promotion promotion) {
     const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, each };
     const cuuint32_t part[3] = { DEPTH, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
     return !c->wide->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)data, size, stride, part, step,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
-static bool describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box) {
+bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int box) {
+    const size_t row = sizeof *j->x * j->ldx;
+    return describe(c, map, j->x, j->p->K, j->p->M, 1, row, row * j->p->M, box, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+}
+bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box,
+                              CUtensorMapL2promotion promotion) {
     const size_t matrix = p->X > 1 ? (size_t)(p->w[1] - p->w[0]) : p->w_stride * p->N;
-    return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box);
+    return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box, promotion);
 }
 
 template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, const job *j) {
@@ -368,22 +261,14 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     enum { COLS = END == GATED ? BN / 2 : BN };
     const auto kernel = wide<BN, GROUPS, CTAS, END>;
     const bm_product *p = j->p;
-    const size_t row = 2 * (size_t)p->K;
     CUtensorMap x, w, gate = {};
-    bool good = describe(c, &x, j->x, p->K, p->M, 1, row, row * p->M, S::ROWS / CTAS) && describe_weights(c, &w, p, COLS);
-    if (END == GATED) good = good && describe_weights(c, &gate, j->gate, COLS);
+    const CUtensorMapL2promotion ahead = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+    bool good = bm_cuda_describe_rows(c, &x, j, S::ROWS / CTAS) && bm_cuda_describe_weights(c, &w, p, COLS, ahead);
+    if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, COLS, ahead);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
-    cudaLaunchAttribute how[2] = {};
-    how[0].id = cudaLaunchAttributeClusterDimension;
-    how[0].val.clusterDim.x = CTAS, how[0].val.clusterDim.y = how[0].val.clusterDim.z = 1;
-    how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    how[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = CTAS * (most < all ? most : all), config.blockDim = S::THREADS, config.dynamicSmemBytes = S::SHARED;
-    config.stream = c->stream, config.attrs = how, config.numAttrs = 2;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
-    return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, *p, j->end, x, w, gate), "a matrix product");
+    const int clusters = most < all ? most : all;
+    return bm_cuda_start_clusters(c, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, x, w, gate);
 }
 /* What rounds of tiles of 64 groups rows by cols columns cost, all blocks at once; smaller tiles read more.  Groups of rows end
  * anywhere in a tile. */
@@ -398,6 +283,7 @@ template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
     return two < three ? launch<192, 2, 2, END>(c, j) : launch<192, 3, 2, END>(c, j);
 }
 static bool launch_any(bm_cuda *c, const job *j) {
+    if (j->p->M <= FEW) return bm_cuda_few(c, j);
     if (j->gate) return launch_tall<GATED>(c, j);
     if (j->end.act) return launch_tall<ACT>(c, j);
     return j->p->N <= 128 ? launch<128, 1, 1, PLAIN>(c, j) : launch_tall<PLAIN>(c, j);
@@ -422,7 +308,8 @@ static void run(bm_cuda *c, const job *j) {
     if (one) launch_any(c, j);
     else for (int e = 0; e < j->p->X; e++) {
         const bm_product up = group_of(j->p, e), gate = group_of(j->gate ? j->gate : j->p, e);
-        job k = { &up, j->gate ? &gate : NULL, j->end, j->x };
+        job k = *j;
+        k.p = &up, k.gate = j->gate ? &gate : NULL;
         if (k.end.gate_bias) k.end.gate_bias += (size_t)e * j->p->bias_stride;
         if (!launch_any(c, &k)) return;
     }
@@ -435,33 +322,47 @@ bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
     return good;
 }
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
-    const job j = { p, NULL, { .apart = p->M >= APART * p->X }, activations(c, p) };
+    bm_cuda_wide *w = c->wide;
+    job j = { .p = p, .end = { .apart = p->M >= APART * p->X } };
+    const bool narrow = p->N <= NARROWEST && p->N % 8 == 0 && p->ldy == (size_t)p->N;
+    const bool copied = narrow && p->M <= FEW && !p->first && !p->accumulate;      /* a Mamba layer's x, which dt reads */
+    find_activations(c, &j);
+    if (copied) j.end.copy = w->narrow, w->there = w->narrow, w->of = p->y, w->cols = p->N;
     run(c, &j);
 }
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act) {
-    const job j = { up, gate, { act, gate ? gate->bias : NULL, is_gelu, up->M >= APART * up->X }, activations(c, up) };
+    job j = { .p = up, .gate = gate };
+    j.end = { .act = act, .gate_bias = gate ? gate->bias : NULL, .is_gelu = is_gelu, .apart = up->M >= APART * up->X };
+    find_activations(c, &j);
     run(c, &j);
 }
 
 /* ---- few columns --------------------------------------------------------------------------- */
 
-enum { NARROW = 8, PER_WARP = 2, WARPS = 8, WIDEST = 192 * 1024 / (4 * NARROW) };
+enum { NARROW = 8, WARPS = 8, FEW_WARPS = 4, WIDEST = 192 * 1024 / (4 * (NARROW + FEW_WARPS)) };
 
-/* Up to NARROW columns of f32 weights, a router's, for a few rows: an output is summed as `dots` does (gemm.cu).  Weights lie in
- * shared memory by n, half of eight k, and k / 8. */
-__global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
+/* Up to NARROW columns of f32 weights, a router's: an output is summed as `dots` does (gemm.cu).  Weights lie in shared memory by
+ * n, half of eight k, and k / 8; behind them the rows of x of each warp where there is one a warp. */
+template <int PER_WARP> __global__ void __launch_bounds__(32 * WARPS) narrow(const bm_product p) {
     extern __shared__ float4 w[];
-    const int lane = threadIdx.x % 32, row0 = PER_WARP * (int)(blockIdx.x * WARPS + threadIdx.x / 32), eights = p.K / 8;
-    after_previous();
-    for (int i = threadIdx.x; i < p.N * 2 * eights; i += 32 * WARPS) {
+    const int lane = threadIdx.x % 32, row0 = PER_WARP * (int)((blockIdx.x * blockDim.x + threadIdx.x) / 32), eights = p.K / 8;
+    next_may_start();
+    for (int i = threadIdx.x; i < p.N * 2 * eights; i += blockDim.x) {
         const int n = i / (2 * eights), k4 = i % (2 * eights);
-        w[(2 * n + k4 % 2) * eights + k4 / 2] = ((const float4 *)(p.w[0] + n * p.w_stride))[k4];
+        copy_four(&w[(2 * n + k4 % 2) * eights + k4 / 2], (const float4 *)(p.w[0] + n * p.w_stride) + k4);
     }
-    __syncthreads();
-    if (row0 >= p.M) return;
+    previous_done();
     const float4 *x[PER_WARP];
     float sum[PER_WARP][NARROW] = {};
-    for (int i = 0; i < PER_WARP; i++) x[i] = (const float4 *)(p.x + (size_t)(row0 + i < p.M ? row0 + i : row0) * p.ldx);
+    for (int i = 0; i < PER_WARP; i++) x[i] = (const float4 *)(p.x + (size_t)(row0 + i < p.M ? row0 + i : p.M - 1) * p.ldx);
+    if (PER_WARP == 1) {
+        float4 *own = w + (p.N + threadIdx.x / 32) * 2 * eights;
+        for (int k = lane; k < 2 * eights; k += 32) copy_four(own + k, x[0] + k);
+        x[0] = own;
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    if (row0 >= p.M) return;
 #pragma unroll 3
     for (int k = lane; k < eights; k += 32) {
         float4 v[PER_WARP][2];
@@ -497,9 +398,12 @@ bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
            !p->from && !p->to && !p->scale && ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
 }
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {
-    const size_t shared = 4 * (size_t)p->N * p->K;
-    cudaFuncSetAttribute(narrow, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    bm_cuda_start(c, narrow, blocks_of((size_t)p->M, PER_WARP * WARPS), 32 * WARPS, shared, *p);
+    const bool few = p->M <= FEW;           /* then more processors share them */
+    const int warps = few ? FEW_WARPS : WARPS, rows = few ? warps : 2 * warps;
+    const auto kernel = few ? narrow<1> : narrow<2>;
+    const size_t shared = 4 * (size_t)(p->N + (few ? warps : 0)) * p->K;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    bm_cuda_start(c, kernel, blocks_of((size_t)p->M, (size_t)rows), 32 * warps, shared, *p);
 }
 
 /* ---- room ---------------------------------------------------------------------------------- */
@@ -515,27 +419,33 @@ static bm_cuda_wide *opened(bm_cuda *c) {
     return c->wide;
 }
 
+static size_t bytes_of(size_t room) { return sizeof(uint16_t) * (room + FEW * NARROWEST); }
+
 size_t bm_cuda_reserving(bm_backend *b, int rows, int cols) {
-    return rows >= LEAST && opened(cuda_of(b)) ? sizeof(uint16_t) * (size_t)rows * (size_t)cols : 0;
+    return rows >= LEAST && opened(cuda_of(b)) ? bytes_of((size_t)rows * (size_t)cols) : 0;
 }
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
     bm_cuda *c = cuda_of(b);
     bm_cuda_wide *w = rows >= LEAST ? opened(c) : NULL;
     const size_t room = (size_t)rows * (size_t)cols;
-    void *half;
+    void *all;
     if (!w || room <= w->room) return BM_OK;
-    const bm_status s = b->alloc(b, &half, room * sizeof *w->half, "activations as bf16");
+    const bm_status s = b->alloc(b, &all, bytes_of(room), "activations as bf16");
     if (s) return s;
     bm_cuda_forget(b, NULL);        /* what was recorded writes to the old ones */
-    if (w->half) b->release(b, w->half);
-    w->half = (uint16_t *)half;
+    if (w->narrow) b->release(b, w->narrow);
+    w->narrow = (uint16_t *)all;
+    w->half = w->narrow + FEW * NARROWEST;
     w->room = room;
     w->of = NULL;
     return BM_OK;
 }
-size_t bm_cuda_reserved(bm_backend *b) { return cuda_of(b)->wide ? cuda_of(b)->wide->room * sizeof(uint16_t) : 0; }
+size_t bm_cuda_reserved(bm_backend *b) {
+    const bm_cuda_wide *w = cuda_of(b)->wide;
+    return w && w->room ? bytes_of(w->room) : 0;
+}
 
 void bm_cuda_wide_close(bm_cuda *c) {
-    if (c->wide) cudaFree(c->wide->half);
+    if (c->wide) cudaFree(c->wide->narrow);
     free(c->wide);
 }

@@ -19,10 +19,16 @@ __device__ static float squares(float4 v) { return fmaf(v.x, v.x, v.y * v.y) + f
 /* RMSNorm: s / sqrt(mean(s^2) + eps) * weight.  LayerNorm: (s - mean) / sqrt(var + eps) * weight + bias.  half: y as bf16, or
  * NULL.  Thread j of a row holds fours j, j + blockDim, ... in registers, HELD of them: the order of sums depends on D alone. */
 template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_norm a, bool aligned, uint16_t *half) {
-    after_previous();
     const size_t at = (size_t)blockIdx.x * a.D;
     const float *x = a.x ? a.x + at : NULL, *residual = a.residual ? a.residual + at : NULL;
-    float4 s[HELD];
+    float4 s[HELD], w[HELD];
+    next_may_start();
+#pragma unroll(HELD > 4 ? 1 : HELD)
+    for (int i = 0; i < HELD; i++) {
+        const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
+        if (k < a.D) w[i] = four(a.weight, k, a.D, aligned);
+    }
+    previous_done();
     float total = 0, square = 0;
 #pragma unroll(HELD > 4 ? 1 : HELD)
     for (int i = 0; i < HELD; i++) {
@@ -52,9 +58,9 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
     for (int i = 0; i < HELD; i++) {
         const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
         if (k >= a.D) continue;
-        const float4 w = four(a.weight, k, a.D, aligned), b = four(a.bias, k, a.D, aligned);
-        const float4 y = make_float4(norm_out(s[i].x, scale, w.x, b.x), norm_out(s[i].y, scale, w.y, b.y),
-                                     norm_out(s[i].z, scale, w.z, b.z), norm_out(s[i].w, scale, w.w, b.w));
+        const float4 b = four(a.bias, k, a.D, aligned);
+        const float4 y = make_float4(norm_out(s[i].x, scale, w[i].x, b.x), norm_out(s[i].y, scale, w[i].y, b.y),
+                                     norm_out(s[i].z, scale, w[i].z, b.z), norm_out(s[i].w, scale, w[i].w, b.w));
         put_four(a.y + at, k, a.D, aligned, y);
         if (half) *(uint2 *)(half + at + k) = halves(y);
     }

@@ -3,44 +3,58 @@
 #include "cuda/cuda.h"
 
 enum { THREADS = 128, SORTERS = 1024 };
+enum { ROUTED = 8, EIGHTS = 8 };        /* experts; eights of a row that a lane holds, where a row is routed at once */
 
 /* a is a better choice than b: NaN never wins. */
 __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !isnan(a)); }
 
-/* The k best of a row, the lowest index where equal; gates by sigmoid or softmax. */
-__global__ void choose(bm_op_route a) {
-    after_previous();
-    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
-    if (i >= a.M) return;
-    const float *l = a.logits + (size_t)i * a.X;
-    int max = 0, before = -1;
-    float sum = 0;
-    for (int e = 1; e < a.X; e++) if (better(l[e], l[max])) max = e;
-    for (int e = 0; a.rule == BM_ROUTE_SOFTMAX && e < a.X; e++) sum += expf(l[e] - l[max]);
+/* The k best of row i with logits l, the lowest index where equal; gates by sigmoid or softmax.  Which was that choice. */
+__device__ static int choose_row(const bm_op_route &a, const float *l, int i, int choice) {
+    float top = l[0], last = 0, sum = 0;
+    int before = -1, found = -1;
+#pragma unroll 8
+    for (int e = 1; e < a.X; e++) if (better(l[e], top)) top = l[e];
+    for (int e = 0; a.rule == BM_ROUTE_SOFTMAX && e < a.X; e++) sum += expf(l[e] - top);
     for (int j = 0; j < a.k; j++) {
         int best = -1;          /* of those that come after `before` in the order of choices */
+        float value = 0;
+#pragma unroll 8
         for (int e = 0; e < a.X; e++) {
-            if (before >= 0 && (e == before || better(l[e], l[before]) || (!better(l[before], l[e]) && e < before))) continue;
-            if (best < 0 || better(l[e], l[best])) best = e;
+            const float v = l[e];
+            if (before >= 0 && (e == before || better(v, last) || (!better(last, v) && e < before))) continue;
+            if (best < 0 || better(v, value)) best = e, value = v;
         }
-        before = best;
+        before = best, last = value;
+        if (j == choice) found = best;
         const size_t at = (size_t)j * a.M + i;
         a.expert[at] = best;
-        a.gate[at] = a.rule == BM_ROUTE_SIGMOID ? 1 / (1 + expf(-l[best])) : best == max ? 1 / sum : expf(l[best] - l[max]) / sum;
+        a.gate[at] = a.rule == BM_ROUTE_SIGMOID ? 1 / (1 + expf(-value)) : j ? expf(value - top) / sum : 1 / sum;
     }
+    return found;
+}
+/* Zeros past the end. */
+__device__ static float4 four_of(const float *row, int k, int K) {
+    return k < K ? *(const float4 *)(row + k) : make_float4(0, 0, 0, 0);
+}
+__global__ void __launch_bounds__(THREADS) choose(bm_op_route a) {
+    after_previous();
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    if (i < a.M) choose_row(a, a.logits + (size_t)i * a.X, i, 0);
 }
 
-/* Up to 32 experts, one block for each choice: a warp counts and places a run of rows, lane e for expert e. */
-__global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
-    after_previous();
+/* Up to 32 experts, choice `choice`, by a block: a warp counts and places a run of rows, lane e for expert e.  own: the expert of
+ * a thread's row where each has one at most. */
+__device__ static void group_rows(const bm_op_route &a, int choice, int own) {
     __shared__ int count[SORTERS / 32][32];
-    const int32_t *expert = a.expert + (size_t)blockIdx.x * a.M;
-    int32_t *order = a.order + (size_t)blockIdx.x * a.M, *first = a.first + (size_t)blockIdx.x * (a.X + 1);
+    const int32_t *expert = a.expert + (size_t)choice * a.M;
+    int32_t *order = a.order + (size_t)choice * a.M, *first = a.first + (size_t)choice * (a.X + 1);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = (a.M + SORTERS - 1) / SORTERS * 32;
     const int begin = warp * run, end = begin + run < a.M ? begin + run : a.M;
+    const int warps = (a.M + run - 1) / run;
     int n = 0;
+    const bool at_once = a.M <= SORTERS;
     for (int i = begin + lane; i - lane < end; i += 32) {
-        const int mine = i < end ? expert[i] : -1;
+        const int mine = at_once ? own : i < end ? expert[i] : -1;
         for (int e = 0; e < a.X; e++) {
             const unsigned all = __ballot_sync(~0u, mine == e);
             if (lane == e) n += __popc(all);
@@ -50,14 +64,14 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     __syncthreads();
     if (!warp) {                /* where each warp's rows of each expert begin */
         int total = 0, before = 0;
-        for (int w = 0; w < SORTERS / 32; w++) total += count[w][lane];
+        for (int w = 0; w < warps; w++) total += count[w][lane];
         for (int e = 0; e < a.X; e++) {
             const int of = __shfl_sync(~0u, total, e);
             if (e < lane) before += of;
         }
         if (lane < a.X) first[lane] = before;
         if (lane == a.X - 1) first[a.X] = before + total;
-        for (int w = 0; w < SORTERS / 32; w++) {
+        for (int w = 0; w < warps; w++) {
             const int own = count[w][lane];
             count[w][lane] = before;
             before += own;
@@ -66,7 +80,7 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     __syncthreads();
     int at = count[warp][lane];
     for (int i = begin + lane; i - lane < end; i += 32) {
-        const int mine = i < end ? expert[i] : -1;
+        const int mine = at_once ? own : i < end ? expert[i] : -1;
         int to = 0, taken = 0;
         for (int e = 0; e < a.X; e++) {
             const unsigned all = __ballot_sync(~0u, mine == e);
@@ -78,6 +92,53 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
         at += taken;
     }
 }
+/* Up to SORTERS rows are chosen for by their threads before. */
+__global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
+    after_previous();
+    const int i = (int)threadIdx.x, choice = (int)blockIdx.x;
+    group_rows(a, choice, a.M <= SORTERS && i < a.M ? choose_row(a, a.logits + (size_t)i * a.X, i, choice) : -1);
+}
+
+/* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is
+ * summed as by `dots` (gemm.cu). */
+__global__ void __launch_bounds__(32 * ROUTED) route_rows(bm_op_linear l, const float *w, int K, bm_op_route a, unsigned *ended) {
+    __shared__ float logit[ROUTED];
+    __shared__ bool last;
+    const int lane = threadIdx.x % 32, e = threadIdx.x / 32, i = blockIdx.x;
+    const float *row = w + (size_t)e * K, *x = l.x + (size_t)i * l.ldx;
+    float4 v[EIGHTS][2], u[EIGHTS][2];
+    float sum = 0;
+    next_may_start();
+#pragma unroll
+    for (int s = 0; s < EIGHTS; s++)
+        for (int h = 0; h < 2; h++) v[s][h] = four_of(row, 8 * (lane + 32 * s) + 4 * h, K);
+    previous_done();
+#pragma unroll
+    for (int s = 0; s < EIGHTS; s++)
+        for (int h = 0; h < 2; h++) u[s][h] = four_of(x, 8 * (lane + 32 * s) + 4 * h, K);
+#pragma unroll
+    for (int s = 0; s < EIGHTS; s++)
+        for (int h = 0; h < 2; h++) {
+            sum = fmaf(v[s][h].x, u[s][h].x, sum);
+            sum = fmaf(v[s][h].y, u[s][h].y, sum);
+            sum = fmaf(v[s][h].z, u[s][h].z, sum);
+            sum = fmaf(v[s][h].w, u[s][h].w, sum);
+        }
+    sum = warp_sum(sum);
+    if (!lane) l.y[(size_t)i * a.X + e] = logit[e] = sum + (l.bias ? l.bias[e] : 0);
+    __syncthreads();
+    if (!threadIdx.x) {
+        choose_row(a, logit, i, 0);
+        __threadfence();
+        last = atomicAdd(ended, 1) + 1 == gridDim.x;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    if (!threadIdx.x) *ended = 0;
+    group_rows(a, 0, (int)threadIdx.x < a.M ? __ldcg(a.expert + threadIdx.x) : -1);
+}
+
 /* Any number: a warp counts and places the rows of an expert, in order. */
 __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
     after_previous();
@@ -109,8 +170,20 @@ __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
 void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
-    if (a->X <= 32) bm_cuda_start(c, group_few, a->k, SORTERS, 0, *a);
+    const bool few = a->X <= 32, at_once = few && a->M <= SORTERS;
+    if (!at_once) bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
+    if (few) bm_cuda_start(c, group_few, a->k, at_once ? 32 * blocks_of((size_t)a->M, 32) : SORTERS, 0, *a);
     else bm_cuda_start(c, group, a->k, SORTERS, 0, *a);
     bm_cuda_check(c, cudaGetLastError(), "routing");
+}
+
+bool bm_cuda_router(bm_backend *b, const bm_op_linear *l, const bm_op_route *a) {
+    bm_cuda *c = cuda_of(b);
+    const int K = l->w->cols;
+    const uintptr_t all = (uintptr_t)l->x | (uintptr_t)l->w->data | (uintptr_t)(4 * l->ldx);
+    if (l->w->type != BM_F32 || l->y != a->logits || l->accumulate) return false;
+    if (a->k != 1 || a->X > ROUTED || a->M > 32 * a->X) return false;
+    if (K % 8 || K > 256 * EIGHTS || all % 16) return false;
+    bm_cuda_start(c, route_rows, a->M, 32 * a->X, 0, *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
+    return bm_cuda_check(c, cudaGetLastError(), "routing");
 }

@@ -183,17 +183,18 @@ __global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool st
     for (int i = tiles > 1 ? tiles - 2 : 0; finishes && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
 }
 
-/* Row q is the one row of sequence q; a block makes its channels of SOME sequences. */
-enum { SOME = 4 };
-__global__ void __launch_bounds__(WIDTH) single_rows(bm_op_scan a, uint16_t *half) {
-    after_previous();
+/* Row q is the one row of sequence q; a block makes its channels of `some` sequences: one where there are few. */
+enum { SOME = 4, FEW = 128, AT_ONCE = 8 };
+__global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int some, uint16_t *half) {
+    next_may_start();
     __shared__ float B[2][N16], C[2][N16];
-    const int c = (int)(blockIdx.x * WIDTH + threadIdx.x), q0 = (int)blockIdx.y * SOME, q1 = q0 + SOME < a.Q ? q0 + SOME : a.Q;
+    const int c = (int)(blockIdx.x * WIDTH + threadIdx.x), q0 = (int)blockIdx.y * some, q1 = q0 + some < a.Q ? q0 + some : a.Q;
     const bool channel = c < a.I;
     const float bias = channel ? a.dt_bias[c] : 0, D = channel ? a.D[c] : 0;
     float rate[N16];
 #pragma unroll
     for (int n = 0; n < N16; n++) rate[n] = channel && n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
+    previous_done();
     for (int q = q0; q < q1; q++) {
         const size_t at = (size_t)q * a.I + c;
         float *state = state_of(a, q) + c, h[N16], p[LANES], (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
@@ -246,11 +247,11 @@ void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
     const uintptr_t of_rows = (uintptr_t)a->dt | (uintptr_t)a->u | (uintptr_t)a->z | (uintptr_t)a->y;
     const bool rows = of_rows % 16 == 0 && (a->I | a->ldz) % 4 == 0;
     const bool states = ((uintptr_t)a->B | (uintptr_t)a->C) % 16 == 0 && (a->N | a->ldbc) % 4 == 0;
-    const int blocks = blocks_of((size_t)a->I, WIDTH);
+    const int blocks = blocks_of((size_t)a->I, WIDTH), some = a->Q <= FEW ? 1 : SOME;
     if (c->failed || !a->M) return;
     uint16_t *half = !wide && a->I % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL;
     if (wide) bm_cuda_start(c, wide_rows, dim3(blocks, a->Q), WIDTH, 0, *a);
-    else if (single) bm_cuda_start(c, single_rows, dim3(blocks, blocks_of((size_t)a->Q, SOME)), WIDTH, 0, *a, half);
+    else if (single) bm_cuda_start(c, single_rows, dim3(blocks, blocks_of((size_t)a->Q, some)), WIDTH, 0, *a, some, half);
     else {
         const size_t all = c->chip.sharedMemPerBlockOptin, most = sizeof(memory) > all / 2 + 1 ? sizeof(memory) : all / 2 + 1;
         const size_t shared = a->Q == 1 ? most : sizeof(memory);    /* of one sequence no two blocks on a processor */

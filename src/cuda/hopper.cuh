@@ -1,0 +1,177 @@
+/* hopper.cuh - what products on Hopper's tensor cores share: tiles of groups, the copy engine, wgmma, how outputs leave.
+ * Room: cuda.  Kernels: few.cu, matmul.cu. */
+#ifndef BM_CUDA_HOPPER_H
+#define BM_CUDA_HOPPER_H
+#include "cuda/steps.cuh"
+#include <cudaTypedefs.h>
+
+enum { LEAST = 9, FEW = 128 };              /* rows from which on there are these kernels; to which few.cu's */
+enum { DEPTH = 64, LINE = 128 };            /* columns of k in a stage, and their bytes */
+
+/* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up.
+ * copy: f32 outputs as bf16 too, rows of N; or NULL. */
+enum { PLAIN, ACT, GATED };
+typedef struct ending { uint16_t *act, *copy; const float *gate_bias; bool is_gelu, apart; } ending;
+
+/* A product on its way: activations as bf16, rows of ldx; row i of the groups is row from[i] of them, or i. */
+typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; size_t ldx; const int32_t *from; } job;
+
+bool bm_cuda_few(bm_cuda *c, const job *j);
+
+/* Activations, and matrices (p->X, p->N, p->K): read `box` rows and DEPTH columns at a time, zeros past the edges; promotion: what
+ * the second cache reads of a row at once. */
+bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int box);
+bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box, CUtensorMapL2promotion promotion);
+
+/* Clusters of `ctas` blocks, set up while the kernel before ends. */
+template <class... P, class... A> static bool
+bm_cuda_start_clusters(bm_cuda *c, void (*kernel)(P...), int blocks, int ctas, int threads, int shared, A... a) {
+    cudaLaunchAttribute how[2] = {};
+    how[0].id = cudaLaunchAttributeClusterDimension;
+    how[0].val.clusterDim.x = ctas, how[0].val.clusterDim.y = how[0].val.clusterDim.z = 1;
+    how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    how[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
+    config.stream = c->stream, config.attrs = how, config.numAttrs = 2;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, a...), "a matrix product");
+}
+
+/* Sixteen bytes into shared memory; there after cp.async.wait_all. */
+INLINE void copy_four(float4 *to, const float4 *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from));
+}
+
+/* ---- how outputs leave ------------------------------------------------------------------------------- */
+
+/* x/2 erfc(-x / sqrt 2) to 1.5e-7 |x|, far below a bf16: Abramowitz and Stegun, 7.1.26. */
+INLINE float gelu_fast(float x) {
+    const float k = inverse_fast(fmaf(0.231641888f, fabsf(x), 1));
+    const float s = fmaf(fmaf(fmaf(fmaf(0.530702715f, k, -0.726576014f), k, 0.710706871f), k, -0.142248368f), k, 0.127414796f);
+    const float tail = s * k * exp2_fast(-0.721347520f * x * x);
+    return x * (x > 0 ? 1 - tail : tail);
+}
+INLINE float activate(float x, bool is_gelu) { return is_gelu ? gelu_fast(x) : silu(x); }
+
+/* Four outputs that may end at an edge, lie anywhere, or be added. */
+INLINE void put_four(const bm_product &p, float *y, int n, float4 v) {
+    const float *one = &v.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) if (n + i < p.N) y[i] = p.accumulate ? y[i] + one[i] : one[i];
+}
+INLINE float2 biased(const bm_product &p, int e, int n, float x, float y, float scale) {
+    if (p.bias) {
+        const float *b = p.bias + (size_t)e * p.bias_stride + n;
+        x += n < p.N ? b[0] : 0, y += n + 1 < p.N ? b[1] : 0;
+    }
+    return make_float2(x * scale, y * scale);
+}
+/* act(gate) up of two columns, or act(gate), gate then being up itself. */
+template <int END> INLINE uint32_t hidden(const bm_product &p, const ending &end, int e, int n, float2 gate, float2 up) {
+    const size_t b = (size_t)e * p.bias_stride + n;
+    const float *bias = n < p.N ? END == GATED ? end.gate_bias : p.bias : NULL;
+    if (bias) gate.x += bias[b], gate.y += bias[b + 1];
+    if (END == GATED && p.bias && n < p.N) up.x += p.bias[b], up.y += p.bias[b + 1];
+    if (END != GATED) up = make_float2(1, 1);
+    return halves(activate(gate.x, end.is_gelu) * up.x, activate(gate.y, end.is_gelu) * up.y);
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* ---- tiles: rows fastest, then columns, then groups ------------------------------------------------------- */
+
+/* One of X runs of tiles, or of 2 X: those full of rows, then what groups end with, which takes less time and so comes last.  Its
+ * first row, the group's end, its tiles; this one's first row and column. */
+typedef struct tile { int run, e, begin, end, t0, tiles, row, col; } tile;
+
+INLINE void enter(const bm_product &p, bool apart, tile *w, int run, int rows, int col_tiles) {
+    const bool first = run < p.X;
+    w->run = run;
+    w->e = first ? run : run - p.X;
+    w->begin = p.first ? p.first[w->e] : 0;
+    w->end = p.first ? p.first[w->e + 1] : p.M;
+    w->t0 += w->tiles;
+    const int n = w->end - w->begin, whole = n / rows, ends = n > whole * rows;
+    w->tiles = (!first ? ends : apart ? whole : whole + ends) * col_tiles;
+    if (!first) w->begin += whole * rows;
+}
+/* Tile t, t never less than before; false past the last. */
+INLINE bool find(const bm_product &p, bool apart, tile *w, int t, int rows, int cols) {
+    const int col_tiles = (p.N + cols - 1) / cols;
+    if (w->run < 0) enter(p, apart, w, 0, rows, col_tiles);
+    while (t >= w->t0 + w->tiles) {
+        if (w->run + 1 == (apart ? 2 : 1) * p.X) return false;
+        enter(p, apart, w, w->run + 1, rows, col_tiles);
+    }
+    const int row_tiles = w->tiles / col_tiles, at = t - w->t0;
+    w->row = w->begin + at % row_tiles * rows;
+    w->col = at / row_tiles * cols;
+    return true;
+}
+
+/* ---- barriers, copies, products ---------------------------------------------------------- */
+
+/* Of block `cta` of the cluster. */
+INLINE void barrier_arrive(uint64_t *b, int cta) {
+    asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}"
+                 :: "r"(address(b)), "r"(cta) : "memory");
+}
+INLINE void bring(void *to, const CUtensorMap *map, uint64_t *b, int k, int row, int e) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];"
+                 :: "r"(address(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(address(b)) : "memory");
+}
+INLINE int rank_in_cluster() {
+    int r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+INLINE void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+/* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
+INLINE uint64_t matrix(const void *p) {
+    return (uint64_t)(address(p) >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
+/* c (64,BN) = x (64,16) w (BN,16)^T, added to c or not. */
+INLINE void multiply(float (&c)[96], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+        "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,"
+        "%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32), F16(48), F16(64), F16(80) : "l"(x), "l"(w), "r"(add));
+}
+INLINE void multiply(float (&c)[64], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+        "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32), F16(48) : "l"(x), "l"(w), "r"(add));
+}
+INLINE void multiply(float (&c)[48], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %50, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, %48, %49, p, 1, 1, 0, 0;}"
+        : F16(0), F16(16), F16(32) : "l"(x), "l"(w), "r"(add));
+}
+INLINE void multiply(float (&c)[32], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+        "%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;}" : F16(0), F16(16) : "l"(x), "l"(w), "r"(add));
+}
+INLINE void multiply(float (&c)[16], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 0, 0;}"
+        : F16(0) : "l"(x), "l"(w), "r"(add));
+}
+INLINE void multiply(float (&c)[8], uint64_t x, uint64_t w, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;}" : F4(0), F4(4) : "l"(x), "l"(w), "r"(add));
+}
+
+typedef struct ring { uint8_t *stage; uint64_t *full, *empty; } ring;
+#endif
+#endif
