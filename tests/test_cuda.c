@@ -55,10 +55,15 @@ static pair make_pair(bm_dtype type, int rows, int cols) {
     const size_t n = (size_t)rows * (size_t)cols, bytes = bm_dtype_bytes(type, n);
     float *x = normals(n, 0.5f);
     void *host = malloc(bytes), *at;
+    const size_t packed = bm_matrix_bytes(gpu, type, (size_t)rows, (size_t)cols);
+    void *form = malloc(packed);
     bm_narrow(host, type, x, n);
-    OK(gpu->alloc(gpu, &at, bytes, "a test"));
-    gpu->put(gpu, at, host, bytes);
+    if (bm_packs(gpu, type)) gpu->pack(form, host, type, (size_t)rows, (size_t)cols);
+    else memcpy(form, host, bytes);
+    OK(gpu->alloc(gpu, &at, packed, "a test"));
+    gpu->put(gpu, at, form, packed);
     drop(x);
+    free(form);
     return (pair){ { host, type, rows, cols }, { at, type, rows, cols } };
 }
 static void end_pair(pair *m) {
@@ -354,7 +359,7 @@ static void in_step(bm_session *s, int from, int n, bm_token ids[TEXTS][LENGTH],
         OK(bm_forward(s, in, n));
     }
 }
-static void test_token(void **state) {
+static void token_of(bm_dtype type) {
     bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 6, .n_vocab = 200, .d_model = 64, .d_inner = 128, .d_state = 16, .d_conv = 4,
                     .dt_rank = 4, .max_len = 64, .activation = BM_GELU, .final_norm = BM_LAYERNORM, .norm_eps = 1e-5f, .gated = true,
                     .conv_bias = true, .tied_head = true, .top_k = 1 };
@@ -364,13 +369,12 @@ static void test_token(void **state) {
     bm_device *d;
     bm_model *m;
     bm_session *s;
-    (void)state;
     for (int l = 0; l < c.n_layers; l++)
         c.layer[l] = l == 5 ? (bm_layer_config){ BM_MIXER_NONE, BM_FFN_DENSE, 1, 96 }
                    : l % 2 ? (bm_layer_config){ BM_MIXER_NONE, BM_FFN_MOE, 4, 96 } : (bm_layer_config){ BM_MIXER_MAMBA, BM_FFN_NONE, 0, 0 };
     for (int i = 0; i < TEXTS; i++)
         for (int t = 0; t < LENGTH; t++) ids[i][t] = (i * 71 + t * 29) % c.n_vocab;
-    OK(bm_init(&c, 3, BM_BF16, path, NULL, NULL, NULL));
+    OK(bm_init(&c, 3, type, path, NULL, NULL, NULL));
     OK(bm_device_open(&d, "cuda:0", 0));
     OK(bm_model_open(&m, d, path));
     OK(bm_session_open(&s, m, &o));
@@ -399,13 +403,19 @@ static void test_token(void **state) {
         for (size_t v = 0; v < V; v++) peak = fmax(peak, fabs((double)alone[(size_t)i * V + v]));
         /* a rounding to bf16 in each of 12 products: docs/NUMERICS.md */
         for (size_t v = 0; v < V; v++)
-            check_near((double)bm_logits(s, i)[v], (double)alone[(size_t)i * V + v], sqrt(12) / 256 * peak, "a text at once");
+            check_near((double)bm_logits(s, i)[v], (double)alone[(size_t)i * V + v], sqrt(12) / 256 * peak, bm_dtype_name(type));
     }
     drop(alone);
     bm_session_close(s);
     bm_model_close(m);
     bm_device_close(d);
     unlink(path);
+}
+static void test_token(void **state) {
+    (void)state;
+    token_of(BM_BF16);
+    token_of(BM_Q8_0);
+    token_of(BM_Q4_0);
 }
 
 int main(void) {

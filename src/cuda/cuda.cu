@@ -129,6 +129,7 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     b->left = cuda_left;
     b->alloc = cuda_alloc, b->release = cuda_release;
     b->alloc_host = cuda_alloc_host, b->release_host = cuda_release_host;
+    b->packed = bm_cuda_packed, b->pack = bm_cuda_pack, b->unpack = bm_cuda_unpack;
     b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
     b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = bm_cuda_reserve, b->reserving = bm_cuda_reserving;
     b->reserved = bm_cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;

@@ -11,6 +11,20 @@ typedef bm_status (*bm_cuda_fail_fn)(bm_status s, const char *fmt, ...);
 #define BM_CUDA_SYMBOL "bm_cuda_open"
 typedef bm_status (*bm_cuda_open_fn)(bm_backend **out, int device, bm_cuda_fail_fn fail);
 
+/* pack.c: bm_backend's packed, pack and unpack; bytes of a row of any type on the GPU. */
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(hidden)
+size_t bm_cuda_packed(bm_dtype type, size_t cols);
+size_t bm_cuda_row_bytes(bm_dtype type, size_t cols);
+void bm_cuda_pack(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows, size_t cols);
+void bm_cuda_unpack(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows, size_t cols);
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+
 #ifdef __CUDACC__     /* open.c is built where CUDA is not */
 #include <cuda_runtime.h>
 #pragma GCC visibility push(hidden)

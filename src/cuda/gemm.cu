@@ -144,7 +144,7 @@ void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type) {
 void bm_cuda_linear(bm_backend *b, const bm_op_linear *a) {
     bm_product p = {};
     p.w[0] = (const uint8_t *)a->w->data;
-    p.w_stride = bm_dtype_bytes(a->w->type, (size_t)a->w->cols);
+    p.w_stride = bm_cuda_row_bytes(a->w->type, (size_t)a->w->cols);
     p.X = 1, p.M = a->M, p.N = a->w->rows, p.K = a->w->cols;
     p.x = a->x, p.ldx = (size_t)a->ldx;
     p.bias = a->bias;
@@ -169,7 +169,7 @@ void bm_cuda_embed(bm_backend *b, const bm_op_embed *a) {
     bm_cuda *c = cuda_of(b);
     const int D = a->table->cols;
     if (c->failed || !a->M) return;
-    const size_t stride = bm_dtype_bytes(a->table->type, (size_t)D);
+    const size_t stride = bm_cuda_row_bytes(a->table->type, (size_t)D);
     const uint8_t *table = (const uint8_t *)a->table->data;
     const dim3 grid(blocks_of((size_t)D, 8 * 128), a->M);
 #define DO(TYPE) rows_of<TYPE><<<grid, 128, 0, c->stream>>>(table, stride, a->token, D, a->y)

@@ -20,7 +20,7 @@ __global__ void activate(const int32_t *first, int X, int M, int F, float *hidde
 /* One of gate, up and down of experts [e0, e0 + X), X <= BM_CUDA_MATRICES. */
 static bm_product batch(const bm_op_experts *a, const bm_tensor *w, const float *bias, int e0, bm_product p) {
     const int left = (a->route ? a->X : 1) - e0;
-    p.w_stride = bm_dtype_bytes(w->type, (size_t)w->cols);
+    p.w_stride = bm_cuda_row_bytes(w->type, (size_t)w->cols);
     p.X = left < BM_CUDA_MATRICES ? left : BM_CUDA_MATRICES, p.M = a->M, p.N = w->rows, p.K = w->cols;
     p.first = a->route ? a->route->first + e0 : NULL;
     p.bias_stride = (size_t)w->rows;

@@ -127,6 +127,11 @@ static inline uint64_t bm_page_part(uint64_t bytes) { return (bytes + 255) / 256
 struct bm_expert_door *bm_pages_door(bm_pages *p);      /* NULL without pages */
 bm_status bm_pages_failed(bm_pages *p);                 /* what the door could not say, once */
 
+/* Whether a backend has matrices of a type in a form of its own; what a matrix takes there. */
+static inline bool bm_packs(const bm_backend *be, bm_dtype type) { return be->packed && be->packed(type, BM_BLOCK_K); }
+static inline size_t bm_matrix_bytes(const bm_backend *be, bm_dtype type, size_t rows, size_t cols) {
+    return rows * (bm_packs(be, type) ? be->packed(type, cols) : bm_dtype_bytes(type, cols));
+}
 /* What an allocation takes of the device's memory. */
 uint64_t bm_taken(const bm_backend *be, uint64_t bytes);
 /* BM_EMEMORY where a device with memory of its own has less left than `need` bytes for `what`. */
