@@ -204,6 +204,7 @@ static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t which) {
     return v;
 }
 static inline float half_of(uint32_t pair, int high) { return __uint_as_float(high ? pair & 0xffff0000u : pair << 16); }
+static inline uint32_t masked(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
 static inline uint32_t minus_bf16(uint32_t a, uint32_t b) {       /* of numbers whose difference is one of bf16 */
     return __float_as_uint(half_of(a, 0) - half_of(b, 0)) >> 16 | __float_as_uint(half_of(a, 1) - half_of(b, 1));
 }

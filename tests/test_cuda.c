@@ -71,6 +71,18 @@ static void end_pair(pair *m) {
     free((void *)(uintptr_t)m->host.data);
 }
 
+/* The same weights rounded to bf16. */
+static bm_tensor rounded(const bm_tensor *w) {
+    const size_t n = (size_t)w->rows * (size_t)w->cols;
+    float *x = floats(n);
+    void *half = malloc(2 * n);
+    bm_widen(x, w->type, w->data, n);
+    bm_narrow(half, BM_BF16, x, n);
+    drop(x);
+    return (bm_tensor){ half, BM_BF16, w->rows, w->cols };
+}
+static void end_rounded(bm_tensor *w) { free((void *)(uintptr_t)w->data); }
+
 /* Rounded to bf16: for products of them the scalar CPU in f32 is the reference too. */
 static void round_all(twin *t) {
     for (size_t i = 0; i < t->n; i++) t->host[i] = bm_bf16_f32(bm_f32_bf16(t->host[i]));
@@ -81,14 +93,16 @@ static void linear_in(bm_arith arith, bm_dtype type, int M, int N, int K, bool a
     const int ldx = K + 4 * (M % 3);
     pair w = make_pair(type, N, K);
     twin x = random_twin((size_t)M * (size_t)ldx, 1), bias = random_twin((size_t)N, 1), y = random_twin((size_t)M * (size_t)N, 1);
-    bm_op_linear a = { .M = M, .ldx = ldx, .w = &w.host, .x = x.host, .bias = M % 2 ? bias.host : NULL, .y = y.host,
+    bm_tensor half = rounded(&w.host);
+    const bool rounds = arith == BM_ARITH_NATIVE && type != BM_F32 && type != BM_F16 && (type == BM_BF16 || M > 2);
+    bm_op_linear a = { .M = M, .ldx = ldx, .w = rounds ? &half : &w.host, .x = x.host, .bias = M % 2 ? bias.host : NULL, .y = y.host,
                        .accumulate = accumulate, .arith = BM_ARITH_F32 };
-    if (arith == BM_ARITH_NATIVE && type == BM_BF16) round_all(&x);
+    if (rounds) round_all(&x);
     cpu->linear(cpu, &a);
     a.arith = arith, a.w = &w.at, a.x = x.at, a.bias = M % 2 ? bias.at : NULL, a.y = y.at;
     gpu->linear(gpu, &a);
     agree(&y, bound, bm_dtype_name(type));
-    end(&x); end(&bias); end(&y); end_pair(&w);
+    end(&x); end(&bias); end(&y); end_pair(&w); end_rounded(&half);
 }
 static void linear_case(bm_dtype type, int M, int N, int K, bool accumulate) {
     linear_in(BM_ARITH_F32, type, M, N, K, accumulate, 3e-6);
@@ -108,7 +122,8 @@ static void test_linear(void **state) {
         }
 }
 
-/* Many rows of bf16: other kernels, tiles of rows, columns and k that end anywhere; also what they leave to the others. */
+/* Many rows of bf16, or of quants by way of it: other kernels, tiles of rows, columns and k that end anywhere; also what they
+ * leave to the others. */
 static void test_wide(void **state) {
     static const int rows[] = { 64, 65, 128, 129, 200, 330 }, size[][2] = { { 37, 72 }, { 130, 200 }, { 104, 2304 }, { 192, 64 },
                                                                           { 391, 1152 }, { 128, 8 }, { 200, 68 } };
@@ -117,6 +132,11 @@ static void test_wide(void **state) {
         for (int k = 0; k < 7; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
     linear_in(BM_ARITH_NATIVE, BM_BF16, 1500, 2304, 72, false, 1e-5);       /* larger tiles */
     linear_in(BM_ARITH_NATIVE, BM_BF16, 2048, 1152, 72, false, 1e-5);
+    for (int t = BM_Q8_0; t < BM_DTYPE_COUNT; t++) {
+        linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 65, 130, 1280, false, 1e-5);
+        linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 200, 37, 256, true, 1e-5);
+        linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 80, 2304, 1280, false, 1e-5);       /* larger than the work space */
+    }
 }
 
 /* Rows of two sequences, one of them empty in between, in slots 2 and 0. */
@@ -157,7 +177,8 @@ static void test_conv_scan(void **state) {
     }
 }
 
-typedef struct experts { int M, D, F, X, k; bm_routing rule; bool gated, accumulate; bm_arith arith; double bound; } experts;
+/* quants: F32: gate and up are bf16, down is that or f32, by arith. */
+typedef struct experts { int M, D, F, X, k; bm_routing rule; bool gated, accumulate; bm_arith arith; double bound; bm_dtype quants; } experts;
 
 static void experts_case(experts c) {
     const int T = c.M, D = c.D, F = c.F, X = c.X, k = c.k;
@@ -168,6 +189,7 @@ static void experts_case(experts c) {
     const size_t n[3] = { rows, rows, (size_t)(k * (X + 1)) };
     bm_tensor *w[3][2];
     pair *m = malloc(sizeof *m * 3 * (size_t)X);
+    bm_tensor *half = malloc(sizeof *half * 3 * (size_t)X);
     logits.host[3] = logits.host[1];        /* a tie; a NaN never wins, but softmax has no sum with it; nobody takes expert 2 */
     if (c.rule == BM_ROUTE_SIGMOID) logits.host[X] = NAN;
     for (int i = 0; X > 3 && i < T; i++) logits.host[i * X + 2] = -99;
@@ -177,8 +199,10 @@ static void experts_case(experts c) {
         at[i] = put_ints(host[i], n[i]);
         for (int side = 0; side < 2; side++) w[i][side] = malloc(bytes);
         for (int e = 0; e < X; e++) {
-            m[i * X + e] = i < 2 ? make_pair(BM_BF16, F, D) : make_pair(c.arith == BM_ARITH_F32 ? BM_F32 : BM_BF16, D, F);
-            w[i][0][e] = m[i * X + e].host;
+            const bm_dtype type = c.quants ? c.quants : i < 2 || c.arith == BM_ARITH_NATIVE ? BM_BF16 : BM_F32;
+            m[i * X + e] = i < 2 ? make_pair(type, F, D) : make_pair(type, D, F);
+            half[i * X + e] = rounded(&m[i * X + e].host);
+            w[i][0][e] = c.arith == BM_ARITH_NATIVE ? half[i * X + e] : m[i * X + e].host;
             w[i][1][e] = m[i * X + e].at;
         }
     }
@@ -208,27 +232,38 @@ static void experts_case(experts c) {
         for (int side = 0; side < 2; side++) free(w[i][side]);
         end(&bias[i]);
     }
-    for (int i = 0; i < 3 * X; i++) end_pair(&m[i]);
+    for (int i = 0; i < 3 * X; i++) {
+        end_pair(&m[i]);
+        end_rounded(&half[i]);
+    }
     free(m);
+    free(half);
     end(&logits); end(&gate); end(&x); end(&y); end(&hidden);
 }
 static void test_experts(void **state) {
     (void)state;
-    experts_case((experts){ 23, 40, 72, 8, 1, BM_ROUTE_SIGMOID, true, false, BM_ARITH_F32, 5e-6 });
-    experts_case((experts){ 23, 40, 72, 70, 1, BM_ROUTE_SIGMOID, true, true, BM_ARITH_F32, 5e-6 });
-    experts_case((experts){ 23, 40, 72, 5, 2, BM_ROUTE_SOFTMAX, false, false, BM_ARITH_F32, 5e-6 });
-    experts_case((experts){ 300, 40, 72, 130, 3, BM_ROUTE_SOFTMAX, true, false, BM_ARITH_F32, 5e-6 });
-    experts_case((experts){ 2500, 8, 16, 3, 2, BM_ROUTE_SOFTMAX, true, false, BM_ARITH_F32, 5e-6 });
+    experts_case((experts){ 23, 40, 72, 8, 1, BM_ROUTE_SIGMOID, true, false, BM_ARITH_F32, 5e-6, BM_F32 });
+    experts_case((experts){ 23, 40, 72, 70, 1, BM_ROUTE_SIGMOID, true, true, BM_ARITH_F32, 5e-6, BM_F32 });
+    experts_case((experts){ 23, 40, 72, 5, 2, BM_ROUTE_SOFTMAX, false, false, BM_ARITH_F32, 5e-6, BM_F32 });
+    experts_case((experts){ 300, 40, 72, 130, 3, BM_ROUTE_SOFTMAX, true, false, BM_ARITH_F32, 5e-6, BM_F32 });
+    experts_case((experts){ 2500, 8, 16, 3, 2, BM_ROUTE_SOFTMAX, true, false, BM_ARITH_F32, 5e-6, BM_F32 });
 }
 /* Many rows in bf16.  What is rounded before `down` may round to the other side where sums differ in their last bits. */
 static void test_wide_experts(void **state) {
     (void)state;
     for (int gated = 0; gated < 2; gated++) {
-        experts_case((experts){ 300, 72, 136, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 331, 200, 328, 5, 1, BM_ROUTE_SIGMOID, gated, true, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 1500, 72, gated ? 1152 : 2304, 5, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 129, 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, false, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 90, 60, 100, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });    /* no whole 16 bytes */
+        experts_case((experts){ 300, 72, 136, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });
+        experts_case((experts){ 331, 200, 328, 5, 1, BM_ROUTE_SIGMOID, gated, true, BM_ARITH_NATIVE, 2e-3, BM_F32 });
+        experts_case((experts){ 1500, 72, gated ? 1152 : 2304, 5, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });
+        experts_case((experts){ 129, 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });
+        experts_case((experts){ 90, 60, 100, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });    /* no whole 16 bytes */
+        for (int t = BM_Q8_0; t <= BM_Q5_1; t++) {
+            experts_case((experts){ 331, 64, 160, 5, 1, BM_ROUTE_SIGMOID, gated, true, BM_ARITH_NATIVE, 2e-3, (bm_dtype)t });
+            experts_case((experts){ 23, 64, 160, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, (bm_dtype)t });
+            experts_case((experts){ 23, 64, 160, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_F32, 5e-6, (bm_dtype)t });
+        }
+        experts_case((experts){ 150, 512, 256, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_Q4_K });
+        experts_case((experts){ 150, 512, 256, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_Q6_K });
     }
 }
 
@@ -401,9 +436,10 @@ static void token_of(bm_dtype type) {
         OK(bm_state_set(s, i, NULL));
         OK(bm_forward(s, &(bm_input){ .slot = i, .tokens = ids[i], .n = LENGTH, .want = BM_WANT_LAST }, 1));
         for (size_t v = 0; v < V; v++) peak = fmax(peak, fabs((double)alone[(size_t)i * V + v]));
-        /* a rounding to bf16 in each of 12 products: docs/NUMERICS.md */
+        /* in each of 12 products activations rounded to bf16, weights of quants too but for the one kernel: docs/NUMERICS.md */
+        const double bound = sqrt(12) * (type == BM_BF16 ? 1. / 256 : 1.5 / 256) * peak;
         for (size_t v = 0; v < V; v++)
-            check_near((double)bm_logits(s, i)[v], (double)alone[(size_t)i * V + v], sqrt(12) / 256 * peak, bm_dtype_name(type));
+            check_near((double)bm_logits(s, i)[v], (double)alone[(size_t)i * V + v], bound, bm_dtype_name(type));
     }
     drop(alone);
     bm_session_close(s);
@@ -432,6 +468,7 @@ int main(void) {
     assert_int_equal(bm_backend_open_cpu_level(&cpu, 1, "scalar"), BM_OK);
     assert_int_equal(cpu->reserve(cpu, 2500, 2304), BM_OK);
     assert_int_equal(gpu->reserve(gpu, 1500, 2304), BM_OK);
+    assert_int_equal(gpu->reserve_widened(gpu, 1500, 1 << 20), BM_OK);
     const int failed = cmocka_run_group_tests_name("cuda", test, NULL, NULL);
     gpu->close(gpu);
     cpu->close(cpu);

@@ -83,6 +83,7 @@ static void cuda_close(bm_backend *b) {
     bm_cuda_forget(b, NULL);
     cudaFree(cuda_of(b)->rows);
     bm_cuda_wide_close(cuda_of(b));
+    cudaFree(cuda_of(b)->widened);
     cudaStreamDestroy(cuda_of(b)->stream);
     free(b);
 }
@@ -132,6 +133,7 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     b->packed = bm_cuda_packed, b->pack = bm_cuda_pack, b->unpack = bm_cuda_unpack;
     b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
     b->zero = cuda_zero, b->sync = cuda_sync, b->close = cuda_close, b->reserve = bm_cuda_reserve, b->reserving = bm_cuda_reserving;
+    b->reserve_widened = bm_cuda_reserve_widened, b->widening = bm_cuda_widening;
     b->reserved = bm_cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
     b->embed = bm_cuda_embed, b->norm = bm_cuda_norm, b->linear = bm_cuda_linear, b->conv = bm_cuda_conv;
     b->scan = bm_cuda_scan, b->route = bm_cuda_route, b->experts = bm_cuda_experts, b->loss = bm_cuda_loss;

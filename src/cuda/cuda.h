@@ -40,6 +40,7 @@ typedef struct bm_cuda {
     struct bm_cuda_graphs *graphs;          /* what was recorded: graph.cu */
     bm_cuda_row *rows;                      /* (BM_CUDA_BEST_ROWS) zeros between operations */
     struct bm_cuda_wide *wide;              /* products of many rows: matmul.cu */
+    uint16_t *widened; size_t widened_room; /* bf16 copies of quantized matrices: widen.cu */
     bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
 } bm_cuda;
 
@@ -76,11 +77,24 @@ typedef struct bm_product {
     const float *bias; size_t bias_stride;              /* bias may be NULL */
     const float *scale;                                 /* by row to(i); may be NULL */
     float *y; size_t ldy; const int32_t *to;
-    bool accumulate, rounded;   /* rounded: activations to bf16 first */
+    bool accumulate, rounded;   /* rounded: activations, and weights of quants, to bf16 first */
 } bm_product;
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
 
-/* Products of many rows, matmul.cu: whether it takes one, then that; or act (M,N) bf16 = act(gate) up, or act(up). */
+/* What `rounded` is in an arithmetic. */
+static inline bool bm_cuda_rounds(bm_arith arith, bm_dtype type) {
+    return arith == BM_ARITH_NATIVE && type != BM_F32 && type != BM_F16;
+}
+
+/* Products of many rows with quantized weights, widen.cu: bf16 copies of them are made first, where work space behind `used`
+ * elements has room.  widened: p reads the copy from then on, or nothing changes; the type it reads. */
+bm_dtype bm_cuda_widened(bm_cuda *c, bm_product *p, bm_dtype type, size_t *used);
+/* Whether p, or its copy alone, is one for matmul.cu. */
+bool bm_cuda_is_wide(const bm_cuda *c, const bm_product *p, bm_dtype type);
+size_t bm_cuda_widening(bm_backend *b, int rows, size_t n);
+bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, size_t n);
+
+/* Products of many rows with weights of bf16, matmul.cu: whether it takes one, then that; or act (M,N) bf16 = act(gate) up, or act(up). */
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act);

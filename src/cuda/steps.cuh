@@ -28,6 +28,9 @@ __device__ inline uint32_t halves(float a, float b) {
     return *(const uint32_t *)&pair;
 }
 __device__ inline uint2 halves(float4 v) { return make_uint2(halves(v.x, v.y), halves(v.z, v.w)); }
+__device__ inline uint4 halves(const float (&v)[8]) {
+    return make_uint4(halves(v[0], v[1]), halves(v[2], v[3]), halves(v[4], v[5]), halves(v[6], v[7]));
+}
 
 /* ---- norm: a row whose squares (LayerNorm: of what is left of the mean) have this mean --------- */
 

@@ -30,15 +30,18 @@ typedef bm_cuda_layer layer;
 typedef bm_cuda_program program;
 typedef enum kind { INPUT, XPROJ, SCAN, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
-/* A block's rows of a stage: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together.
- * A row's bytes, and those from row to row in the ring. */
-typedef struct plan { int from, n, spans, K, steps, row, ld, h, tiles; } plan;
+/* A block's rows of a stage: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together. */
+typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
 
 INLINE int tid() { return (int)threadIdx.x; }
 INLINE int lane_of() { return (int)threadIdx.x % 32; }
 INLINE int warp_of() { return (int)threadIdx.x / 32; }
 
-/* Rows in units that stay together, as evenly as can be; in the ring what a warp reads of several rows at once meets no bank twice. */
+/* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
+template <int TYPE> __device__ constexpr int row_step(int K) {
+    return TYPE == BM_BF16 ? 2 * K + 16 : TYPE == BM_Q8_0 ? (row_bytes<TYPE>(K) + 31) / 32 * 32 | 32 : row_bytes<TYPE>(K) | 16;
+}
+/* Rows in units that stay together, as evenly as can be. */
 template <int TYPE> __device__ static plan plan_of(const program &p, int stage) {
     const int B = p.R + 2 * p.N, b = (int)blockIdx.x, G = (int)gridDim.x;
     const int all = stage == INPUT || stage == SCAN ? p.I : stage == XPROJ ? B : stage == EXPERT ? p.F : stage == HEAD ? p.V : p.D;
@@ -49,11 +52,9 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
     q.spans = stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1;
     q.K = stage == XPROJ || stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D;
     q.steps = q.K / STEP;
-    q.row = row_bytes<TYPE>(q.K);
-    q.ld = TYPE == BM_Q8_0 ? (q.row + 31) / 32 * 32 | 32 : q.row | 16;
-    const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / q.ld), tiles = (rows + most - 1) / most;
+    const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
-    q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * q.ld)));
+    q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
     return q;
 }
 
@@ -106,9 +107,9 @@ INLINE int place(const program &p, ring *r, copier *c, int bytes) {
     return i;
 }
 /* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices. */
-INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c, const uint8_t *const *a, const uint8_t *const *b,
-                       unsigned chosen) {
-    const int most = GROUP / q.spans;
+template <int TYPE> INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c, const uint8_t *const *a,
+                                           const uint8_t *const *b, unsigned chosen) {
+    const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
 #pragma unroll 1
     for (int g = 0; g < q.n; g += most) {
         const int n = min(most, q.n - g), rows = n * q.spans;
@@ -117,15 +118,15 @@ INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory
             const int x = __ffs(left) - 1;
 #pragma unroll 1
             for (int t = 0; t < rows; t += q.h) {
-                const int h = min(q.h, rows - t), i = place(p, r, c, h * q.ld), row = t + lane_of();
-                if (lane_of() == 0) barrier_expect(&r->full[i], h * q.row);
+                const int h = min(q.h, rows - t), i = place(p, r, c, h * step), row = t + lane_of();
+                if (lane_of() == 0) barrier_expect(&r->full[i], h * bytes);
                 __syncwarp();
                 if (lane_of() < h) {
-                    const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * q.row
-                                                  : b[x] + (size_t)(q.from + g + row - n) * q.row;
-                    copy_row(memory + c->at + lane_of() * q.ld, from, q.row, &r->full[i]);
+                    const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * bytes
+                                                  : b[x] + (size_t)(q.from + g + row - n) * bytes;
+                    copy_row(memory + c->at + lane_of() * step, from, bytes, &r->full[i]);
                 }
-                c->at += h * q.ld;
+                c->at += h * step;
             }
         }
     }
@@ -139,7 +140,7 @@ INLINE void router_copy(const program &p, const layer *a, ring *r, uint8_t *memo
     copy_row(memory + p.at_router, (const uint8_t *)a->router, 4 * a->X * p.D, &r->routed);
     copy_row(memory + p.at_router + 4 * a->X * p.D, (const uint8_t *)a->norm, 4 * p.D, &r->routed);
 }
-__device__ __noinline__ static void copy_all(const program &p, const plan *q, ring *r, uint8_t *memory) {
+template <int TYPE> __device__ __noinline__ static void copy_all(const program &p, const plan *q, ring *r, uint8_t *memory) {
     copier c = {};
     unsigned guesses = 0, choices = 0;
     router_copy(p, p.layers, r, memory);
@@ -148,11 +149,11 @@ __device__ __noinline__ static void copy_all(const program &p, const plan *q, ri
         const layer *a = p.layers + l;
         unsigned guessed = 0;
         if (!a->X) {
-            const uint8_t *second = a->in + (size_t)p.I * q[INPUT].row;
+            const uint8_t *second = a->in + (size_t)p.I * row_bytes<TYPE>(p.D);
             if (l + 1 < p.L) router_copy(p, a + 1, r, memory);      /* the choice before was told: nobody reads its router */
-            copy_stage(p, q[INPUT], r, memory, &c, &a->in, &second, 1);
-            copy_stage(p, q[XPROJ], r, memory, &c, &a->x, NULL, 1);
-            copy_stage(p, q[OUTPUT], r, memory, &c, &a->out, NULL, 1);
+            copy_stage<TYPE>(p, q[INPUT], r, memory, &c, &a->in, &second, 1);
+            copy_stage<TYPE>(p, q[XPROJ], r, memory, &c, &a->x, NULL, 1);
+            copy_stage<TYPE>(p, q[OUTPUT], r, memory, &c, &a->out, NULL, 1);
             continue;
         }
         if (foreseen(p, a, l ? a - 1 : NULL)) {
@@ -163,12 +164,12 @@ __device__ __noinline__ static void copy_all(const program &p, const plan *q, ri
         for (int pass = 0; pass < 2; pass++) {
             if (pass) barrier_wait(&r->decided, choices++);
             const unsigned which = pass ? r->chosen & ~guessed : guessed;
-            copy_stage(p, q[EXPERT], r, memory, &c, p.gated ? a->gate : a->up, a->up, which);
-            copy_stage(p, q[DOWN], r, memory, &c, a->down, NULL, which);
+            copy_stage<TYPE>(p, q[EXPERT], r, memory, &c, p.gated ? a->gate : a->up, a->up, which);
+            copy_stage<TYPE>(p, q[DOWN], r, memory, &c, a->down, NULL, which);
         }
         if (l + 1 < p.L && a[1].X) router_copy(p, a + 1, r, memory);
     }
-    copy_stage(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
+    copy_stage<TYPE>(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
@@ -178,23 +179,26 @@ __device__ __noinline__ static void copy_all(const program &p, const plan *q, ri
 template <int TYPE> INLINE quad activations(uint32_t at) {
     if (TYPE == BM_BF16) return matrices(at);
     const uint4 v = load<uint4>(at), w = TYPE == BM_Q8_0 ? v : make_uint4(v.x, v.z, v.y, v.w);
-    return { __byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632), __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632) };
+    return { __byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632),
+             __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632) };
 }
-/* Two quants as bf16, exactly: q8_0 in bytes 0 and 2, which end a number from 128 to 255 (low bits) less 128 or 256 (sign); q4_0
- * in nibbles 0 and 4, 128 to 143 less 136. */
+/* Two quants as bf16, exactly.  q8_0, bytes 0 and 2: 128 and their low bits, less 128 or, by their sign, 256.  q4_0, nibbles 0
+ * and 4: 128 and they, less 136. */
 template <int TYPE> INLINE uint32_t quants(uint32_t v) {
-    if (TYPE == BM_Q8_0) return minus_bf16((v & 0x007f007f) | 0x43004300, (v & 0x00800080) | 0x43004300);
-    return minus_bf16((v & 0x000f000f) | 0x43004300, 0x43084308);
+    if (TYPE == BM_Q8_0) return minus_bf16(masked(v, 0x007f007f, 0x43004300), masked(v, 0x00800080, 0x43004300));
+    return minus_bf16(masked(v, 0x000f000f, 0x43004300), 0x43084308);
 }
 /* A lane's eight of row at[0] and of row at[1], in step k. */
 template <int TYPE> INLINE void fragments(const uint32_t (&at)[2], int k, quad (&a)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const uint2 v = TYPE == BM_Q8_0 ? load<uint2>(at[i] + 32 * k + lane_of() % 4 * 8) : make_uint2(load<uint32_t>(at[i] + 16 * k + lane_of() % 4 * 4), 0);
+        uint2 v;
+        if (TYPE == BM_Q8_0) v = load<uint2>(at[i] + 32 * k + lane_of() % 4 * 8);
+        else v.x = load<uint32_t>(at[i] + 16 * k + lane_of() % 4 * 4), v.y = v.x >> 8;
         a[0].v[i] = quants<TYPE>(v.x);
         a[0].v[i + 2] = quants<TYPE>(v.x >> (TYPE == BM_Q8_0 ? 8 : 4));
-        a[1].v[i] = quants<TYPE>(TYPE == BM_Q8_0 ? v.y : v.x >> 8);
-        a[1].v[i + 2] = quants<TYPE>(TYPE == BM_Q8_0 ? v.y >> 8 : v.x >> 12);
+        a[1].v[i] = quants<TYPE>(v.y);
+        a[1].v[i + 2] = quants<TYPE>(v.y >> (TYPE == BM_Q8_0 ? 8 : 4));
     }
 }
 /* c += a step of 16 rows; of quants: their block's products, exact but for sums, times the scales of the rows. */
@@ -219,9 +223,9 @@ template <int TYPE> INLINE void multiply_step(float (&c)[2][4], const uint32_t (
 /* part (WARPS,M,GROUP) (+)= this warp's steps of TILES tiles of h rows, `rows` in all, the first of which is row t of the
  * group.  x: where this lane reads activations; use: the slot of its fragment is multiplied by these weights, the others
  * add 0. */
-template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint32_t memory, unsigned tile, int rows, uint32_t x, bool use,
-                                                    int M, float *part, int t, bool more) {
-    const int lane = lane_of(), g = lane / 4, l = lane % 4;
+template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint32_t memory, unsigned tile, int rows, uint32_t x,
+                                                    bool use, int M, float *part, int t, bool more) {
+    const int lane = lane_of(), g = lane / 4, l = lane % 4, step = row_step<TYPE>(q.K);
     uint32_t at[TILES][2];      /* bf16: a row of ldmatrix's; else rows g and g + 8 */
     float c[TILES][2][4] = {};
 #pragma unroll
@@ -229,10 +233,10 @@ template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint
         barrier_wait(&r->full[(tile + j) % RING_TILES], (tile + j) / RING_TILES);
         const uint32_t first = memory + r->at[(tile + j) % RING_TILES];
         const int last = min(q.h, rows - j * q.h) - 1;
-        at[j][0] = first + (TYPE == BM_BF16 ? min(lane % 16, last) * q.ld + lane / 16 * 16 : min(g, last) * q.ld);
-        at[j][1] = first + min(g + 8, last) * q.ld;
+        if (TYPE == BM_BF16) at[j][0] = first + min(lane % 16, last) * step + lane / 16 * 16;
+        else at[j][0] = first + min(g, last) * step, at[j][1] = first + min(g + 8, last) * step;
     }
-#pragma unroll 4
+#pragma unroll (TYPE == BM_BF16 ? 4 : 2)
     for (int k = warp_of(); k < q.steps; k += WARPS) {
         quad b = activations<TYPE>(x + 64 * k);
         if (!use) b = {};
@@ -296,8 +300,8 @@ INLINE float over_warps(const float *red) {
     return v;
 }
 /* The stream, normed: bf16 into s.x and as it is, or before the norm, into s.f. */
-template <int TYPE> INLINE void norm_rows(const program &p, const shared &s, const float *weight, const float *bias, float eps, bool centered,
-                                          bool first, bool raw, unsigned number) {
+template <int TYPE> INLINE void norm_rows(const program &p, const shared &s, const float *weight, const float *bias, float eps,
+                                          bool centered, bool first, bool raw, unsigned number) {
     __shared__ float red[2][SLOTS][WARPS];
     const int D = p.D;
     float2 w[AT_ONCE];
@@ -637,7 +641,8 @@ template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shar
     }
 }
 
-template <int TYPE> __device__ static void work(const program &p, const plan *plans, ring *r, layer *kept, uint8_t *memory, const bm_token *token) {
+template <int TYPE> __device__ static void work(const program &p, const plan *plans, ring *r, layer *kept, uint8_t *memory,
+                                                const bm_token *token) {
     __shared__ chosen k;
     const int own = SLOTS * plans[SCAN].n, lane = lane_of();
     float *u = (float *)(memory + p.at_own);
@@ -645,7 +650,8 @@ template <int TYPE> __device__ static void work(const program &p, const plan *pl
                        (float *)(memory + p.at_router), token };
     state t = { r, memory, *p.number };
     t.k = &k;
-    t.x = address(s.x) + (TYPE == BM_BF16 ? min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16 : min(lane / 4, p.M - 1) * p.ldx + lane % 4 * 16);
+    if (TYPE == BM_BF16) t.x = address(s.x) + min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16;
+    else t.x = address(s.x) + min(lane / 4, p.M - 1) * p.ldx + lane % 4 * 16;
     for (int i = tid(); i < p.M * plans[OUTPUT].n; i += THREADS) {
         const int m = i / plans[OUTPUT].n;
         s.sum[i] = embedded<TYPE>(p, token, m, plans[OUTPUT].from + i - m * plans[OUTPUT].n);
@@ -706,7 +712,7 @@ template <int TYPE> __global__ void __launch_bounds__(THREADS + 32, 1) token_ker
     }
     for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS + 32) ((uint64_t *)&kept[0])[i] = ((const uint64_t *)p.layers)[i];
     __syncthreads();
-    if (tid() >= THREADS) copy_all(p, plans, &r, memory);
+    if (tid() >= THREADS) copy_all<TYPE>(p, plans, &r, memory);
     else work<TYPE>(p, plans, &r, kept, memory, token);
 #endif
 }

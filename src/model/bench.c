@@ -23,7 +23,7 @@ struct bench {
     int32_t *start, *expert, *order, *first, *target;
     uint8_t *weights;               /* WEIGHTS bytes of the type at hand, copies of one matrix */
     float *host;                    /* (NOISE) */
-    uint8_t *packed;                /* PATTERN_ROWS rows of F, of any type: as files have them, then as the backend packs quants */
+    uint8_t *packed;                /* PATTERN_ROWS rows of F, of any type; those of quants again, as the backend packs them */
     bm_tensor w;                    /* the matrix of linear; its copies lie behind it */
     int copies, M;
     bm_arith arith;

@@ -112,6 +112,7 @@ struct bm_model {
     bm_weights w;
     void **owned; size_t n_owned, cap_owned;        /* backend memory to release */
     char *block; size_t block_bytes, used;          /* one of it that weights share; NULL where each has its own */
+    bool quantized;                         /* some of its matrices are */
     uint64_t weight_bytes, taken;           /* in files; of the device's memory where files are not read in place */
     struct bm_pages *pages;                 /* NULL: every expert lies on the device */
 };
@@ -178,7 +179,11 @@ typedef struct bm_expert_door {
 } bm_expert_door;
 
 /* Widths of rows, the most of any layer; 0 where no layer has it. */
-typedef struct bm_widths { size_t xz, inner, xdbl, y, X, F, most; } bm_widths;   /* most: of any matrix's rows or columns but the head's */
+typedef struct bm_widths {
+    size_t xz, inner, xdbl, y, X, F;
+    size_t most;                            /* of any matrix's rows or columns but the head's */
+    size_t read;                            /* elements of the matrices that one operation reads */
+} bm_widths;
 bm_widths bm_config_widths(const bm_config *c);
 size_t bm_state_floats(const bm_config *c, size_t *at);     /* of one slot; at (layers) or NULL */
 /* Positions an attention layer looks back at, and so its state holds. */

@@ -24,7 +24,9 @@ struct bm_pages {
     bm_status failed;
 };
 
-static size_t bytes_of(const bm_pages *p, const bm_tensor *t) { return bm_matrix_bytes(p->be, t->type, (size_t)t->rows, (size_t)t->cols); }
+static size_t bytes_of(const bm_pages *p, const bm_tensor *t) {
+    return bm_matrix_bytes(p->be, t->type, (size_t)t->rows, (size_t)t->cols);
+}
 
 /* Matrices of expert e of a layer; gate may be absent. */
 static void parts_of(const bm_layer *l, int e, const bm_tensor *out[3]) {
