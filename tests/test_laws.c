@@ -19,8 +19,8 @@ static void law_close(law *w) {
     free(w->want);
     free(w->got);
 }
-/* On a GPU native products with weights of bf16 or quants are made by one kernel up to 64 rows and by another, which sums in another order,
- * from there on: across the two the law is a bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md). */
+/* On a GPU native products with weights of bf16 or quants are made by one kernel up to 64 rows and by another, which sums in
+ * another order, from there on: across the two the law is a bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md). */
 enum { MANY = 65 };
 static bool two_kernels(const law *w) {
     return w->type != BM_F32 && w->type != BM_F16 && w->arith == BM_ARITH_NATIVE && strncmp(test_device(), "cuda", 4) == 0;

@@ -3,13 +3,13 @@
  * No order of sums depends on the number of rows: the law holds bit for bit.
  * dots, any type: a warp makes one column of outputs for up to ROWS rows; lane l sums elements [8 (l + 32 s), + 8) for s = 0,
  *   1, ..., then a fixed tree over lanes.
- * tiles, bf16 activations, weights of bf16 or of quants rounded to it: tensor cores, 16 columns of outputs by 8 rows; warp w sums
+ * tiles, bf16 activations, weights of bf16, or of q8_0 and q4_0 rounded to it: tensor cores, 16 columns of outputs by 8 rows; warp w sums
  *   steps w, w + 8, ... of 32 elements, then warps in order.  A lane's eight elements lie together in memory: which of a step's elements meet in one
  *   product does not matter as long as both sides agree. */
 #include "cuda/steps.cuh"
 #include "cuda/weights.cuh"
 
-enum { WARPS = 8, ROWS = 8, FEW = 2 };      /* FEW: rows for which dots are faster than tiles with quants */
+enum { WARPS = 8, ROWS = 8 };
 
 __device__ static void put(const bm_product &p, int e, int i, int n, float v) {
     const size_t row = (size_t)(p.to ? p.to[i] : i);
@@ -38,9 +38,11 @@ template <int TYPE, int MT> __global__ void __launch_bounds__(32 * WARPS) dots(c
         const int left = p.K - k;
         alignas(16) float wv[8], xv[8];
         weights8<TYPE>(w, k, left, w_aligned && left >= 8, wv);
+        if (p.rounded) for (int j = 0; j < 8; j++) wv[j] = rounded(wv[j]);
 #pragma unroll
         for (int i = 0; i < MT; i++) {
             weights8<BM_F32>((const uint8_t *)x[i], k, left, x_aligned && left >= 8, xv);
+            if (p.rounded) for (int j = 0; j < 8; j++) xv[j] = rounded(xv[j]);
 #pragma unroll
             for (int j = 0; j < 8; j++) sum[i] = fmaf(wv[j], xv[j], sum[i]);
         }
@@ -119,10 +121,10 @@ template <int TYPE> static void launch_tiles(bm_cuda *c, const bm_product *p) {
 }
 
 template <int TYPE> static void launch(bm_cuda *c, const bm_product *p) {
-    if constexpr (TYPE != BM_F32 && TYPE != BM_F16)
-        if (p->rounded && (TYPE == BM_BF16 || p->M > FEW)) return launch_tiles<TYPE>(c, p);
+    if constexpr (TYPE == BM_BF16 || TYPE == BM_Q8_0 || TYPE == BM_Q4_0)
+        if (p->rounded) return launch_tiles<TYPE>(c, p);
     const dim3 few(blocks_of(p->N, WARPS), p->M, p->X), many(few.x, blocks_of(p->M, ROWS), p->X);
-    if (p->M <= FEW) dots<TYPE, 1><<<few, 32 * WARPS, 0, c->stream>>>(*p);
+    if (p->M <= 2) dots<TYPE, 1><<<few, 32 * WARPS, 0, c->stream>>>(*p);
     else dots<TYPE, ROWS><<<many, 32 * WARPS, 0, c->stream>>>(*p);
 }
 

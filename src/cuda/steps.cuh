@@ -22,7 +22,8 @@ __device__ inline float softplus(float x) {
     return __fadd_rn(fmaxf(x, 0), __fmul_rn(2, fmaf(__fmul_rn(r, s), p, r)));
 }
 
-/* Rounded to bf16, to nearest even; the first in the low half. */
+/* Rounded to bf16, to nearest even; of two the first in the low half. */
+__device__ inline float rounded(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
 __device__ inline uint32_t halves(float a, float b) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
     return *(const uint32_t *)&pair;

@@ -270,8 +270,6 @@ INLINE float made(const float *part, int M, int r, int m) {
 
 typedef struct shared { uint8_t *x; float *f, *part, *u, *z, *sum, *router; const bm_token *token; } shared;
 
-INLINE float rounded(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
-
 /* (M,K) of two bf16 a word. */
 INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int K, unsigned number) {
     uint4 v[AT_ONCE];
