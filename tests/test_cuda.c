@@ -94,7 +94,7 @@ static void linear_in(bm_arith arith, bm_dtype type, int M, int N, int K, bool a
     pair w = make_pair(type, N, K);
     twin x = random_twin((size_t)M * (size_t)ldx, 1), bias = random_twin((size_t)N, 1), y = random_twin((size_t)M * (size_t)N, 1);
     bm_tensor half = rounded(&w.host);
-    const bool rounds = arith == BM_ARITH_NATIVE && type != BM_F32 && type != BM_F16;
+    const bool rounds = arith == BM_ARITH_NATIVE && type != BM_F32;
     bm_op_linear a = { .M = M, .ldx = ldx, .w = rounds ? &half : &w.host, .x = x.host, .bias = M % 2 ? bias.host : NULL, .y = y.host,
                        .accumulate = accumulate, .arith = BM_ARITH_F32 };
     if (rounds) round_all(&x);
@@ -132,7 +132,7 @@ static void test_wide(void **state) {
         for (int k = 0; k < 7; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
     linear_in(BM_ARITH_NATIVE, BM_BF16, 1500, 2304, 72, false, 1e-5);       /* larger tiles */
     linear_in(BM_ARITH_NATIVE, BM_BF16, 2048, 1152, 72, false, 1e-5);
-    for (int t = BM_Q8_0; t < BM_DTYPE_COUNT; t++) {
+    for (int t = BM_F16; t < BM_DTYPE_COUNT; t++) {
         linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 65, 130, 1280, false, 1e-5);
         linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 200, 37, 256, true, 1e-5);
         linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 80, 2304, 1280, false, 1e-5);       /* larger than the work space */
@@ -257,7 +257,7 @@ static void test_wide_experts(void **state) {
         experts_case((experts){ 1500, 72, gated ? 1152 : 2304, 5, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });
         experts_case((experts){ 129, 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });
         experts_case((experts){ 90, 60, 100, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });    /* no whole 16 bytes */
-        for (int t = BM_Q8_0; t <= BM_Q5_1; t++) {
+        for (int t = BM_F16; t <= BM_Q5_1; t++) {
             experts_case((experts){ 331, 64, 160, 5, 1, BM_ROUTE_SIGMOID, gated, true, BM_ARITH_NATIVE, 2e-3, (bm_dtype)t });
             experts_case((experts){ 23, 64, 160, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, (bm_dtype)t });
             experts_case((experts){ 23, 64, 160, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_F32, 5e-6, (bm_dtype)t });
@@ -450,6 +450,7 @@ static void token_of(bm_dtype type) {
 static void test_token(void **state) {
     (void)state;
     token_of(BM_BF16);
+    token_of(BM_F16);
     token_of(BM_Q8_0);
     token_of(BM_Q4_0);
 }

@@ -19,11 +19,11 @@ static void law_close(law *w) {
     free(w->want);
     free(w->got);
 }
-/* On a GPU native products with weights of bf16 or quants are made by one kernel up to 64 rows and by another, which sums in
+/* On a GPU native products with weights but f32 are made by one kernel up to 64 rows and by another, which sums in
  * another order, from there on: across the two the law is a bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md). */
 enum { MANY = 65 };
 static bool two_kernels(const law *w) {
-    return w->type != BM_F32 && w->type != BM_F16 && w->arith == BM_ARITH_NATIVE && strncmp(test_device(), "cuda", 4) == 0;
+    return w->type != BM_F32 && w->arith == BM_ARITH_NATIVE && strncmp(test_device(), "cuda", 4) == 0;
 }
 static void near(const law *w, const char *what) {
     const size_t n = T * (size_t)w->r.V;

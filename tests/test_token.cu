@@ -59,7 +59,8 @@ static void *shared_zeros(size_t bytes) {
 static bm_cuda_program the_program;
 static void *thread(void *number) {
     threadIdx.x = (unsigned)(uintptr_t)number;
-    if (the_program.type == BM_Q8_0) token_kernel<BM_Q8_0>(the_program);
+    if (the_program.type == BM_F16) token_kernel<BM_F16>(the_program);
+    else if (the_program.type == BM_Q8_0) token_kernel<BM_Q8_0>(the_program);
     else if (the_program.type == BM_Q4_0) token_kernel<BM_Q4_0>(the_program);
     else token_kernel<BM_BF16>(the_program);
     return NULL;
@@ -161,7 +162,7 @@ static void texts(bm_session *s, double bound, int n, int blocks, bool little, f
     memcpy(logits, out, sizeof(float) * TEXTS * V);
 }
 
-/* Returns how many things it found to be so.  Emulated blocks are slow: of quants only what differs from bf16. */
+/* Returns how many things it found to be so.  Emulated blocks are slow: of other types only what differs from bf16. */
 static int test(bm_dtype type, bm_arith arith, double bound) {
     static float one[TEXTS][V], other[TEXTS][V];
     bm_config c = {};
@@ -206,6 +207,7 @@ static int test(bm_dtype type, bm_arith arith, double bound) {
 
 int main() {
     int n = test(BM_BF16, BM_ARITH_NATIVE, 1. / 256);       /* sums in another order: at worst an activation is rounded to the bf16 beside */
+    n += test(BM_F16, BM_ARITH_F32, sqrt(11) * 1.5 / 256);      /* weights are rounded too */
     n += test(BM_Q8_0, BM_ARITH_F32, sqrt(11) / 256);    /* a rounding to bf16 in each of 11 products in a row (docs/NUMERICS.md) */
     n += test(BM_Q4_0, BM_ARITH_F32, sqrt(11) / 256);
     printf("%d passed\n", n);

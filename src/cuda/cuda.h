@@ -77,16 +77,14 @@ typedef struct bm_product {
     const float *bias; size_t bias_stride;              /* bias may be NULL */
     const float *scale;                                 /* by row to(i); may be NULL */
     float *y; size_t ldy; const int32_t *to;
-    bool accumulate, rounded;   /* rounded: activations, and weights of quants, to bf16 first */
+    bool accumulate, rounded;   /* rounded: activations and weights to bf16 first */
 } bm_product;
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
 
 /* What `rounded` is in an arithmetic. */
-static inline bool bm_cuda_rounds(bm_arith arith, bm_dtype type) {
-    return arith == BM_ARITH_NATIVE && type != BM_F32 && type != BM_F16;
-}
+static inline bool bm_cuda_rounds(bm_arith arith, bm_dtype type) { return arith == BM_ARITH_NATIVE && type != BM_F32; }
 
-/* Products of many rows with quantized weights, widen.cu: bf16 copies of them are made first, where work space behind `used`
+/* Products of many rows with weights of f16 or quants, widen.cu: bf16 copies of them are made first, where work space behind `used`
  * elements has room.  widened: p reads the copy from then on, or nothing changes; the type it reads. */
 bm_dtype bm_cuda_widened(bm_cuda *c, bm_product *p, bm_dtype type, size_t *used);
 /* Whether p, or its copy alone, is one for matmul.cu. */

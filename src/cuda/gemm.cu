@@ -3,7 +3,7 @@
  * No order of sums depends on the number of rows: the law holds bit for bit.
  * dots, any type: a warp makes one column of outputs for up to ROWS rows; lane l sums elements [8 (l + 32 s), + 8) for s = 0,
  *   1, ..., then a fixed tree over lanes.
- * tiles, bf16 activations, weights of bf16, or of q8_0 and q4_0 rounded to it: tensor cores, 16 columns of outputs by 8 rows; warp w sums
+ * tiles, bf16 activations, weights of bf16, or of f16, q8_0, q4_0 rounded to it: tensor cores, 16 columns of outputs by 8 rows; warp w sums
  *   steps w, w + 8, ... of 32 elements, then warps in order.  A lane's eight elements lie together in memory: which of a step's elements meet in one
  *   product does not matter as long as both sides agree. */
 #include "cuda/steps.cuh"
@@ -121,7 +121,7 @@ template <int TYPE> static void launch_tiles(bm_cuda *c, const bm_product *p) {
 }
 
 template <int TYPE> static void launch(bm_cuda *c, const bm_product *p) {
-    if constexpr (TYPE == BM_BF16 || TYPE == BM_Q8_0 || TYPE == BM_Q4_0)
+    if constexpr (TYPE == BM_BF16 || TYPE == BM_F16 || TYPE == BM_Q8_0 || TYPE == BM_Q4_0)
         if (p->rounded) return launch_tiles<TYPE>(c, p);
     const dim3 few(blocks_of(p->N, WARPS), p->M, p->X), many(few.x, blocks_of(p->M, ROWS), p->X);
     if (p->M <= 2) dots<TYPE, 1><<<few, 32 * WARPS, 0, c->stream>>>(*p);

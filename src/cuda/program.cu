@@ -8,7 +8,7 @@ static const bm_cuda_op *next_is(reader *r, bm_cuda_kind kind) {
 }
 /* The kernel takes w; the first matrix says what type all have. */
 static bool fits(bm_cuda_program *p, const bm_tensor *w) {
-    const bool known = w->type == BM_BF16 || w->type == BM_Q8_0 || w->type == BM_Q4_0;
+    const bool known = w->type == BM_BF16 || w->type == BM_F16 || w->type == BM_Q8_0 || w->type == BM_Q4_0;
     if (p->type == BM_F32) p->type = w->type;
     return known && w->type == p->type && w->cols % 32 == 0 && w->cols / 4 <= BM_CUDA_PAIRS;
 }
@@ -28,7 +28,7 @@ static bool mamba_is(reader *r, bm_cuda_program *p, bm_cuda_layer *a, const floa
     const bm_op_linear *x = conv ? linear_is(r, p) : NULL;
     const bm_cuda_op *dt = x ? next_is(r, BM_CUDA_LINEAR) : NULL, *scan = dt ? next_is(r, BM_CUDA_SCAN) : NULL;
     const bm_op_linear *out = scan ? linear_is(r, p) : NULL;
-    if (!out || out->y != y || x->bias || dt->linear.w->type != BM_BF16 || dt->linear.bias) return false;
+    if (!out || out->y != y || x->bias || dt->linear.w->type != (p->type == BM_F16 ? BM_F16 : BM_BF16) || dt->linear.bias) return false;
     if (scan->scan.N > 16 || scan->scan.kept || conv->conv.K > 4) return false;
     const bm_op_conv *c = &conv->conv;
     const bm_op_scan *s = &scan->scan;
@@ -122,7 +122,7 @@ int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes) {
     int G = least(blocks, least(p->D, p->I / 2));
     if (p->F) G = least(G, p->F / 2);
     const int own = up_to(blocks_of((size_t)p->I, (size_t)G) + 1, 2), stream = blocks_of((size_t)p->D, (size_t)G);
-    p->ldx = 2 * widest + (p->type == BM_BF16 ? 16 : 64);       /* eight rows of 16 bytes, or two of 64, meet no bank twice */
+    p->ldx = 2 * widest + (p->type == BM_BF16 || p->type == BM_F16 ? 16 : 64);       /* eight rows of 16 bytes, or two of 64, meet no bank twice */
     p->at_router = bytes - 4 * (p->most_X ? p->most_X + 1 : 0) * p->D;
     p->at_own = p->at_router - up_to(4 * BM_CUDA_SLOTS * (2 * own + stream), 16);
     p->at_part = p->at_own - 4 * BM_CUDA_WARPS * p->M * BM_CUDA_GROUP;

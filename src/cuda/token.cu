@@ -26,6 +26,8 @@ enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, STEP 
 /* Pairs of words a thread hears; columns of dt a lane holds. */
 enum { AT_ONCE = BM_CUDA_PAIRS / THREADS, HELD_R = 9, ROUNDS = SLOTS * GROUP / THREADS };
 
+template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;     /* else quants */
+
 typedef bm_cuda_layer layer;
 typedef bm_cuda_program program;
 typedef enum kind { INPUT, XPROJ, SCAN, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
@@ -39,7 +41,7 @@ INLINE int warp_of() { return (int)threadIdx.x / 32; }
 
 /* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
 template <int TYPE> __device__ constexpr int row_step(int K) {
-    return TYPE == BM_BF16 ? 2 * K + 16 : TYPE == BM_Q8_0 ? (row_bytes<TYPE>(K) + 31) / 32 * 32 | 32 : row_bytes<TYPE>(K) | 16;
+    return PLAIN<TYPE> ? 2 * K + 16 : TYPE == BM_Q8_0 ? (row_bytes<TYPE>(K) + 31) / 32 * 32 | 32 : row_bytes<TYPE>(K) | 16;
 }
 /* Rows in units that stay together, as evenly as can be. */
 template <int TYPE> __device__ static plan plan_of(const program &p, int stage) {
@@ -177,7 +179,7 @@ template <int TYPE> __device__ __noinline__ static void copy_all(const program &
 /* A lane's part of a step of activations, for both products: as the tensor core has them; or, with quants, those of elements
  * 8 (lane % 4) on, in the pairs that quants come in. */
 template <int TYPE> INLINE quad activations(uint32_t at) {
-    if (TYPE == BM_BF16) return matrices(at);
+    if (PLAIN<TYPE>) return matrices(at);
     const uint4 v = load<uint4>(at), w = TYPE == BM_Q8_0 ? v : make_uint4(v.x, v.z, v.y, v.w);
     return { __byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632),
              __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632) };
@@ -201,11 +203,21 @@ template <int TYPE> INLINE void fragments(const uint32_t (&at)[2], int k, quad (
         a[1].v[i + 2] = quants<TYPE>(v.y >> (TYPE == BM_Q8_0 ? 8 : 4));
     }
 }
+/* A fragment of weights; of f16: rounded. */
+template <int TYPE> INLINE quad weights(uint32_t at) {
+    quad a = matrices(at);
+#pragma unroll
+    for (int i = 0; TYPE == BM_F16 && i < 4; i++) {
+        const float2 v = __half22float2(*(const __half2 *)&a.v[i]);
+        a.v[i] = halves(v.x, v.y);
+    }
+    return a;
+}
 /* c += a step of 16 rows; of quants: their block's products, exact but for sums, times the scales of the rows. */
 template <int TYPE> INLINE void multiply_step(float (&c)[2][4], const uint32_t (&at)[2], int K, int k, const quad &b) {
-    if (TYPE == BM_BF16) {
-        multiply_bf16(c[0], matrices(at[0] + 64 * k), b.v[0], b.v[1]);
-        multiply_bf16(c[1], matrices(at[0] + 64 * k + 32), b.v[2], b.v[3]);
+    if (PLAIN<TYPE>) {
+        multiply_bf16(c[0], weights<TYPE>(at[0] + 64 * k), b.v[0], b.v[1]);
+        multiply_bf16(c[1], weights<TYPE>(at[0] + 64 * k + 32), b.v[2], b.v[3]);
         return;
     }
     quad a[2];
@@ -226,14 +238,14 @@ template <int TYPE> INLINE void multiply_step(float (&c)[2][4], const uint32_t (
 template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint32_t memory, unsigned tile, int rows, uint32_t x,
                                                     bool use, int M, float *part, int t, bool more) {
     const int lane = lane_of(), g = lane / 4, l = lane % 4, step = row_step<TYPE>(q.K);
-    uint32_t at[TILES][2];      /* bf16: a row of ldmatrix's; else rows g and g + 8 */
+    uint32_t at[TILES][2];      /* a row of ldmatrix's; of quants rows g and g + 8 */
     float c[TILES][2][4] = {};
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
         barrier_wait(&r->full[(tile + j) % RING_TILES], (tile + j) / RING_TILES);
         const uint32_t first = memory + r->at[(tile + j) % RING_TILES];
         const int last = min(q.h, rows - j * q.h) - 1;
-        if (TYPE == BM_BF16) at[j][0] = first + min(lane % 16, last) * step + lane / 16 * 16;
+        if (PLAIN<TYPE>) at[j][0] = first + min(lane % 16, last) * step + lane / 16 * 16;
         else at[j][0] = first + min(g, last) * step, at[j][1] = first + min(g + 8, last) * step;
     }
 #pragma unroll (TYPE == BM_BF16 ? 4 : 2)
@@ -405,7 +417,12 @@ INLINE void hear_xdbl(const program &p, const shared &s, int B, unsigned number)
     }
     meet();
 }
-INLINE void scan(const program &p, const shared &s, const layer &a, const plan &q, unsigned number) {
+/* A weight of dt's, of the bits at p. */
+template <int TYPE> INLINE float dt_weight(const uint16_t *p) {
+    const uint16_t bits = __ldg(p);
+    return TYPE == BM_F16 ? rounded(__half2float(__ushort_as_half(bits))) : bf16_at(bits);
+}
+template <int TYPE> INLINE void scan(const program &p, const shared &s, const layer &a, const plan &q, unsigned number) {
     const int n = tid() % 8, B = p.R + 2 * p.N, most = p.M * q.n, begin = warp_of() * 4;
 #pragma unroll 1
     for (int first = begin; first == begin || first < most; first += WARPS * 4) {
@@ -416,7 +433,7 @@ INLINE void scan(const program &p, const shared &s, const layer &a, const plan &
         const uint16_t *w = (const uint16_t *)a.dt + (size_t)channel * p.R;
         float h[2], rate[2], C[2], d = 0, dt[HELD_R];
 #pragma unroll
-        for (int i = 0; i < HELD_R; i++) dt[i] = n + 8 * i < p.R ? bf16_at(__ldg(w + n + 8 * i)) : 0;
+        for (int i = 0; i < HELD_R; i++) dt[i] = n + 8 * i < p.R ? dt_weight<TYPE>(w + n + 8 * i) : 0;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const bool in = 2 * n + i < p.N;
@@ -426,7 +443,7 @@ INLINE void scan(const program &p, const shared &s, const layer &a, const plan &
         if (first == begin) hear_xdbl(p, s, B, number);
 #pragma unroll
         for (int i = 0; i < HELD_R; i++) if (n + 8 * i < p.R) d = fmaf(dt[i], rounded(x[n + 8 * i]), d);
-        for (int r = n + 8 * HELD_R; r < p.R; r += 8) d = fmaf(bf16_at(__ldg(w + r)), rounded(x[r]), d);
+        for (int r = n + 8 * HELD_R; r < p.R; r += 8) d = fmaf(dt_weight<TYPE>(w + r), rounded(x[r]), d);
         const float u = s.u[m * q.n + c];
         d = softplus(over_8(d) + bias);
 #pragma unroll
@@ -648,7 +665,7 @@ template <int TYPE> __device__ static void work(const program &p, const plan *pl
                        (float *)(memory + p.at_router), token };
     state t = { r, memory, *p.number };
     t.k = &k;
-    if (TYPE == BM_BF16) t.x = address(s.x) + min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16;
+    if (PLAIN<TYPE>) t.x = address(s.x) + min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16;
     else t.x = address(s.x) + min(lane / 4, p.M - 1) * p.ldx + lane % 4 * 16;
     for (int i = tid(); i < p.M * plans[OUTPUT].n; i += THREADS) {
         const int m = i / plans[OUTPUT].n;
@@ -677,7 +694,7 @@ template <int TYPE> __device__ static void work(const program &p, const plan *pl
             if (guessed) guess(p, s, kept[(l + 1) % 2], r, t.round);
             if (plans[XPROJ].n) hear_rows(p, s, p.u, p.I, t.number);
             rows_end<TYPE, XPROJ>(p, s, a, plans[XPROJ], t);
-            scan(p, s, a, plans[SCAN], t.number++);
+            scan<TYPE>(p, s, a, plans[SCAN], t.number++);
             hear_rows(p, s, p.y, p.I, t.number);
             rows_end<TYPE, OUTPUT>(p, s, a, plans[OUTPUT], t);
         }
@@ -719,6 +736,10 @@ template <int TYPE> __global__ void __launch_bounds__(THREADS + 32, 1) token_ker
 
 const void *bm_cuda_token_kernel(bm_dtype type, int *threads) {
     *threads = THREADS + 32;
-    return type == BM_Q8_0 ? (const void *)token_kernel<BM_Q8_0> : type == BM_Q4_0 ? (const void *)token_kernel<BM_Q4_0>
-                                                                 : (const void *)token_kernel<BM_BF16>;
+    switch (type) {
+    case BM_F16:  return (const void *)token_kernel<BM_F16>;
+    case BM_Q8_0: return (const void *)token_kernel<BM_Q8_0>;
+    case BM_Q4_0: return (const void *)token_kernel<BM_Q4_0>;
+    default:      return (const void *)token_kernel<BM_BF16>;
+    }
 }

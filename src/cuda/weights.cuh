@@ -22,6 +22,7 @@ template <int TYPE> __device__ constexpr int row_bytes(int K) {
 /* Element k of such a row. */
 template <int TYPE> __device__ inline float weight_at(const uint8_t *row, int k, int K) {
     if (TYPE == BM_BF16) return bf16_at(((const uint16_t *)row)[k]);
+    if (TYPE == BM_F16) return f16_at(row + 2 * k);
     if (TYPE == BM_Q8_0) return f16_at(row + K + k / 32 * 2) * (float)(int8_t)row[k];
     return f16_at(row + K / 2 + k / 32 * 2) * (float)((row[k / 2] >> k % 2 * 4 & 15) - 8);
 }

@@ -1,6 +1,6 @@
-/* widen.cu - bf16 copies of quantized matrices, for products of many rows.  Room: cuda.
+/* widen.cu - bf16 copies of matrices of f16 or quants, for products of many rows.  Room: cuda.
  *
- * In: a product with quantized weights.  Out: the same product with weights of bf16, each rounded once, in work space that
+ * In: a product with such weights.  Out: the same product with weights of bf16, each rounded once, in work space that
  * the next operation writes over. */
 #include "cuda/steps.cuh"
 #include "cuda/weights.cuh"

@@ -21,7 +21,7 @@ typedef struct bm_wanted { feed *f; size_t index; int row; } wanted;
 /* ---- open, close ---------------------------------------------------------------------------------- */
 
 static int reserved_rows(const bm_session *s) { return s->chunk > s->head_rows ? s->chunk : s->head_rows; }
-static size_t widened(const bm_session *s) { return s->m->quantized ? bm_config_widths(&s->m->config).read : 0; }
+static size_t widened(const bm_session *s) { return s->m->widened ? bm_config_widths(&s->m->config).read : 0; }
 
 /* Allocates the device's part of a session, or only adds up what it will take. */
 static bm_status work_alloc(bm_session *s, uint64_t *bytes) {
