@@ -358,7 +358,7 @@ static void test_memory(void **state) {
 }
 
 /* What a model and a session take is told beforehand, within 5%; what never fits is refused before it is copied. */
-static void test_told(void **state) {
+static void told_of(bm_dtype type) {
     bm_config c;
     bm_device *d;
     bm_model *m;
@@ -366,9 +366,8 @@ static void test_told(void **state) {
     uint64_t session;
     const char *path = scratch_path("told.gguf");
     const bm_session_options o = { .slots = 100, .chunk = 2048 };
-    (void)state;
     OK(bm_config_preset(&c, "mamba-130m"));
-    OK(bm_init(&c, 1, BM_BF16, path, NULL, NULL, NULL));
+    OK(bm_init(&c, 1, type, path, NULL, NULL, NULL));
     OK(bm_device_open(&d, "cuda:0", 0));
     const uint64_t before = gpu->left(gpu);
     OK(bm_model_open(&m, d, path));
@@ -382,6 +381,11 @@ static void test_told(void **state) {
     bm_model_close(m);
     bm_device_close(d);
     unlink(path);
+}
+static void test_told(void **state) {
+    (void)state;
+    told_of(BM_BF16);
+    told_of(BM_Q8_0);
 }
 
 /* A whole token by one kernel (token.cu): the same bits alone and beside others, near what the same text gives at once, and

@@ -96,7 +96,11 @@ static const bm_tensor *packed(const bm_tensor *w, int n) {
         all[i] = w[i];
         if (!bm_cuda_packed(w[i].type, cols)) continue;
         all[i].data = aligned_alloc(16, rows * bm_cuda_packed(w[i].type, cols));
-        bm_cuda_pack((uint8_t *)(uintptr_t)all[i].data, (const uint8_t *)w[i].data, w[i].type, rows, cols);
+        uint8_t *to = (uint8_t *)(uintptr_t)all[i].data, *back = (uint8_t *)malloc(bm_dtype_bytes(w[i].type, rows * cols));
+        bm_cuda_pack(to, (const uint8_t *)w[i].data, w[i].type, rows, cols);
+        bm_cuda_unpack(back, to, w[i].type, rows, cols);
+        if (memcmp(back, w[i].data, bm_dtype_bytes(w[i].type, rows * cols))) fails("unpacked rows are not those that were packed");
+        free(back);
     }
     return all;
 }
