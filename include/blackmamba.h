@@ -62,7 +62,7 @@ BM_API size_t      bm_dtype_bytes(bm_dtype t, size_t n);           /* bytes of n
                                                                       * for q types, n % 256 == 0 for K types */
 
 /* f32: activations in f32, weights widened.  native: bf16 weights times activations rounded to
- * bf16, quantized weights times 8-bit activations; f32 and f16 weights as in f32. */
+ * bf16, quantized weights times 8-bit activations; f32 and f16 weights as in f32 (on a GPU all but f32 as bf16). */
 typedef enum bm_arith { BM_ARITH_NATIVE, BM_ARITH_F32 } bm_arith;
 
 /* ---- configuration ------------------------------------------------------------------- */

@@ -191,7 +191,23 @@ static inline quad matrices(uint32_t at) {
         return q;
     });
 }
+template <class V> static V load(uint32_t at) {
+    V v;
+    if (at % sizeof v) wrong("a load from an address that is no multiple of its size");
+    memcpy(&v, shared_bytes + at, sizeof v);
+    return v;
+}
+static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t which) {
+    const uint64_t both = (uint64_t)y << 32 | x;
+    uint32_t v = 0;
+    for (int i = 0; i < 4; i++) v |= (uint32_t)(both >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return v;
+}
 static inline float half_of(uint32_t pair, int high) { return __uint_as_float(high ? pair & 0xffff0000u : pair << 16); }
+static inline uint32_t masked(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
+static inline uint32_t minus_bf16(uint32_t a, uint32_t b) {       /* of numbers whose difference is one of bf16 */
+    return __float_as_uint(half_of(a, 0) - half_of(b, 0)) >> 16 | __float_as_uint(half_of(a, 1) - half_of(b, 1));
+}
 /* m16n8k16: register j of lane l is row l/4 + 8 (j%2), columns 2 (l%4) + 8 (j/2) and the next of a; of b column l/4. */
 static inline void multiply_bf16(float *c, const quad &a, uint32_t b0, uint32_t b1) {
     warp_board &w = board();

@@ -55,16 +55,33 @@ static pair make_pair(bm_dtype type, int rows, int cols) {
     const size_t n = (size_t)rows * (size_t)cols, bytes = bm_dtype_bytes(type, n);
     float *x = normals(n, 0.5f);
     void *host = malloc(bytes), *at;
+    const size_t packed = bm_matrix_bytes(gpu, type, (size_t)rows, (size_t)cols);
+    void *form = malloc(packed);
     bm_narrow(host, type, x, n);
-    OK(gpu->alloc(gpu, &at, bytes, "a test"));
-    gpu->put(gpu, at, host, bytes);
+    if (bm_packs(gpu, type)) gpu->pack(form, host, type, (size_t)rows, (size_t)cols);
+    else memcpy(form, host, bytes);
+    OK(gpu->alloc(gpu, &at, packed, "a test"));
+    gpu->put(gpu, at, form, packed);
     drop(x);
+    free(form);
     return (pair){ { host, type, rows, cols }, { at, type, rows, cols } };
 }
 static void end_pair(pair *m) {
     gpu->release(gpu, (void *)(uintptr_t)m->at.data);
     free((void *)(uintptr_t)m->host.data);
 }
+
+/* The same weights rounded to bf16. */
+static bm_tensor rounded(const bm_tensor *w) {
+    const size_t n = (size_t)w->rows * (size_t)w->cols;
+    float *x = floats(n);
+    void *half = malloc(2 * n);
+    bm_widen(x, w->type, w->data, n);
+    bm_narrow(half, BM_BF16, x, n);
+    drop(x);
+    return (bm_tensor){ half, BM_BF16, w->rows, w->cols };
+}
+static void end_rounded(bm_tensor *w) { free((void *)(uintptr_t)w->data); }
 
 /* Rounded to bf16: for products of them the scalar CPU in f32 is the reference too. */
 static void round_all(twin *t) {
@@ -76,14 +93,16 @@ static void linear_in(bm_arith arith, bm_dtype type, int M, int N, int K, bool a
     const int ldx = K + 4 * (M % 3);
     pair w = make_pair(type, N, K);
     twin x = random_twin((size_t)M * (size_t)ldx, 1), bias = random_twin((size_t)N, 1), y = random_twin((size_t)M * (size_t)N, 1);
-    bm_op_linear a = { .M = M, .ldx = ldx, .w = &w.host, .x = x.host, .bias = M % 2 ? bias.host : NULL, .y = y.host,
+    bm_tensor half = rounded(&w.host);
+    const bool rounds = arith == BM_ARITH_NATIVE && type != BM_F32;
+    bm_op_linear a = { .M = M, .ldx = ldx, .w = rounds ? &half : &w.host, .x = x.host, .bias = M % 2 ? bias.host : NULL, .y = y.host,
                        .accumulate = accumulate, .arith = BM_ARITH_F32 };
-    if (arith == BM_ARITH_NATIVE && type == BM_BF16) round_all(&x);
+    if (rounds) round_all(&x);
     cpu->linear(cpu, &a);
     a.arith = arith, a.w = &w.at, a.x = x.at, a.bias = M % 2 ? bias.at : NULL, a.y = y.at;
     gpu->linear(gpu, &a);
     agree(&y, bound, bm_dtype_name(type));
-    end(&x); end(&bias); end(&y); end_pair(&w);
+    end(&x); end(&bias); end(&y); end_pair(&w); end_rounded(&half);
 }
 static void linear_case(bm_dtype type, int M, int N, int K, bool accumulate) {
     linear_in(BM_ARITH_F32, type, M, N, K, accumulate, 3e-6);
@@ -103,7 +122,8 @@ static void test_linear(void **state) {
         }
 }
 
-/* Many rows of bf16: other kernels, tiles of rows, columns and k that end anywhere; also what they leave to the others. */
+/* Many rows of bf16, or of quants by way of it: other kernels, tiles of rows, columns and k that end anywhere; also what they
+ * leave to the others. */
 static void test_wide(void **state) {
     static const int rows[] = { 64, 65, 128, 129, 200, 330 }, size[][2] = { { 37, 72 }, { 130, 200 }, { 104, 2304 }, { 192, 64 },
                                                                           { 391, 1152 }, { 128, 8 }, { 200, 68 } };
@@ -112,6 +132,11 @@ static void test_wide(void **state) {
         for (int k = 0; k < 7; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
     linear_in(BM_ARITH_NATIVE, BM_BF16, 1500, 2304, 72, false, 1e-5);       /* larger tiles */
     linear_in(BM_ARITH_NATIVE, BM_BF16, 2048, 1152, 72, false, 1e-5);
+    for (int t = BM_F16; t < BM_DTYPE_COUNT; t++) {
+        linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 65, 130, 1280, false, 1e-5);
+        linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 200, 37, 256, true, 1e-5);
+        linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 80, 2304, 1280, false, 1e-5);       /* larger than the work space */
+    }
 }
 
 /* 9 to 128 rows of bf16: tiles of 64 columns and 64 of k that end anywhere, k shared by blocks; weights at an odd place. */
@@ -243,7 +268,8 @@ static void test_conv_scan(void **state) {
     }
 }
 
-typedef struct experts { int M, D, F, X, k; bm_routing rule; bool gated, accumulate; bm_arith arith; double bound; } experts;
+/* quants: F32: gate and up are bf16, down is that or f32, by arith. */
+typedef struct experts { int M, D, F, X, k; bm_routing rule; bool gated, accumulate; bm_arith arith; double bound; bm_dtype quants; } experts;
 
 /* crowded: everybody takes expert 1. */
 static void experts_in(experts c, bool crowded) {
@@ -255,6 +281,7 @@ static void experts_in(experts c, bool crowded) {
     const size_t n[3] = { rows, rows, (size_t)(k * (X + 1)) };
     bm_tensor *w[3][2];
     pair *m = malloc(sizeof *m * 3 * (size_t)X);
+    bm_tensor *half = malloc(sizeof *half * 3 * (size_t)X);
     logits.host[3] = logits.host[1];        /* a tie; a NaN never wins, but softmax has no sum with it; nobody takes expert 2 */
     if (c.rule == BM_ROUTE_SIGMOID) logits.host[X] = NAN;
     for (int i = 0; X > 3 && i < T; i++) logits.host[i * X + 2] = -99;
@@ -265,8 +292,10 @@ static void experts_in(experts c, bool crowded) {
         at[i] = put_ints(host[i], n[i]);
         for (int side = 0; side < 2; side++) w[i][side] = malloc(bytes);
         for (int e = 0; e < X; e++) {
-            m[i * X + e] = i < 2 ? make_pair(BM_BF16, F, D) : make_pair(c.arith == BM_ARITH_F32 ? BM_F32 : BM_BF16, D, F);
-            w[i][0][e] = m[i * X + e].host;
+            const bm_dtype type = c.quants ? c.quants : i < 2 || c.arith == BM_ARITH_NATIVE ? BM_BF16 : BM_F32;
+            m[i * X + e] = i < 2 ? make_pair(type, F, D) : make_pair(type, D, F);
+            half[i * X + e] = rounded(&m[i * X + e].host);
+            w[i][0][e] = c.arith == BM_ARITH_NATIVE ? half[i * X + e] : m[i * X + e].host;
             w[i][1][e] = m[i * X + e].at;
         }
     }
@@ -296,28 +325,39 @@ static void experts_in(experts c, bool crowded) {
         for (int side = 0; side < 2; side++) free(w[i][side]);
         end(&bias[i]);
     }
-    for (int i = 0; i < 3 * X; i++) end_pair(&m[i]);
+    for (int i = 0; i < 3 * X; i++) {
+        end_pair(&m[i]);
+        end_rounded(&half[i]);
+    }
     free(m);
+    free(half);
     end(&logits); end(&gate); end(&x); end(&y); end(&hidden);
 }
 static void experts_case(experts c) { experts_in(c, false); }
 static void test_experts(void **state) {
     (void)state;
-    experts_case((experts){ 23, 40, 72, 8, 1, BM_ROUTE_SIGMOID, true, false, BM_ARITH_F32, 5e-6 });
-    experts_case((experts){ 23, 40, 72, 70, 1, BM_ROUTE_SIGMOID, true, true, BM_ARITH_F32, 5e-6 });
-    experts_case((experts){ 23, 40, 72, 5, 2, BM_ROUTE_SOFTMAX, false, false, BM_ARITH_F32, 5e-6 });
-    experts_case((experts){ 300, 40, 72, 130, 3, BM_ROUTE_SOFTMAX, true, false, BM_ARITH_F32, 5e-6 });
-    experts_case((experts){ 2500, 8, 16, 3, 2, BM_ROUTE_SOFTMAX, true, false, BM_ARITH_F32, 5e-6 });
+    experts_case((experts){ 23, 40, 72, 8, 1, BM_ROUTE_SIGMOID, true, false, BM_ARITH_F32, 5e-6, BM_F32 });
+    experts_case((experts){ 23, 40, 72, 70, 1, BM_ROUTE_SIGMOID, true, true, BM_ARITH_F32, 5e-6, BM_F32 });
+    experts_case((experts){ 23, 40, 72, 5, 2, BM_ROUTE_SOFTMAX, false, false, BM_ARITH_F32, 5e-6, BM_F32 });
+    experts_case((experts){ 300, 40, 72, 130, 3, BM_ROUTE_SOFTMAX, true, false, BM_ARITH_F32, 5e-6, BM_F32 });
+    experts_case((experts){ 2500, 8, 16, 3, 2, BM_ROUTE_SOFTMAX, true, false, BM_ARITH_F32, 5e-6, BM_F32 });
 }
 /* Many rows in bf16.  What is rounded before `down` may round to the other side where sums differ in their last bits. */
 static void test_wide_experts(void **state) {
     (void)state;
     for (int gated = 0; gated < 2; gated++) {
-        experts_case((experts){ 300, 72, 136, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 331, 200, 328, 5, 1, BM_ROUTE_SIGMOID, gated, true, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 1500, 72, gated ? 1152 : 2304, 5, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 129, 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, false, BM_ARITH_NATIVE, 2e-3 });
-        experts_case((experts){ 90, 60, 100, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3 });    /* no whole 16 bytes */
+        experts_case((experts){ 300, 72, 136, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });
+        experts_case((experts){ 331, 200, 328, 5, 1, BM_ROUTE_SIGMOID, gated, true, BM_ARITH_NATIVE, 2e-3, BM_F32 });
+        experts_case((experts){ 1500, 72, gated ? 1152 : 2304, 5, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });
+        experts_case((experts){ 129, 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });
+        experts_case((experts){ 90, 60, 100, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_F32 });    /* no whole 16 bytes */
+        for (int t = BM_F16; t <= BM_Q5_1; t++) {
+            experts_case((experts){ 331, 64, 160, 5, 1, BM_ROUTE_SIGMOID, gated, true, BM_ARITH_NATIVE, 2e-3, (bm_dtype)t });
+            experts_case((experts){ 23, 64, 160, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, (bm_dtype)t });
+            experts_case((experts){ 23, 64, 160, 8, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_F32, 5e-6, (bm_dtype)t });
+        }
+        experts_case((experts){ 150, 512, 256, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_Q4_K });
+        experts_case((experts){ 150, 512, 256, 3, 1, BM_ROUTE_SIGMOID, gated, false, BM_ARITH_NATIVE, 2e-3, BM_Q6_K });
     }
 }
 
@@ -473,7 +513,7 @@ static void test_memory(void **state) {
 }
 
 /* What a model and a session take is told beforehand, within 5%; what never fits is refused before it is copied. */
-static void test_told(void **state) {
+static void told_of(bm_dtype type) {
     bm_config c;
     bm_device *d;
     bm_model *m;
@@ -481,9 +521,8 @@ static void test_told(void **state) {
     uint64_t session;
     const char *path = scratch_path("told.gguf");
     const bm_session_options o = { .slots = 100, .chunk = 2048 };
-    (void)state;
     OK(bm_config_preset(&c, "mamba-130m"));
-    OK(bm_init(&c, 1, BM_BF16, path, NULL, NULL, NULL));
+    OK(bm_init(&c, 1, type, path, NULL, NULL, NULL));
     OK(bm_device_open(&d, "cuda:0", 0));
     const uint64_t before = gpu->left(gpu);
     OK(bm_model_open(&m, d, path));
@@ -498,6 +537,11 @@ static void test_told(void **state) {
     bm_device_close(d);
     unlink(path);
 }
+static void test_told(void **state) {
+    (void)state;
+    told_of(BM_BF16);
+    told_of(BM_Q8_0);
+}
 
 /* A whole token by one kernel (token.cu): the same bits alone and beside others, near what the same text gives at once, and
  * the best token is that of the logits. */
@@ -509,7 +553,7 @@ static void in_step(bm_session *s, int from, int n, bm_token ids[TEXTS][LENGTH],
         OK(bm_forward(s, in, n));
     }
 }
-static void test_token(void **state) {
+static void token_of(bm_dtype type) {
     bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 6, .n_vocab = 200, .d_model = 64, .d_inner = 128, .d_state = 16, .d_conv = 4,
                     .dt_rank = 4, .max_len = 64, .activation = BM_GELU, .final_norm = BM_LAYERNORM, .norm_eps = 1e-5f, .gated = true,
                     .conv_bias = true, .tied_head = true, .top_k = 1 };
@@ -519,13 +563,12 @@ static void test_token(void **state) {
     bm_device *d;
     bm_model *m;
     bm_session *s;
-    (void)state;
     for (int l = 0; l < c.n_layers; l++)
         c.layer[l] = l == 5 ? (bm_layer_config){ BM_MIXER_NONE, BM_FFN_DENSE, 1, 96 }
                    : l % 2 ? (bm_layer_config){ BM_MIXER_NONE, BM_FFN_MOE, 4, 96 } : (bm_layer_config){ BM_MIXER_MAMBA, BM_FFN_NONE, 0, 0 };
     for (int i = 0; i < TEXTS; i++)
         for (int t = 0; t < LENGTH; t++) ids[i][t] = (i * 71 + t * 29) % c.n_vocab;
-    OK(bm_init(&c, 3, BM_BF16, path, NULL, NULL, NULL));
+    OK(bm_init(&c, 7, type, path, NULL, NULL, NULL));       /* no two experts so near that rounding decides */
     OK(bm_device_open(&d, "cuda:0", 0));
     OK(bm_model_open(&m, d, path));
     OK(bm_session_open(&s, m, &o));
@@ -552,15 +595,23 @@ static void test_token(void **state) {
         OK(bm_state_set(s, i, NULL));
         OK(bm_forward(s, &(bm_input){ .slot = i, .tokens = ids[i], .n = LENGTH, .want = BM_WANT_LAST }, 1));
         for (size_t v = 0; v < V; v++) peak = fmax(peak, fabs((double)alone[(size_t)i * V + v]));
-        /* a rounding to bf16 in each of 12 products: docs/NUMERICS.md */
+        /* in each of 12 products activations rounded to bf16, weights of quants too but for the one kernel: docs/NUMERICS.md */
+        const double bound = sqrt(12) * (type == BM_BF16 ? 1. / 256 : 1.5 / 256) * peak;
         for (size_t v = 0; v < V; v++)
-            check_near((double)bm_logits(s, i)[v], (double)alone[(size_t)i * V + v], sqrt(12) / 256 * peak, "a text at once");
+            check_near((double)bm_logits(s, i)[v], (double)alone[(size_t)i * V + v], bound, bm_dtype_name(type));
     }
     drop(alone);
     bm_session_close(s);
     bm_model_close(m);
     bm_device_close(d);
     unlink(path);
+}
+static void test_token(void **state) {
+    (void)state;
+    token_of(BM_BF16);
+    token_of(BM_F16);
+    token_of(BM_Q8_0);
+    token_of(BM_Q4_0);
 }
 
 int main(void) {
@@ -579,6 +630,7 @@ int main(void) {
     assert_int_equal(bm_backend_open_cpu_level(&cpu, 1, "scalar"), BM_OK);
     assert_int_equal(cpu->reserve(cpu, 2500, 2304), BM_OK);
     assert_int_equal(gpu->reserve(gpu, 1500, 2304), BM_OK);
+    assert_int_equal(gpu->reserve_widened(gpu, 1500, 1 << 20), BM_OK);
     const int failed = cmocka_run_group_tests_name("cuda", test, NULL, NULL);
     gpu->close(gpu);
     cpu->close(cpu);

@@ -1,5 +1,5 @@
-/* test_token.cu - the kernel that does a whole token (src/cuda/token.cu), on emulated blocks (emulated.h): against the CPU, and
- * the same bits whatever the number of blocks, of texts beside one another and the room for weights.  Built as C++. */
+/* test_token.cu - the kernel that does a whole token (src/cuda/token.cu), on emulated blocks (emulated.h), of each type of weights
+ * that it takes: against the CPU, and the same bits whatever the number of blocks, of texts beside one another and the room for weights.  Built as C++. */
 #include "emulated.h"
 #include "cuda/token.cu"
 #include <cmath>
@@ -59,13 +59,16 @@ static void *shared_zeros(size_t bytes) {
 static bm_cuda_program the_program;
 static void *thread(void *number) {
     threadIdx.x = (unsigned)(uintptr_t)number;
-    token_kernel(the_program);
+    if (the_program.type == BM_F16) token_kernel<BM_F16>(the_program);
+    else if (the_program.type == BM_Q8_0) token_kernel<BM_Q8_0>(the_program);
+    else if (the_program.type == BM_Q4_0) token_kernel<BM_Q4_0>(the_program);
+    else token_kernel<BM_BF16>(the_program);
     return NULL;
 }
 static void block(unsigned i, unsigned blocks) {
     int threads;
     pthread_t t[32 * MOST_WARPS];
-    bm_cuda_token_kernel(&threads);
+    bm_cuda_token_kernel(the_program.type, &threads);
     blockIdx.x = i, gridDim.x = blocks, blockDim.x = (unsigned)threads;
     memset(shared_bytes, 0xff, sizeof shared_bytes);        /* numbers nobody wrote are NaN */
     for (int k = 0; k < threads; k++) if (pthread_create(&t[k], NULL, thread, (void *)(uintptr_t)k)) _Exit(1);
@@ -84,12 +87,43 @@ static void run(int blocks) {
     for (int i = 0, status; i < blocks; i++) if (wait(&status) < 0 || status) fails("a block failed");
 }
 
+/* ---- the operations as a GPU is asked for them: native arithmetic, weights packed --------------------------------- */
+
+static const bm_tensor *packed(const bm_tensor *w, int n) {
+    bm_tensor *all = (bm_tensor *)calloc((size_t)n, sizeof *all);
+    for (int i = 0; i < n; i++) {
+        const size_t rows = (size_t)w[i].rows, cols = (size_t)w[i].cols;
+        all[i] = w[i];
+        if (!bm_cuda_packed(w[i].type, cols)) continue;
+        all[i].data = aligned_alloc(16, rows * bm_cuda_packed(w[i].type, cols));
+        uint8_t *to = (uint8_t *)(uintptr_t)all[i].data, *back = (uint8_t *)malloc(bm_dtype_bytes(w[i].type, rows * cols));
+        bm_cuda_pack(to, (const uint8_t *)w[i].data, w[i].type, rows, cols);
+        bm_cuda_unpack(back, to, w[i].type, rows, cols);
+        if (memcmp(back, w[i].data, bm_dtype_bytes(w[i].type, rows * cols))) fails("unpacked rows are not those that were packed");
+        free(back);
+    }
+    return all;
+}
+static void to_gpu() {
+    for (int i = 0; i < n_ops; i++) {
+        if (op[i].kind == BM_CUDA_EMBED) op[i].embed.table = packed(op[i].embed.table, 1);
+        if (op[i].kind == BM_CUDA_LINEAR) {
+            op[i].linear.w = packed(op[i].linear.w, 1);
+            op[i].linear.arith = BM_ARITH_NATIVE;
+        }
+        if (op[i].kind != BM_CUDA_EXPERTS) continue;
+        bm_op_experts *e = &op[i].experts;
+        e->gate = packed(e->gate, e->X), e->up = packed(e->up, e->X), e->down = packed(e->down, e->X);
+        e->arith = BM_ARITH_NATIVE;
+    }
+}
+
 /* ---- texts ----------------------------------------------------------------------------------------------------------- */
 
 static bm_token id(int text, int t) { return (text * 37 + t * 29 + 5) % V; }
 
 /* n texts, token by token, on so many blocks with so much room for weights (0: all there is): logits of the last token. */
-static void texts(bm_session *s, int n, int blocks, bool little, float logits[TEXTS][V]) {
+static void texts(bm_session *s, double bound, int n, int blocks, bool little, float logits[TEXTS][V]) {
     static bm_cuda_layer layer[16];
     bm_cuda_program *p = &the_program;
     bm_token *token = (bm_token *)shared_zeros(64), *best = (bm_token *)shared_zeros(64);
@@ -105,6 +139,7 @@ static void texts(bm_session *s, int n, int blocks, bool little, float logits[TE
         ok(bm_forward(s, in, n));
         if (!t) {
             *p = {};
+            to_gpu();
             if (!bm_cuda_program_is(op, n_ops, p, layer)) fails("not a token the kernel knows");
             blocks = bm_cuda_program_place(p, blocks, SHARED_BYTES - 6 * 1024);
             bm_cuda_program_words(p, shared_zeros(bm_cuda_program_words(p, NULL)));
@@ -124,15 +159,15 @@ static void texts(bm_session *s, int n, int blocks, bool little, float logits[TE
                 peak = fmaxf(peak, fabsf(want[v]));
                 if (got[v] > got[top]) top = v;
             }
-            /* sums in another order: at worst an activation is rounded to the bf16 beside (docs/NUMERICS.md) */
-            if (!(off <= peak / 256)) fails("logits are not the CPU's");
+            if (!(off <= bound * peak)) fails("logits are not the CPU's");
             if (best[i] != top) fails("the best token is not that of the logits");
         }
     }
     memcpy(logits, out, sizeof(float) * TEXTS * V);
 }
 
-int main() {
+/* Returns how many things it found to be so.  Emulated blocks are slow: of other types only what differs from bf16. */
+static int test(bm_dtype type, bm_arith arith, double bound) {
     static float one[TEXTS][V], other[TEXTS][V];
     bm_config c = {};
     bm_device *d;
@@ -145,7 +180,7 @@ int main() {
     for (int l = 0; l < c.n_layers; l += 2) c.layer[l].mixer = BM_MIXER_MAMBA;
     c.layer[1].ffn = BM_FFN_MOE, c.layer[1].n_experts = 4, c.layer[3].ffn = BM_FFN_DENSE, c.layer[3].n_experts = 1;
     c.layer[1].d_ff = c.layer[3].d_ff = 96;
-    ok(bm_init(&c, 7, BM_BF16, path, NULL, NULL, NULL));
+    ok(bm_init(&c, 7, type, path, NULL, NULL, NULL));
     ok(bm_device_open(&d, "cpu", 1));
     bm_backend *b = backend_of(d);
     cpu = *b;
@@ -154,18 +189,31 @@ int main() {
     ok(bm_model_open(&m, d, path));
     bm_session_options o = {};
     o.slots = TEXTS;
+    o.arith = arith;
     ok(bm_session_open(&s, m, &o));
-    texts(s, 1, 2, false, one);
-    texts(s, 1, 1, false, other);
-    if (memcmp(one[0], other[0], sizeof one[0])) fails("one block and two differ");
-    texts(s, 1, 2, true, other);
+    texts(s, bound, 1, 2, false, one);
+    if (type == BM_BF16) {
+        texts(s, bound, 1, 1, false, other);
+        if (memcmp(one[0], other[0], sizeof one[0])) fails("one block and two differ");
+        texts(s, bound, TEXTS, 2, false, other);
+        if (memcmp(one[0], other[0], sizeof one[0])) fails("texts beside it make a difference");
+    }
+    texts(s, bound, type == BM_BF16 ? 1 : TEXTS, 2, true, other);
     if (memcmp(one[0], other[0], sizeof one[0])) fails("little room for weights makes a difference");
-    texts(s, TEXTS, 2, false, other);
-    if (memcmp(one[0], other[0], sizeof one[0])) fails("texts beside it make a difference");
     bm_session_close(s);
     bm_model_close(m);
     bm_device_close(d);
     unlink(path);
-    puts("4 passed");
+    if (the_program.type != type) fails("another kernel ran");
+    return type == BM_BF16 ? 4 : 2;
+
+}
+
+int main() {
+    int n = test(BM_BF16, BM_ARITH_NATIVE, 1. / 256);       /* sums in another order: at worst an activation is rounded to the bf16 beside */
+    n += test(BM_F16, BM_ARITH_F32, sqrt(11) * 1.5 / 256);      /* weights are rounded too */
+    n += test(BM_Q8_0, BM_ARITH_F32, sqrt(11) / 256);    /* a rounding to bf16 in each of 11 products in a row (docs/NUMERICS.md) */
+    n += test(BM_Q4_0, BM_ARITH_F32, sqrt(11) / 256);
+    printf("%d passed\n", n);
     return 0;
 }

@@ -85,6 +85,7 @@ static double cuda_waited(bm_backend *, bool) { return 0; }
 
 static void drop(bm_cuda *c) {
     cudaFree(c->rows);
+    cudaFree(c->widened);
     for (int i = 0; i < 2; i++) if (c->place[i]) cudaEventDestroy(c->place[i]);
     if (c->stream) cudaStreamDestroy(c->stream);
     free(c);
@@ -137,8 +138,11 @@ extern "C" __attribute__((visibility("default"))) bm_status bm_cuda_open(bm_back
     b->left = cuda_left;
     b->alloc = cuda_alloc, b->release = cuda_release;
     b->alloc_host = cuda_alloc_host, b->release_host = cuda_release_host;
+    b->packed = bm_cuda_packed, b->pack = bm_cuda_pack, b->unpack = bm_cuda_unpack;
     b->put = cuda_put, b->get = cuda_get, b->copy = cuda_copy;
-    b->zero = cuda_zero, b->sync = cuda_sync, b->mark = cuda_mark, b->reach = cuda_reach, b->close = cuda_close, b->reserve = bm_cuda_reserve, b->reserving = bm_cuda_reserving;
+    b->zero = cuda_zero, b->sync = cuda_sync, b->mark = cuda_mark, b->reach = cuda_reach, b->close = cuda_close;
+    b->reserve = bm_cuda_reserve, b->reserving = bm_cuda_reserving;
+    b->reserve_widened = bm_cuda_reserve_widened, b->widening = bm_cuda_widening;
     b->reserved = bm_cuda_reserved, b->bandwidth = bm_cuda_bandwidth, b->peak = bm_cuda_peak, b->waited = cuda_waited;
     b->embed = bm_cuda_embed, b->norm = bm_cuda_norm, b->linear = bm_cuda_linear, b->conv = bm_cuda_conv;
     b->scan = bm_cuda_scan, b->route = bm_cuda_route, b->experts = bm_cuda_experts, b->loss = bm_cuda_loss;

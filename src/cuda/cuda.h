@@ -11,6 +11,20 @@ typedef bm_status (*bm_cuda_fail_fn)(bm_status s, const char *fmt, ...);
 #define BM_CUDA_SYMBOL "bm_cuda_open"
 typedef bm_status (*bm_cuda_open_fn)(bm_backend **out, int device, bm_cuda_fail_fn fail);
 
+/* pack.c: bm_backend's packed, pack and unpack; bytes of a row of any type on the GPU. */
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(hidden)
+size_t bm_cuda_packed(bm_dtype type, size_t cols);
+size_t bm_cuda_row_bytes(bm_dtype type, size_t cols);
+void bm_cuda_pack(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows, size_t cols);
+void bm_cuda_unpack(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows, size_t cols);
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+
 #ifdef __CUDACC__     /* open.c is built where CUDA is not */
 #include <cuda_runtime.h>
 #pragma GCC visibility push(hidden)
@@ -27,6 +41,7 @@ typedef struct bm_cuda {
     struct bm_cuda_graphs *graphs;          /* what was recorded: graph.cu */
     bm_cuda_row *rows;                      /* (BM_CUDA_BEST_ROWS) zeros between operations */
     struct bm_cuda_wide *wide;              /* products of many rows: matmul.cu */
+    uint16_t *widened; size_t widened_room; /* bf16 copies of quantized matrices: widen.cu */
     bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
 } bm_cuda;
 
@@ -65,9 +80,21 @@ typedef struct bm_product {
     const float *bias; size_t bias_stride;              /* bias may be NULL */
     const float *scale;                                 /* by row to(i); may be NULL */
     float *y; size_t ldy; const int32_t *to;
-    bool accumulate, rounded;   /* rounded: activations to bf16 first */
+    bool accumulate, rounded;   /* rounded: activations and weights to bf16 first */
+    bool made;                  /* w is what a kernel just before makes: not to be read ahead of it */
 } bm_product;
 void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
+
+/* What `rounded` is in an arithmetic. */
+static inline bool bm_cuda_rounds(bm_arith arith, bm_dtype type) { return arith == BM_ARITH_NATIVE && type != BM_F32; }
+
+/* Products of many rows with weights of f16 or quants, widen.cu: bf16 copies of them are made first, where work space behind `used`
+ * elements has room.  widened: p reads the copy from then on, or nothing changes; the type it reads. */
+bm_dtype bm_cuda_widened(bm_cuda *c, bm_product *p, bm_dtype type, size_t *used);
+/* Whether p, or its copy alone, is one for matmul.cu. */
+bool bm_cuda_is_wide(const bm_cuda *c, const bm_product *p, bm_dtype type);
+size_t bm_cuda_widening(bm_backend *b, int rows, size_t n);
+bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, size_t n);
 
 /* Products of 9 rows and more, few.cu, matmul.cu: whether they take one, then that; or act (M,N) bf16 = act(gate) up, or
  * act(up). */

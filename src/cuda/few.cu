@@ -57,7 +57,7 @@ __device__ static void bring_once(void *to, const CUtensorMap *map, uint64_t *b,
                  :: "r"(address(to)), "l"(map), "r"(k * DEPTH), "r"(at.col), "r"(at.e), "r"(address(b)), "l"(policy) : "memory");
 }
 
-/* Where groups are not known yet: into the second cache what the first tile is if each group has one row of tiles. */
+/* Where they are not known yet: into the second cache what the first tile is if each group has one row of tiles. */
 template <int COLS> __device__ static void
 expect_weights(const bm_product &p, const place &w, const CUtensorMap *weights, const CUtensorMap *gate) {
     const int cols = (p.N + COLS - 1) / COLS, e = w.cluster / cols, col = w.cluster % cols * COLS;
@@ -237,7 +237,7 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
 }
 #endif
 
-/* known: the groups were before the kernel before this one. */
+/* known: weights and groups were there before the kernel before this one. */
 template <int SLOTS, int END> __global__ void __launch_bounds__(THREADS)
 few(const __grid_constant__ bm_product p, const ending end, int box, bool known, const __grid_constant__ CUtensorMap x,
     const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
@@ -297,7 +297,7 @@ template <int SLOTS, int END> static bool launch(bm_cuda *c, const job *j) {
     const int clusters = tiles * blocks <= 2 * all ? tiles : (p.first ? 2 : 1) * all / blocks;
     p.from = j->from;
     return bm_cuda_start_clusters(c, few<SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box,
-                                  !p.first || p.half, x, w, gate);
+                                  !p.made && (!p.first || p.half), x, w, gate);
 }
 template <int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
     return j->gate ? launch<SLOTS, GATED>(c, j) : j->end.act ? launch<SLOTS, ACT>(c, j) : launch<SLOTS, PLAIN>(c, j);

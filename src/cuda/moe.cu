@@ -20,17 +20,14 @@ __global__ void activate(const int32_t *first, int X, int M, int F, float *hidde
 /* One of gate, up and down of experts [e0, e0 + X), X <= BM_CUDA_MATRICES. */
 static bm_product batch(const bm_op_experts *a, const bm_tensor *w, const float *bias, int e0, bm_product p) {
     const int left = (a->route ? a->X : 1) - e0;
-    p.w_stride = bm_dtype_bytes(w->type, (size_t)w->cols);
+    p.w_stride = bm_cuda_row_bytes(w->type, (size_t)w->cols);
     p.X = left < BM_CUDA_MATRICES ? left : BM_CUDA_MATRICES, p.M = a->M, p.N = w->rows, p.K = w->cols;
     p.first = a->route ? a->route->first + e0 : NULL;
     p.bias_stride = (size_t)w->rows;
     p.bias = bias ? bias + (size_t)e0 * p.bias_stride : NULL;
-    p.rounded = a->arith == BM_ARITH_NATIVE && w->type == BM_BF16;
+    p.rounded = bm_cuda_rounds(a->arith, w->type);
     for (int e = 0; e < p.X; e++) p.w[e] = (const uint8_t *)w[e0 + e].data;
     return p;
-}
-static bool wide(const bm_cuda *c, const bm_product *gate, const bm_product *up, const bm_product *down) {
-    return (!gate || bm_cuda_wide_takes(c, gate)) && bm_cuda_wide_takes(c, up) && bm_cuda_wide_takes(c, down);
 }
 
 /* act(gate) up, then down, of a batch.  Running drops no row, so every row of y is written by its expert. */
@@ -42,13 +39,17 @@ static void experts(bm_cuda *c, const bm_op_experts *a, int e0) {
                              .ldy = (size_t)a->D, .to = r ? r->order : NULL, .accumulate = a->accumulate };
     bm_product gate = a->gate ? batch(a, a->gate, a->gate_bias, e0, in) : in, up = batch(a, a->up, a->up_bias, e0, in);
     bm_product down = batch(a, a->down, a->down_bias, e0, out);
-    if (!a->act && wide(c, a->gate ? &gate : NULL, &up, &down)) {
+    size_t used = 0;
+    const bm_dtype gate_type = a->gate ? bm_cuda_widened(c, &gate, a->gate->type, &used) : BM_BF16;
+    const bm_dtype up_type = bm_cuda_widened(c, &up, a->up->type, &used);
+    if (!a->act && (!a->gate || bm_cuda_is_wide(c, &gate, gate_type)) && bm_cuda_is_wide(c, &up, up_type) &&
+        bm_cuda_is_wide(c, &down, a->down->type)) {
         down.half = (uint16_t *)a->hidden;
         bm_cuda_wide_hidden(c, a->gate ? &gate : NULL, &up, a->activation == BM_GELU, (uint16_t *)a->hidden);
     } else {
         up.y = a->hidden + F;
-        if (a->gate) bm_cuda_product(c, &gate, a->gate->type);
-        bm_cuda_product(c, &up, a->up->type);
+        if (a->gate) bm_cuda_product(c, &gate, gate_type);
+        bm_cuda_product(c, &up, up_type);
         bm_cuda_start(c, activate, dim3(blocks_of(F, 256), a->M), 256, 0, up.first, up.X, a->M, a->F, a->hidden, a->act,
                                                                       a->gate != NULL, a->activation == BM_GELU);
     }

@@ -6,24 +6,29 @@ typedef struct reader { const bm_cuda_op *op; int n, at; } reader;
 static const bm_cuda_op *next_is(reader *r, bm_cuda_kind kind) {
     return r->at < r->n && r->op[r->at].kind == kind ? &r->op[r->at++] : NULL;
 }
-static bool fits(const bm_tensor *w) { return w->type == BM_BF16 && w->cols % 32 == 0 && w->cols / 4 <= BM_CUDA_PAIRS; }
+/* The kernel takes w; the first matrix says what type all have. */
+static bool fits(bm_cuda_program *p, const bm_tensor *w) {
+    const bool known = w->type == BM_BF16 || w->type == BM_F16 || w->type == BM_Q8_0 || w->type == BM_Q4_0;
+    if (p->type == BM_F32) p->type = w->type;
+    return known && w->type == p->type && w->cols % 32 == 0 && w->cols / 4 <= BM_CUDA_PAIRS;
+}
 static const uint8_t *data_of(const bm_tensor *w) { return (const uint8_t *)w->data; }
 
 /* Each of these fills what it read; false: not that, or not as the kernel does it.  y: the stream's place, which blocks write. */
 
 /* A linear in native arithmetic. */
-static const bm_op_linear *linear_is(reader *r) {
+static const bm_op_linear *linear_is(reader *r, bm_cuda_program *p) {
     const bm_cuda_op *o = next_is(r, BM_CUDA_LINEAR);
-    return o && !o->linear.accumulate && o->linear.arith == BM_ARITH_NATIVE && fits(o->linear.w) ? &o->linear : NULL;
+    return o && !o->linear.accumulate && o->linear.arith == BM_ARITH_NATIVE && fits(p, o->linear.w) ? &o->linear : NULL;
 }
 
 static bool mamba_is(reader *r, bm_cuda_program *p, bm_cuda_layer *a, const float *y) {
-    const bm_op_linear *in = linear_is(r);
+    const bm_op_linear *in = linear_is(r, p);
     const bm_cuda_op *conv = in ? next_is(r, BM_CUDA_CONV) : NULL;
-    const bm_op_linear *x = conv ? linear_is(r) : NULL;
+    const bm_op_linear *x = conv ? linear_is(r, p) : NULL;
     const bm_cuda_op *dt = x ? next_is(r, BM_CUDA_LINEAR) : NULL, *scan = dt ? next_is(r, BM_CUDA_SCAN) : NULL;
-    const bm_op_linear *out = scan ? linear_is(r) : NULL;
-    if (!out || out->y != y || x->bias || dt->linear.w->type != BM_BF16 || dt->linear.bias) return false;
+    const bm_op_linear *out = scan ? linear_is(r, p) : NULL;
+    if (!out || out->y != y || x->bias || dt->linear.w->type != (p->type == BM_F16 ? BM_F16 : BM_BF16) || dt->linear.bias) return false;
     if (scan->scan.N > 16 || scan->scan.kept || conv->conv.K > 4) return false;
     const bm_op_conv *c = &conv->conv;
     const bm_op_scan *s = &scan->scan;
@@ -50,7 +55,7 @@ static bool experts_are(reader *r, bm_cuda_program *p, bm_cuda_layer *a, const f
     if (a->X > BM_CUDA_MOST_X) return false;
     if (route && (route->route.k != 1 || route->route.balance || router->linear.w->type != BM_F32)) return false;
     for (int i = 0; i < a->X; i++) {
-        if ((e->gate && !fits(&e->gate[i])) || !fits(&e->up[i]) || !fits(&e->down[i])) return false;
+        if ((e->gate && !fits(p, &e->gate[i])) || !fits(p, &e->up[i]) || !fits(p, &e->down[i])) return false;
         a->gate[i] = e->gate ? data_of(&e->gate[i]) : NULL;
         a->up[i] = data_of(&e->up[i]);
         a->down[i] = data_of(&e->down[i]);
@@ -68,7 +73,7 @@ static bool experts_are(reader *r, bm_cuda_program *p, bm_cuda_layer *a, const f
 
 static bool head_is(reader *r, bm_cuda_program *p, const float *y, const float *sum) {
     const bm_cuda_op *norm = next_is(r, BM_CUDA_NORM);
-    const bm_op_linear *head = norm ? linear_is(r) : NULL;
+    const bm_op_linear *head = norm ? linear_is(r, p) : NULL;
     const bm_cuda_op *best = head ? next_is(r, BM_CUDA_BEST) : NULL;
     if (!best || norm->norm.x != y || norm->norm.residual != sum) return false;
     p->last_norm = norm->norm.weight, p->last_bias = norm->norm.bias;
@@ -85,7 +90,7 @@ static bool head_is(reader *r, bm_cuda_program *p, const float *y, const float *
 bool bm_cuda_program_is(const bm_cuda_op *op, int n, bm_cuda_program *p, bm_cuda_layer *a) {
     reader all = { op, n, 0 }, *r = &all;
     const bm_cuda_op *o = next_is(r, BM_CUDA_EMBED);
-    if (!o || o->embed.M > BM_CUDA_SLOTS || (o->embed.table->type != BM_BF16 && o->embed.table->type != BM_F32)) return false;
+    if (!o || o->embed.M > BM_CUDA_SLOTS) return false;
     p->M = o->embed.M, p->D = o->embed.table->cols;
     p->token = o->embed.token;
     p->table = data_of(o->embed.table);
@@ -102,7 +107,8 @@ bool bm_cuda_program_is(const bm_cuda_op *op, int n, bm_cuda_program *p, bm_cuda
         a++;
         p->L++;
     }
-    return p->L && p->I && p->D / 2 <= BM_CUDA_PAIRS && head_is(r, p, y, sum) && r->at == r->n;
+    if (!p->L || !p->I || p->D / 2 > BM_CUDA_PAIRS || (!p->table_f32 && o->embed.table->type != p->type)) return false;
+    return head_is(r, p, y, sum) && r->at == r->n;
 }
 
 /* ---- places ------------------------------------------------------------------------------------------- */
@@ -116,7 +122,7 @@ int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes) {
     int G = least(blocks, least(p->D, p->I / 2));
     if (p->F) G = least(G, p->F / 2);
     const int own = up_to(blocks_of((size_t)p->I, (size_t)G) + 1, 2), stream = blocks_of((size_t)p->D, (size_t)G);
-    p->ldx = 2 * widest + 16;
+    p->ldx = 2 * widest + (p->type == BM_BF16 || p->type == BM_F16 ? 16 : 64);       /* eight rows of 16 bytes, or two of 64, meet no bank twice */
     p->at_router = bytes - 4 * (p->most_X ? p->most_X + 1 : 0) * p->D;
     p->at_own = p->at_router - up_to(4 * BM_CUDA_SLOTS * (2 * own + stream), 16);
     p->at_part = p->at_own - 4 * BM_CUDA_WARPS * p->M * BM_CUDA_GROUP;
@@ -165,7 +171,7 @@ static bool made(bm_cuda *c, bm_cuda_token *t, const bm_cuda_op *op, int n) {
 
 bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
     int threads;
-    const void *kernel = bm_cuda_token_kernel(&threads);
+    const void *kernel = bm_cuda_token_kernel(BM_BF16, &threads);
     cudaFuncAttributes code;        /* a later chip may run code for an earlier one, in which the kernel is empty */
     if (!bm_cuda_check(c, cudaFuncGetAttributes(&code, kernel), "a token") || code.ptxVersion < 90) return NULL;
     bm_cuda_token *t = (bm_cuda_token *)calloc(1, sizeof *t);
@@ -173,14 +179,16 @@ bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
         bm_cuda_token_free(t);
         return NULL;
     }
-    if (t) bm_cuda_check(c, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t->bytes), "a token");
+    if (!t) return NULL;
+    kernel = bm_cuda_token_kernel(t->p.type, &threads);
+    bm_cuda_check(c, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t->bytes), "a token");
     return t;
 }
 
 /* All blocks at once, or none: they wait for one another. */
 bool bm_cuda_token_run(bm_cuda *c, const bm_cuda_token *t) {
     int threads;
-    const void *kernel = bm_cuda_token_kernel(&threads);
+    const void *kernel = bm_cuda_token_kernel(t->p.type, &threads);
     void *args[] = { (void *)&t->p };
     const dim3 grid((unsigned)t->blocks), block((unsigned)threads);
     return bm_cuda_check(c, cudaLaunchCooperativeKernel(kernel, grid, block, args, (size_t)t->bytes, c->stream), "a token");

@@ -34,6 +34,20 @@ INLINE void multiply_bf16(float *c, const quad &a, uint32_t b0, uint32_t b1) {
 }
 
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
+/* a - b of two bf16 each. */
+INLINE uint32_t minus_bf16(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+/* (v & mask) | bits: one instruction only where a constant lies in a register. */
+INLINE uint32_t masked(uint32_t v, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
+    return d;
+}
+template <class V> INLINE V load(uint32_t at) { return *(const V *)__cvta_shared_to_generic(at); }      /* of shared memory */
+
 /* ---- barriers in shared memory, copies --------------------------------------------------------------------------- */
 
 /* Of some of a block's threads, whole warps. */

@@ -22,12 +22,16 @@ __device__ inline float softplus(float x) {
     return __fadd_rn(fmaxf(x, 0), __fmul_rn(2, fmaf(__fmul_rn(r, s), p, r)));
 }
 
-/* Rounded to bf16, to nearest even; the first in the low half. */
+/* Rounded to bf16, to nearest even; of two the first in the low half. */
+__device__ inline float rounded(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
 __device__ inline uint32_t halves(float a, float b) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
     return *(const uint32_t *)&pair;
 }
 __device__ inline uint2 halves(float4 v) { return make_uint2(halves(v.x, v.y), halves(v.z, v.w)); }
+__device__ inline uint4 halves(const float (&v)[8]) {
+    return make_uint4(halves(v[0], v[1]), halves(v[2], v[3]), halves(v[4], v[5]), halves(v[6], v[7]));
+}
 
 /* ---- norm: a row whose squares (LayerNorm: of what is left of the mean) have this mean --------- */
 

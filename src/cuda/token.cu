@@ -26,6 +26,8 @@ enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, STEP 
 /* Pairs of words a thread hears; columns of dt a lane holds. */
 enum { AT_ONCE = BM_CUDA_PAIRS / THREADS, HELD_R = 9, ROUNDS = SLOTS * GROUP / THREADS };
 
+template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;     /* else quants */
+
 typedef bm_cuda_layer layer;
 typedef bm_cuda_program program;
 typedef enum kind { INPUT, XPROJ, SCAN, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
@@ -37,8 +39,12 @@ INLINE int tid() { return (int)threadIdx.x; }
 INLINE int lane_of() { return (int)threadIdx.x % 32; }
 INLINE int warp_of() { return (int)threadIdx.x / 32; }
 
+/* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
+template <int TYPE> __device__ constexpr int row_step(int K) {
+    return PLAIN<TYPE> ? 2 * K + 16 : TYPE == BM_Q8_0 ? (row_bytes<TYPE>(K) + 31) / 32 * 32 | 32 : row_bytes<TYPE>(K) | 16;
+}
 /* Rows in units that stay together, as evenly as can be. */
-__device__ static plan plan_of(const program &p, int stage) {
+template <int TYPE> __device__ static plan plan_of(const program &p, int stage) {
     const int B = p.R + 2 * p.N, b = (int)blockIdx.x, G = (int)gridDim.x;
     const int all = stage == INPUT || stage == SCAN ? p.I : stage == XPROJ ? B : stage == EXPERT ? p.F : stage == HEAD ? p.V : p.D;
     const int unit = stage == INPUT || stage == SCAN || stage == EXPERT ? 2 : 1;
@@ -48,9 +54,9 @@ __device__ static plan plan_of(const program &p, int stage) {
     q.spans = stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1;
     q.K = stage == XPROJ || stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D;
     q.steps = q.K / STEP;
-    const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / (2 * q.K + 16)), tiles = (rows + most - 1) / most;
+    const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
-    q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * (2 * q.K + 16))));
+    q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
     return q;
 }
 
@@ -110,9 +116,9 @@ INLINE int place(const program &p, ring *r, copier *c, int bytes) {
     return i;
 }
 /* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices. */
-INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c, const uint8_t *const *a, const uint8_t *const *b,
-                       unsigned chosen) {
-    const int most = GROUP / q.spans, row_bytes = 2 * q.K + 16;
+template <int TYPE> INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c, const uint8_t *const *a,
+                                           const uint8_t *const *b, unsigned chosen) {
+    const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
 #pragma unroll 1
     for (int g = 0; g < q.n; g += most) {
         const int n = min(most, q.n - g), rows = n * q.spans;
@@ -121,15 +127,15 @@ INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory
             const int x = __ffs(left) - 1;
 #pragma unroll 1
             for (int t = 0; t < rows; t += q.h) {
-                const int h = min(q.h, rows - t), i = place(p, r, c, h * row_bytes), row = t + lane_of();
-                if (lane_of() == 0) barrier_expect(&r->full[i], h * 2 * q.K);
+                const int h = min(q.h, rows - t), i = place(p, r, c, h * step), row = t + lane_of();
+                if (lane_of() == 0) barrier_expect(&r->full[i], h * bytes);
                 __syncwarp();
                 if (lane_of() < h) {
-                    const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * (2 * q.K)
-                                                  : b[x] + (size_t)(q.from + g + row - n) * (2 * q.K);
-                    copy_row(memory + c->at + lane_of() * row_bytes, from, 2 * q.K, &r->full[i]);
+                    const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * bytes
+                                                  : b[x] + (size_t)(q.from + g + row - n) * bytes;
+                    copy_row(memory + c->at + lane_of() * step, from, bytes, &r->full[i]);
                 }
-                c->at += h * row_bytes;
+                c->at += h * step;
             }
         }
     }
@@ -143,7 +149,7 @@ INLINE void router_copy(const program &p, const layer *a, ring *r, uint8_t *memo
     copy_row(memory + p.at_router, (const uint8_t *)a->router, 4 * a->X * p.D, &r->routed);
     copy_row(memory + p.at_router + 4 * a->X * p.D, (const uint8_t *)a->norm, 4 * p.D, &r->routed);
 }
-__device__ __noinline__ static void copy_all(const program &p, const plan *q, ring *r, uint8_t *memory) {
+template <int TYPE> __device__ __noinline__ static void copy_all(const program &p, const plan *q, ring *r, uint8_t *memory) {
     copier c = {};
     unsigned guesses = 0, choices = 0;
     router_copy(p, p.layers, r, memory);
@@ -152,11 +158,11 @@ __device__ __noinline__ static void copy_all(const program &p, const plan *q, ri
         const layer *a = p.layers + l;
         unsigned guessed = 0;
         if (!a->X) {
-            const uint8_t *second = a->in + (size_t)p.I * (2 * p.D);
+            const uint8_t *second = a->in + (size_t)p.I * row_bytes<TYPE>(p.D);
             if (l + 1 < p.L) router_copy(p, a + 1, r, memory);      /* the choice before was told: nobody reads its router */
-            copy_stage(p, q[INPUT], r, memory, &c, &a->in, &second, 1);
-            copy_stage(p, q[XPROJ], r, memory, &c, &a->x, NULL, 1);
-            copy_stage(p, q[OUTPUT], r, memory, &c, &a->out, NULL, 1);
+            copy_stage<TYPE>(p, q[INPUT], r, memory, &c, &a->in, &second, 1);
+            copy_stage<TYPE>(p, q[XPROJ], r, memory, &c, &a->x, NULL, 1);
+            copy_stage<TYPE>(p, q[OUTPUT], r, memory, &c, &a->out, NULL, 1);
             continue;
         }
         if (foreseen(p, a, l ? a - 1 : NULL)) {
@@ -167,38 +173,94 @@ __device__ __noinline__ static void copy_all(const program &p, const plan *q, ri
         for (int pass = 0; pass < 2; pass++) {
             if (pass) barrier_wait(&r->decided, choices++);
             const unsigned which = pass ? r->chosen & ~guessed : guessed;
-            copy_stage(p, q[EXPERT], r, memory, &c, p.gated ? a->gate : a->up, a->up, which);
-            copy_stage(p, q[DOWN], r, memory, &c, a->down, NULL, which);
+            copy_stage<TYPE>(p, q[EXPERT], r, memory, &c, p.gated ? a->gate : a->up, a->up, which);
+            copy_stage<TYPE>(p, q[DOWN], r, memory, &c, a->down, NULL, which);
         }
         if (l + 1 < p.L && a[1].X) router_copy(p, a + 1, r, memory);
     }
-    copy_stage(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
+    copy_stage<TYPE>(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
+/* A lane's part of a step of activations, for both products: as the tensor core has them; or, with quants, those of elements
+ * 8 (lane % 4) on, in the pairs that quants come in. */
+template <int TYPE> INLINE quad activations(uint32_t at) {
+    if (PLAIN<TYPE>) return matrices(at);
+    const uint4 v = load<uint4>(at), w = TYPE == BM_Q8_0 ? v : make_uint4(v.x, v.z, v.y, v.w);
+    return { __byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632),
+             __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632) };
+}
+/* Two quants as bf16, exactly.  q8_0, bytes 0 and 2: 128 and their low bits, less 128 or, by their sign, 256.  q4_0, nibbles 0
+ * and 4: 128 and they, less 136. */
+template <int TYPE> INLINE uint32_t quants(uint32_t v) {
+    if (TYPE == BM_Q8_0) return minus_bf16(masked(v, 0x007f007f, 0x43004300), masked(v, 0x00800080, 0x43004300));
+    return minus_bf16(masked(v, 0x000f000f, 0x43004300), 0x43084308);
+}
+/* A lane's eight of row at[0] and of row at[1], in step k. */
+template <int TYPE> INLINE void fragments(const uint32_t (&at)[2], int k, quad (&a)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint2 v;
+        if (TYPE == BM_Q8_0) v = load<uint2>(at[i] + 32 * k + lane_of() % 4 * 8);
+        else v.x = load<uint32_t>(at[i] + 16 * k + lane_of() % 4 * 4), v.y = v.x >> 8;
+        a[0].v[i] = quants<TYPE>(v.x);
+        a[0].v[i + 2] = quants<TYPE>(v.x >> (TYPE == BM_Q8_0 ? 8 : 4));
+        a[1].v[i] = quants<TYPE>(v.y);
+        a[1].v[i + 2] = quants<TYPE>(v.y >> (TYPE == BM_Q8_0 ? 8 : 4));
+    }
+}
+/* A fragment of weights; of f16: rounded. */
+template <int TYPE> INLINE quad weights(uint32_t at) {
+    quad a = matrices(at);
+#pragma unroll
+    for (int i = 0; TYPE == BM_F16 && i < 4; i++) {
+        const float2 v = __half22float2(*(const __half2 *)&a.v[i]);
+        a.v[i] = halves(v.x, v.y);
+    }
+    return a;
+}
+/* c += a step of 16 rows; of quants: their block's products, exact but for sums, times the scales of the rows. */
+template <int TYPE> INLINE void multiply_step(float (&c)[2][4], const uint32_t (&at)[2], int K, int k, const quad &b) {
+    if (PLAIN<TYPE>) {
+        multiply_bf16(c[0], weights<TYPE>(at[0] + 64 * k), b.v[0], b.v[1]);
+        multiply_bf16(c[1], weights<TYPE>(at[0] + 64 * k + 32), b.v[2], b.v[3]);
+        return;
+    }
+    quad a[2];
+    float v[4] = {};
+    fragments<TYPE>(at, k, a);
+    multiply_bf16(v, a[0], b.v[0], b.v[1]);
+    multiply_bf16(v, a[1], b.v[2], b.v[3]);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float scale = __half2float(load<__half>(at[i] + (TYPE == BM_Q8_0 ? K : K / 2) + 2 * k));
+        c[0][2 * i] = fmaf(scale, v[2 * i], c[0][2 * i]);
+        c[0][2 * i + 1] = fmaf(scale, v[2 * i + 1], c[0][2 * i + 1]);
+    }
+}
 /* part (WARPS,M,GROUP) (+)= this warp's steps of TILES tiles of h rows, `rows` in all, the first of which is row t of the
  * group.  x: where this lane reads activations; use: the slot of its fragment is multiplied by these weights, the others
  * add 0. */
-template <int TILES> INLINE void multiply(const plan &q, ring *r, uint32_t memory, unsigned tile, int rows, uint32_t x, bool use, int M,
-                                          float *part, int t, bool more) {
-    const int lane = lane_of(), g = lane / 4, l = lane % 4;
-    uint32_t at[TILES];
+template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint32_t memory, unsigned tile, int rows, uint32_t x,
+                                                    bool use, int M, float *part, int t, bool more) {
+    const int lane = lane_of(), g = lane / 4, l = lane % 4, step = row_step<TYPE>(q.K);
+    uint32_t at[TILES][2];      /* a row of ldmatrix's; of quants rows g and g + 8 */
     float c[TILES][2][4] = {};
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
         barrier_wait(&r->full[(tile + j) % RING_TILES], (tile + j) / RING_TILES);
-        at[j] = memory + r->at[(tile + j) % RING_TILES] + min(lane % 16, min(q.h, rows - j * q.h) - 1) * (2 * q.K + 16) + lane / 16 * 16;
+        const uint32_t first = memory + r->at[(tile + j) % RING_TILES];
+        const int last = min(q.h, rows - j * q.h) - 1;
+        if (PLAIN<TYPE>) at[j][0] = first + min(lane % 16, last) * step + lane / 16 * 16;
+        else at[j][0] = first + min(g, last) * step, at[j][1] = first + min(g + 8, last) * step;
     }
-#pragma unroll 4
+#pragma unroll (TYPE == BM_BF16 ? 4 : 2)
     for (int k = warp_of(); k < q.steps; k += WARPS) {
-        quad b = matrices(x + 64 * k);
+        quad b = activations<TYPE>(x + 64 * k);
         if (!use) b = {};
 #pragma unroll
-        for (int j = 0; j < TILES; j++) {
-            multiply_bf16(c[j][0], matrices(at[j] + 64 * k), b.v[0], b.v[1]);
-            multiply_bf16(c[j][1], matrices(at[j] + 64 * k + 32), b.v[2], b.v[3]);
-        }
+        for (int j = 0; j < TILES; j++) multiply_step<TYPE>(c[j], at[j], q.K, k, b);
     }
     __syncwarp();
     float *to = part + (warp_of() * M + 2 * l) * GROUP + t + g;
@@ -227,8 +289,6 @@ INLINE float made(const float *part, int M, int r, int m) {
 
 typedef struct shared { uint8_t *x; float *f, *part, *u, *z, *sum, *router; const bm_token *token; } shared;
 
-INLINE float rounded(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
-
 /* (M,K) of two bf16 a word. */
 INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int K, unsigned number) {
     uint4 v[AT_ONCE];
@@ -244,9 +304,11 @@ INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int 
     meet();
 }
 
-INLINE float embedded(const program &p, const bm_token *token, int m, int k) {
+template <int TYPE> INLINE float embedded(const program &p, const bm_token *token, int m, int k) {
     const size_t at = (size_t)token[m] * p.D + k;
-    return p.table_f32 ? __ldg((const float *)p.table + at) : bf16_at(__ldg((const uint16_t *)p.table + at));
+    if (p.table_f32) return __ldg((const float *)p.table + at);
+    if (TYPE != BM_BF16) return weight_at<TYPE>(p.table + (size_t)token[m] * row_bytes<TYPE>(p.D), k, p.D);
+    return bf16_at(__ldg((const uint16_t *)p.table + at));
 }
 INLINE float over_warps(const float *red) {
     float v = 0;
@@ -255,8 +317,8 @@ INLINE float over_warps(const float *red) {
     return v;
 }
 /* The stream, normed: bf16 into s.x and as it is, or before the norm, into s.f. */
-INLINE void norm_rows(const program &p, const shared &s, const float *weight, const float *bias, float eps, bool centered, bool first,
-                      bool raw, unsigned number) {
+template <int TYPE> INLINE void norm_rows(const program &p, const shared &s, const float *weight, const float *bias, float eps,
+                                          bool centered, bool first, bool raw, unsigned number) {
     __shared__ float red[2][SLOTS][WARPS];
     const int D = p.D;
     float2 w[AT_ONCE];
@@ -272,7 +334,7 @@ INLINE void norm_rows(const program &p, const shared &s, const float *weight, co
         for (int i = 0; i < AT_ONCE; i++) {
             const int k = tid() + i * THREADS;
             if (k >= D / 2) break;
-            const float2 x = first ? make_float2(embedded(p, s.token, m, 2 * k), embedded(p, s.token, m, 2 * k + 1))
+            const float2 x = first ? make_float2(embedded<TYPE>(p, s.token, m, 2 * k), embedded<TYPE>(p, s.token, m, 2 * k + 1))
                                    : make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
             *(float2 *)(s.f + m * D + 2 * k) = x;
             total += x.x + x.y;
@@ -362,7 +424,12 @@ INLINE void hear_xdbl(const program &p, const shared &s, int B, unsigned number)
     }
     meet();
 }
-INLINE void scan(const program &p, const shared &s, const layer &a, const plan &q, unsigned number) {
+/* A weight of dt's, of the bits at p. */
+template <int TYPE> INLINE float dt_weight(const uint16_t *p) {
+    const uint16_t bits = __ldg(p);
+    return TYPE == BM_F16 ? rounded(__half2float(__ushort_as_half(bits))) : bf16_at(bits);
+}
+template <int TYPE> INLINE void scan(const program &p, const shared &s, const layer &a, const plan &q, unsigned number) {
     const int n = tid() % 8, B = p.R + 2 * p.N, most = p.M * q.n, begin = warp_of() * 4;
 #pragma unroll 1
     for (int first = begin; first == begin || first < most; first += WARPS * 4) {
@@ -373,7 +440,7 @@ INLINE void scan(const program &p, const shared &s, const layer &a, const plan &
         const uint16_t *w = (const uint16_t *)a.dt + (size_t)channel * p.R;
         float h[2], rate[2], C[2], d = 0, dt[HELD_R];
 #pragma unroll
-        for (int i = 0; i < HELD_R; i++) dt[i] = n + 8 * i < p.R ? bf16_at(__ldg(w + n + 8 * i)) : 0;
+        for (int i = 0; i < HELD_R; i++) dt[i] = n + 8 * i < p.R ? dt_weight<TYPE>(w + n + 8 * i) : 0;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const bool in = 2 * n + i < p.N;
@@ -383,7 +450,7 @@ INLINE void scan(const program &p, const shared &s, const layer &a, const plan &
         if (first == begin) hear_xdbl(p, s, B, number);
 #pragma unroll
         for (int i = 0; i < HELD_R; i++) if (n + 8 * i < p.R) d = fmaf(dt[i], rounded(x[n + 8 * i]), d);
-        for (int r = n + 8 * HELD_R; r < p.R; r += 8) d = fmaf(bf16_at(__ldg(w + r)), rounded(x[r]), d);
+        for (int r = n + 8 * HELD_R; r < p.R; r += 8) d = fmaf(dt_weight<TYPE>(w + r), rounded(x[r]), d);
         const float u = s.u[m * q.n + c];
         d = softplus(over_8(d) + bias);
 #pragma unroll
@@ -560,7 +627,7 @@ INLINE int tiles_of(const plan &q) {
     return q.n / most * ((most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h;
 }
 /* A stage after what it begins with: products of the block's rows, a group at a time. */
-template <int STAGE> INLINE void rows_end(const program &p, const shared &s, const layer &a, const plan q, state &t) {
+template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shared &s, const layer &a, const plan q, state &t) {
     const uint32_t memory = address(t.memory);
     const int most = q.spans == 2 ? GROUP / 2 : GROUP, row = tid() % GROUP, mine = t.k->expert[lane_of() / 4];
     t.number++;
@@ -581,8 +648,8 @@ template <int STAGE> INLINE void rows_end(const program &p, const shared &s, con
 #pragma unroll 1
             for (int r = 0; r < rows; r += q.tiles * q.h) {
                 const int part = min(q.tiles * q.h, rows - r), tiles = part <= q.h ? 1 : BATCH;
-                if (tiles == 1) multiply<1>(q, t.r, memory, t.tile, part, t.x, use, p.M, s.part, r, more);
-                else multiply<BATCH>(q, t.r, memory, t.tile, part, t.x, use, p.M, s.part, r, more);
+                if (tiles == 1) multiply<TYPE, 1>(q, t.r, memory, t.tile, part, t.x, use, p.M, s.part, r, more);
+                else multiply<TYPE, BATCH>(q, t.r, memory, t.tile, part, t.x, use, p.M, s.part, r, more);
                 t.tile += tiles;
             }
         }
@@ -596,7 +663,8 @@ template <int STAGE> INLINE void rows_end(const program &p, const shared &s, con
     }
 }
 
-__device__ static void work(const program &p, const plan *plans, ring *r, layer *kept, uint8_t *memory, const bm_token *token) {
+template <int TYPE> __device__ static void work(const program &p, const plan *plans, ring *r, layer *kept, uint8_t *memory,
+                                                const bm_token *token) {
     __shared__ chosen k;
     const int own = SLOTS * plans[SCAN].n, lane = lane_of();
     float *u = (float *)(memory + p.at_own);
@@ -604,16 +672,17 @@ __device__ static void work(const program &p, const plan *plans, ring *r, layer 
                        (float *)(memory + p.at_router), token };
     state t = { r, memory, *p.number };
     t.k = &k;
-    t.x = address(s.x) + min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16;
+    if (PLAIN<TYPE>) t.x = address(s.x) + min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16;
+    else t.x = address(s.x) + min(lane / 4, p.M - 1) * p.ldx + lane % 4 * 16;
     for (int i = tid(); i < p.M * plans[OUTPUT].n; i += THREADS) {
         const int m = i / plans[OUTPUT].n;
-        s.sum[i] = embedded(p, token, m, plans[OUTPUT].from + i - m * plans[OUTPUT].n);
+        s.sum[i] = embedded<TYPE>(p, token, m, plans[OUTPUT].from + i - m * plans[OUTPUT].n);
     }
     bool guessed = false;
 #pragma unroll 1
     for (int l = 0; l < p.L; l++) {
         const layer &a = kept[l % 2];
-        norm_rows(p, s, a.norm, NULL, a.eps, false, l == 0, !a.X, t.number);
+        norm_rows<TYPE>(p, s, a.norm, NULL, a.eps, false, l == 0, !a.X, t.number);
         for (int i = tid(); l + 1 < p.L && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
             copy_word((uint64_t *)&kept[(l + 1) % 2] + i, (const uint64_t *)(p.layers + l + 1) + i);
         if (a.X) {
@@ -621,32 +690,32 @@ __device__ static void work(const program &p, const plan *plans, ring *r, layer 
             if (a.router) t.round++;
             if (guessed && r->guessed != t.experts) release(t, tiles_of(plans[EXPERT]) + tiles_of(plans[DOWN]));
             guessed = false;
-            rows_end<EXPERT>(p, s, a, plans[EXPERT], t);
+            rows_end<TYPE, EXPERT>(p, s, a, plans[EXPERT], t);
             hear_rows(p, s, p.act, p.F, t.number);
-            rows_end<DOWN>(p, s, a, plans[DOWN], t);
+            rows_end<TYPE, DOWN>(p, s, a, plans[DOWN], t);
         } else {
-            rows_end<INPUT>(p, s, a, plans[INPUT], t);
+            rows_end<TYPE, INPUT>(p, s, a, plans[INPUT], t);
             words_wait();
             meet();
             guessed = l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);
             if (guessed) guess(p, s, kept[(l + 1) % 2], r, t.round);
             if (plans[XPROJ].n) hear_rows(p, s, p.u, p.I, t.number);
-            rows_end<XPROJ>(p, s, a, plans[XPROJ], t);
-            scan(p, s, a, plans[SCAN], t.number++);
+            rows_end<TYPE, XPROJ>(p, s, a, plans[XPROJ], t);
+            scan<TYPE>(p, s, a, plans[SCAN], t.number++);
             hear_rows(p, s, p.y, p.I, t.number);
-            rows_end<OUTPUT>(p, s, a, plans[OUTPUT], t);
+            rows_end<TYPE, OUTPUT>(p, s, a, plans[OUTPUT], t);
         }
         words_wait();
         meet();
     }
-    norm_rows(p, s, p.last_norm, p.last_bias, p.last_eps, p.centered, false, true, t.number);
-    rows_end<HEAD>(p, s, kept[0], plans[HEAD], t);
+    norm_rows<TYPE>(p, s, p.last_norm, p.last_bias, p.last_eps, p.centered, false, true, t.number);
+    rows_end<TYPE, HEAD>(p, s, kept[0], plans[HEAD], t);
     best_end(p, t.top);
     if (blockIdx.x == 0 && tid() == 0) *p.number = t.number;
 }
 #endif
 
-__global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_constant__ program p) {
+template <int TYPE> __global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_constant__ program p) {
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
     uint8_t *memory = shared_memory();
     __shared__ layer kept[2];
@@ -654,7 +723,7 @@ __global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_con
     __shared__ ring r;
     __shared__ bm_token token[SLOTS];
     if (tid() < p.M) token[tid()] = max(p.token[tid()], 0);
-    if (tid() < KINDS) plans[tid()] = plan_of(p, tid());
+    if (tid() < KINDS) plans[tid()] = plan_of<TYPE>(p, tid());
     if (tid() < RING_TILES) {
         barrier_make(&r.full[tid()], 1);
         barrier_make(&r.empty[tid()], WARPS);
@@ -665,14 +734,19 @@ __global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_con
     }
     for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS + 32) ((uint64_t *)&kept[0])[i] = ((const uint64_t *)p.layers)[i];
     __syncthreads();
-    if (tid() >= THREADS) copy_all(p, plans, &r, memory);
-    else work(p, plans, &r, kept, memory, token);
+    if (tid() >= THREADS) copy_all<TYPE>(p, plans, &r, memory);
+    else work<TYPE>(p, plans, &r, kept, memory, token);
 #endif
 }
 
 /* ---- what starts it ------------------------------------------------------------------------------------------------- */
 
-const void *bm_cuda_token_kernel(int *threads) {
+const void *bm_cuda_token_kernel(bm_dtype type, int *threads) {
     *threads = THREADS + 32;
-    return (const void *)token_kernel;
+    switch (type) {
+    case BM_F16:  return (const void *)token_kernel<BM_F16>;
+    case BM_Q8_0: return (const void *)token_kernel<BM_Q8_0>;
+    case BM_Q4_0: return (const void *)token_kernel<BM_Q4_0>;
+    default:      return (const void *)token_kernel<BM_BF16>;
+    }
 }

@@ -36,9 +36,10 @@ typedef struct bm_cuda_layer {
 typedef struct bm_cuda_program {
     int M, L, D, I, N, K, R, V, F, most_X;      /* most_X: experts of a layer */
     bool gated;
+    bm_dtype type;                              /* of every matrix but routers, which are f32, and but dt, bf16 beside quants */
     size_t stride;                              /* of states */
     const bm_token *token; const int32_t *slot;
-    const uint8_t *table; bool table_f32;
+    const uint8_t *table; bool table_f32;       /* else of `type` */
     const bm_cuda_layer *layers;
     uint2 *stream, *xdbl, *u, *y, *act;         /* words: (M,D) and (M,R+2N) f32; (M,I/2) (M,I/2) (M,F/2) two bf16 */
     const float *last_norm, *last_bias, *head_bias; float last_eps; bool centered;
@@ -50,8 +51,8 @@ typedef struct bm_cuda_program {
     int at_x, at_f, at_part, at_own, at_router; /* where in shared memory, in bytes; the ring is at 0 */
 } bm_cuda_program;
 
-/* The kernel (9.0 and later: bulk copies), its threads a block; its one argument is a bm_cuda_program. */
-const void *bm_cuda_token_kernel(int *threads);
+/* The kernel (9.0 and later: bulk copies) for bf16, f16, q8_0 or q4_0, its threads a block; its one argument is a bm_cuda_program. */
+const void *bm_cuda_token_kernel(bm_dtype type, int *threads);
 /* Places of a block's things in `bytes` of shared memory, for the program's shapes on at most `blocks` blocks, each of which has
  * something of every vector; how many those are, 0: the ring would hold too little. */
 int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes);

@@ -1,4 +1,4 @@
-/* weights.cuh - elements of weights, widened to f32; layouts as base/quant.c has them.  Room: cuda. */
+/* weights.cuh - elements of weights, widened to f32; layouts as base/quant.c has them, q8_0 and q4_0 as pack.c.  Room: cuda. */
 #ifndef BM_CUDA_WEIGHTS_H
 #define BM_CUDA_WEIGHTS_H
 #include "cuda/cuda.h"
@@ -15,7 +15,19 @@ __device__ inline void scales_at(const uint8_t *scale, int p, int *s, int *t) {
     *t = p < 4 ? scale[p + 4] & 63 : scale[p + 4] >> 4 | scale[p] >> 6 << 4;
 }
 
-/* Eight elements [k, k + 8) of a row, k a multiple of 8; plain types may end at n <= 8, the rest are 0. */
+/* Bytes of a row of K elements, of the types that the kernel of a token takes (token.cu). */
+template <int TYPE> __device__ constexpr int row_bytes(int K) {
+    return TYPE == BM_Q8_0 ? (K / 32 * 34 + 15) / 16 * 16 : TYPE == BM_Q4_0 ? (K / 32 * 18 + 15) / 16 * 16 : 2 * K;
+}
+/* Element k of such a row. */
+template <int TYPE> __device__ inline float weight_at(const uint8_t *row, int k, int K) {
+    if (TYPE == BM_BF16) return bf16_at(((const uint16_t *)row)[k]);
+    if (TYPE == BM_F16) return f16_at(row + 2 * k);
+    if (TYPE == BM_Q8_0) return f16_at(row + K + k / 32 * 2) * (float)(int8_t)row[k];
+    return f16_at(row + K / 2 + k / 32 * 2) * (float)((row[k / 2] >> k % 2 * 4 & 15) - 8);
+}
+
+/* Eight elements [k, k + 8) of a row of k + n elements, k a multiple of 8; what is past the end of plain types is 0. */
 template <int TYPE> __device__ inline void weights8(const uint8_t *row, int k, int n, bool aligned, float *w) {
     if (TYPE == BM_F32) {
         const float *p = (const float *)row + k;
@@ -30,11 +42,15 @@ template <int TYPE> __device__ inline void weights8(const uint8_t *row, int k, i
         else for (int i = 0; i < 8; i++) h[i] = i < n ? p[i] : 0;
         for (int i = 0; i < 8; i++) w[i] = TYPE == BM_BF16 ? bf16_at(h[i]) : __half2float(__ushort_as_half(h[i]));
     } else if (TYPE == BM_Q8_0) {
-        const uint8_t *b = row + (size_t)(k / 32) * sizeof(bm_q8_0);
-        const float d = f16_at(b);
-        for (int i = 0; i < 8; i++) w[i] = d * (float)(int8_t)b[2 + k % 32 + i];
-    } else if (TYPE == BM_Q4_0 || TYPE == BM_Q4_1 || TYPE == BM_Q5_0 || TYPE == BM_Q5_1) {
-        const bool offset = TYPE == BM_Q4_1 || TYPE == BM_Q5_1, fifth = TYPE == BM_Q5_0 || TYPE == BM_Q5_1;
+        const uint2 q = *(const uint2 *)(row + k);
+        const float d = f16_at(row + (k + n) + k / 32 * 2);
+        for (int i = 0; i < 8; i++) w[i] = d * (float)(int8_t)((i < 4 ? q.x : q.y) >> i % 4 * 8);
+    } else if (TYPE == BM_Q4_0) {
+        const uint32_t q = *(const uint32_t *)(row + k / 2);
+        const float d = f16_at(row + (k + n) / 2 + k / 32 * 2);
+        for (int i = 0; i < 8; i++) w[i] = d * (float)((int)(q >> 4 * i & 15) - 8);
+    } else if (TYPE == BM_Q4_1 || TYPE == BM_Q5_0 || TYPE == BM_Q5_1) {
+        const bool offset = TYPE != BM_Q5_0, fifth = TYPE != BM_Q4_1;
         const uint8_t *b = row + (size_t)(k / 32) * ((offset ? 4 : 2) + (fifth ? 4 : 0) + 16), *h = b + (offset ? 4 : 2);
         const uint8_t *q = h + (fifth ? 4 : 0);
         const float d = f16_at(b), m = offset ? f16_at(b + 2) : 0;
@@ -42,7 +58,7 @@ template <int TYPE> __device__ inline void weights8(const uint8_t *row, int k, i
         for (int i = 0; i < 8; i++) {
             int v = j < 16 ? q[j + i] & 15 : q[j + i - 16] >> 4;
             if (fifth) v |= (h[j / 8] >> i & 1) << 4;
-            w[i] = offset ? fmaf(d, (float)v, m) : d * (float)(v - (fifth ? 16 : 8));
+            w[i] = offset ? fmaf(d, (float)v, m) : d * (float)(v - 16);
         }
     } else if (TYPE == BM_Q4_K || TYPE == BM_Q5_K) {
         const bool fifth = TYPE == BM_Q5_K;

@@ -24,7 +24,7 @@
 #include "base/base.h"
 #pragma GCC visibility push(hidden)
 
-typedef struct bm_tensor {      /* a matrix of weights as stored; data NULL: absent */
+typedef struct bm_tensor {      /* a matrix of weights as stored, or as the backend packs it; data NULL: absent */
     const void *data;
     bm_dtype type;
     int32_t rows, cols;         /* row-major; a row is whole blocks */
@@ -153,6 +153,11 @@ struct bm_backend {
     /* Memory of this process, zeroed, that operations reach too; put and get need not wait for it to be copied. */
     bm_status (*alloc_host)(bm_backend *b, void *out, size_t bytes, const char *what);
     void  (*release_host)(bm_backend *b, void *p);
+    /* Matrices of weights as operations read them: bytes of a row of a type, 0: as files have it; rows put into that form
+     * and back, all in host memory.  All NULL: every type as files have it. */
+    size_t (*packed)(bm_dtype type, size_t cols);
+    void  (*pack)  (uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows, size_t cols);
+    void  (*unpack)(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows, size_t cols);
     void  (*put)(bm_backend *b, void *dst, const void *host, size_t bytes);
     void  (*get)(bm_backend *b, void *host, const void *src, size_t bytes);
     void  (*copy)(bm_backend *b, void *dst, const void *src, size_t bytes);
@@ -165,6 +170,10 @@ struct bm_backend {
     /* Work space for linear and experts up to rows x cols, so that no operation allocates. */
     bm_status (*reserve)(bm_backend *b, int rows, int cols);
     size_t (*reserving)(bm_backend *b, int rows, int cols);             /* bytes of its own memory that this takes; NULL: none */
+    /* Work space for bf16 copies of the n elements of f16 or quantized matrices that an operation of up to so many rows reads;
+     * bytes of its own memory that this takes.  NULL: none is wanted. */
+    bm_status (*reserve_widened)(bm_backend *b, int rows, size_t n);
+    size_t (*widening)(bm_backend *b, int rows, size_t n);
     /* The same for linear_back and experts_back; the largest rows, matrix rows and matrix columns. */
     bm_status (*reserve_back)(bm_backend *b, int M, int rows, int cols);
     size_t (*reserved)(bm_backend *b);                                  /* bytes that both hold */

@@ -23,7 +23,7 @@ struct bench {
     int32_t *start, *expert, *order, *first, *target;
     uint8_t *weights;               /* WEIGHTS bytes of the type at hand, copies of one matrix */
     float *host;                    /* (NOISE) */
-    uint8_t *packed;                /* PATTERN_ROWS rows of F, of any type */
+    uint8_t *packed;                /* PATTERN_ROWS rows of F, of any type; those of quants again, as the backend packs them */
     bm_tensor w;                    /* the matrix of linear; its copies lie behind it */
     int copies, M;
     bm_arith arith;
@@ -55,18 +55,23 @@ static bm_status measure(bench *b, once_fn once, bm_kernel_time t) {
 
 /* Fills the weights with copies of a (rows, cols) matrix. */
 static void weights_fill(bench *b, bm_dtype type, int rows, int cols) {
-    const size_t pattern = bm_dtype_bytes(type, (size_t)PATTERN_ROWS * (size_t)cols);
-    const size_t bytes = bm_dtype_bytes(type, (size_t)rows * (size_t)cols);
+    const size_t pattern = bm_matrix_bytes(b->be, type, PATTERN_ROWS, (size_t)cols);
+    const uint8_t *from = b->packed;
     bm_narrow(b->packed, type, b->host, (size_t)PATTERN_ROWS * (size_t)cols);
+    if (bm_packs(b->be, type)) {
+        uint8_t *to = b->packed + bm_dtype_bytes(type, (size_t)PATTERN_ROWS * (size_t)cols);
+        b->be->pack(to, from, type, PATTERN_ROWS, (size_t)cols);
+        from = to;
+    }
     for (size_t at = 0; at < WEIGHTS; at += pattern)
-        b->be->put(b->be, b->weights + at, b->packed, pattern < WEIGHTS - at ? pattern : WEIGHTS - at);
+        b->be->put(b->be, b->weights + at, from, pattern < WEIGHTS - at ? pattern : WEIGHTS - at);
     b->w = (bm_tensor){ b->weights, type, rows, cols };
-    b->copies = (int)(WEIGHTS / bytes);
+    b->copies = (int)(WEIGHTS / bm_matrix_bytes(b->be, type, (size_t)rows, (size_t)cols));
 }
 
 static bm_tensor copy_of(const bench *b, int i) {
     bm_tensor t = b->w;
-    t.data = b->weights + (size_t)(i % b->copies) * bm_dtype_bytes(t.type, (size_t)t.rows * (size_t)t.cols);
+    t.data = b->weights + (size_t)(i % b->copies) * bm_matrix_bytes(b->be, t.type, (size_t)t.rows, (size_t)t.cols);
     return t;
 }
 

@@ -6,7 +6,7 @@
 #include "model/model.h"
 
 bm_widths bm_config_widths(const bm_config *c) {
-    bm_widths w = { .X = 1, .F = 1, .most = (size_t)c->d_model };
+    bm_widths w = { .X = 1, .F = 1, .most = (size_t)c->d_model, .read = (size_t)c->n_vocab * (size_t)c->d_model };
     for (int l = 0; l < c->n_layers; l++) {
         const bm_layer_config *k = &c->layer[l];
         const size_t D = (size_t)c->d_model, I = (size_t)c->d_inner, X = (size_t)k->n_experts, F = (size_t)k->d_ff;
@@ -19,6 +19,8 @@ bm_widths bm_config_widths(const bm_config *c) {
         if (y > w.y) w.y = y;
         if (X > w.X) w.X = X;
         if (F > w.F) w.F = F;
+        const size_t read[] = { D * xz, I * xdbl, D * y, X * F * D * (c->gated ? 2 : 1) };
+        for (int i = 0; i < 4; i++) if (read[i] > w.read) w.read = read[i];
     }
     if (w.xz > w.most) w.most = w.xz;
     if (w.xdbl > w.most) w.most = w.xdbl;

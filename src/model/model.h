@@ -112,6 +112,7 @@ struct bm_model {
     bm_weights w;
     void **owned; size_t n_owned, cap_owned;        /* backend memory to release */
     char *block; size_t block_bytes, used;          /* one of it that weights share; NULL where each has its own */
+    bool widened;                           /* some of its matrices are f16 or quantized */
     uint64_t weight_bytes, taken;           /* in files; of the device's memory where files are not read in place */
     struct bm_pages *pages;                 /* NULL: every expert lies on the device */
 };
@@ -127,6 +128,11 @@ static inline uint64_t bm_page_part(uint64_t bytes) { return (bytes + 255) / 256
 struct bm_expert_door *bm_pages_door(bm_pages *p);      /* NULL without pages */
 bm_status bm_pages_failed(bm_pages *p);                 /* what the door could not say, once */
 
+/* Whether a backend has matrices of a type in a form of its own; what a matrix takes there. */
+static inline bool bm_packs(const bm_backend *be, bm_dtype type) { return be->packed && be->packed(type, BM_BLOCK_K); }
+static inline size_t bm_matrix_bytes(const bm_backend *be, bm_dtype type, size_t rows, size_t cols) {
+    return rows * (bm_packs(be, type) ? be->packed(type, cols) : bm_dtype_bytes(type, cols));
+}
 /* What an allocation takes of the device's memory. */
 uint64_t bm_taken(const bm_backend *be, uint64_t bytes);
 /* BM_EMEMORY where a device with memory of its own has less left than `need` bytes for `what`. */
@@ -173,7 +179,11 @@ typedef struct bm_expert_door {
 } bm_expert_door;
 
 /* Widths of rows, the most of any layer; 0 where no layer has it. */
-typedef struct bm_widths { size_t xz, inner, xdbl, y, X, F, most; } bm_widths;   /* most: of any matrix's rows or columns but the head's */
+typedef struct bm_widths {
+    size_t xz, inner, xdbl, y, X, F;
+    size_t most;                            /* of any matrix's rows or columns but the head's */
+    size_t read;                            /* elements of the matrices that one operation reads */
+} bm_widths;
 bm_widths bm_config_widths(const bm_config *c);
 size_t bm_state_floats(const bm_config *c, size_t *at);     /* of one slot; at (layers) or NULL */
 /* Positions an attention layer looks back at, and so its state holds. */

@@ -24,7 +24,9 @@ struct bm_pages {
     bm_status failed;
 };
 
-static size_t bytes_of(const bm_tensor *t) { return bm_dtype_bytes(t->type, (size_t)t->rows * (size_t)t->cols); }
+static size_t bytes_of(const bm_pages *p, const bm_tensor *t) {
+    return bm_matrix_bytes(p->be, t->type, (size_t)t->rows, (size_t)t->cols);
+}
 
 /* Matrices of expert e of a layer; gate may be absent. */
 static void parts_of(const bm_layer *l, int e, const bm_tensor *out[3]) {
@@ -50,8 +52,8 @@ static uint8_t *fetch(bm_pages *p, int layer, int e) {
     parts_of(&p->m->w.layer[layer], e, part);
     for (int k = 0; k < 3; k++) {
         if (!part[k]) continue;
-        p->be->put(p->be, to, part[k]->data, bytes_of(part[k]));
-        to += bm_page_part(bytes_of(part[k]));
+        p->be->put(p->be, to, part[k]->data, bytes_of(p, part[k]));
+        to += bm_page_part(bytes_of(p, part[k]));
     }
     p->page[oldest] = (page){ layer, e, ++p->clock };
     p->times.misses++;
@@ -71,7 +73,7 @@ static void forward(bm_expert_door *d, bm_backend *be, int layer, const bm_op_ex
         for (int k = 0; k < 3; k++) {
             if (!part[k]) continue;
             p->w[k][e] = (bm_tensor){ at, part[k]->type, part[k]->rows, part[k]->cols };
-            at += bm_page_part(bytes_of(part[k]));
+            at += bm_page_part(bytes_of(p, part[k]));
         }
     }
     if (p->failed) return;

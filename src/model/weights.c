@@ -180,32 +180,56 @@ static bool paged(const bm_model *m, const bm_file_tensor *t) {
     return m->device->limit && (t->first.param->flags & flags) == flags && m->config.layer[t->first.layer].ffn == BM_FFN_MOE;
 }
 
+/* Bytes of a file's tensor of matrices in the backend's memory. */
+static size_t matrices_bytes(const bm_model *m, const bm_file_tensor *t, bm_dtype type) {
+    return bm_matrix_bytes(m->be, type, (size_t)t->n_parts * (size_t)t->first.rows, (size_t)t->first.cols);
+}
+
+/* Its matrices into host memory, as the backend reads them. */
+static bm_status fill(const bm_model *m, const bm_file_tensor *t, const bm_entry *e, void *to) {
+    void *temp = NULL;
+    const void *data = e->data;
+    if (!bm_packs(m->be, e->type)) {
+        if (!data) return bm_source_read(m->source, e, to);
+        memcpy(to, data, e->bytes);
+        return BM_OK;
+    }
+    BM_TRY(host_bytes(m->source, e, &temp, &data));
+    m->be->pack(to, data, e->type, (size_t)t->n_parts * (size_t)t->first.rows, (size_t)t->first.cols);
+    free(temp);
+    return BM_OK;
+}
+
+/* The same into the backend's memory. */
+static bm_status upload(const bm_model *m, const bm_file_tensor *t, const bm_entry *e, void *to) {
+    const size_t bytes = matrices_bytes(m, t, e->type);
+    void *temp = NULL;
+    bm_status s = BM_OK;
+    if (!e->data || bm_packs(m->be, e->type)) {
+        BM_TRY(bm_alloc(&temp, bytes, e->name));
+        s = fill(m, t, e, temp);
+    }
+    if (!s) {
+        m->be->put(m->be, to, temp ? temp : e->data, bytes);
+        s = m->be->sync(m->be);
+    }
+    free(temp);
+    return s;
+}
+
 static bm_status load_matrix(bm_model *m, const bm_file_tensor *t, const bm_entry *e) {
     const void *data = e->data;
-    if (paged(m, t) && !m->be->reads_host) {
+    const size_t bytes = matrices_bytes(m, t, e->type);
+    if (!data || !m->be->reads_host) {
         void *mine;
-        BM_TRY(bm_pages_host(m->pages, &mine, e->bytes, e->name));
-        if (data) memcpy(mine, data, e->bytes);
-        else BM_TRY(bm_source_read(m->source, e, mine));
-        data = mine;
-    } else if (!data || !m->be->reads_host) {
-        void *mine;
-        BM_TRY(own(m, &mine, e->bytes, e->name));
-        if (m->be->reads_host) BM_TRY(bm_source_read(m->source, e, mine));
-        else {
-            void *temp;
-            BM_TRY(host_bytes(m->source, e, &temp, &data));
-            m->be->put(m->be, mine, data, e->bytes);
-            const bm_status s = m->be->sync(m->be);
-            free(temp);
-            BM_TRY(s);
-        }
+        const bool in_host = paged(m, t) && !m->be->reads_host;
+        BM_TRY(in_host ? bm_pages_host(m->pages, &mine, bytes, e->name) : own(m, &mine, bytes, e->name));
+        BM_TRY(in_host || m->be->reads_host ? fill(m, t, e, mine) : upload(m, t, e, mine));
         data = mine;
     }
-    const size_t part_bytes = bm_dtype_bytes(e->type, (size_t)t->first.rows * (size_t)t->first.cols);
     for (int i = 0; i < t->n_parts; i++) {
         const bm_part p = bm_file_tensor_part(t, i);
-        place_matrix(m, &p, e->type, (const char *)data + (size_t)i * part_bytes);
+        place_matrix(m, &p, e->type, (const char *)data + (size_t)i * (bytes / (size_t)t->n_parts));
     }
     return BM_OK;
 }
@@ -280,9 +304,11 @@ static bm_status plan(bm_model *m, const bm_entry **entry, bm_layout layout) {
     for (bm_walk w = bm_params_walk(&m->config, layout); bm_walk_next(&w, &t); i++) {
         const uint64_t count = (uint64_t)t.first.rows * (uint64_t)t.first.cols;
         const uint64_t parts = (uint64_t)t.n_parts, wide = count * parts * sizeof(float);
-        if (!paged(m, &t)) block += bm_page_part(t.first.param->flags & BM_P_MATRIX ? entry[i]->bytes : wide) + 256 * parts;
-        else if (!t.first.expert)
-            layer[t.first.layer] += (t.joined ? 2 : 1) * bm_page_part(bm_dtype_bytes(entry[i]->type, count));
+        const bm_dtype type = entry[i]->type;
+        const bool matrix = t.first.param->flags & BM_P_MATRIX;
+        m->widened = m->widened || (matrix && type != BM_F32 && type != BM_BF16);
+        if (!paged(m, &t)) block += bm_page_part(matrix ? matrices_bytes(m, &t, type) : wide) + 256 * parts;
+        else if (!t.first.expert) layer[t.first.layer] += (t.joined ? 2 : 1) * bm_page_part(matrices_bytes(m, &t, type) / parts);
     }
     m->taken = bm_taken(m->be, block);
     BM_TRY(bm_session_bytes(m, m->device->limit ? &m->device->plan : NULL, &session));
@@ -391,6 +417,24 @@ static const void *part_data(const bm_model *m, const bm_part *p, bm_dtype *type
     return t->data;
 }
 
+/* The first n bytes of a matrix, or of a small tensor, as files have it. */
+static bm_status sample_of(const bm_model *m, bm_dtype type, int32_t cols, const void *data, char *out, size_t n) {
+    uint8_t *rows;
+    if (!bm_packs(m->be, type)) {
+        m->be->get(m->be, out, data, n);
+        return BM_OK;
+    }
+    const size_t each = bm_dtype_bytes(type, (size_t)cols), count = (n + each - 1) / each;
+    const size_t packed = bm_matrix_bytes(m->be, type, count, (size_t)cols);
+    BM_TRY(bm_alloc(&rows, packed + count * each, "a hash"));
+    m->be->get(m->be, rows, data, packed);
+    const bm_status s = m->be->sync(m->be);
+    if (!s) m->be->unpack(rows + packed, rows, type, count, (size_t)cols);
+    memcpy(out, rows + packed, n);
+    free(rows);
+    return s;
+}
+
 bm_status bm_model_hash(const bm_model *m, uint64_t out[2]) {
     XXH3_state_t *h = XXH3_createState();
     char *sample;
@@ -404,18 +448,18 @@ bm_status bm_model_hash(const bm_model *m, uint64_t out[2]) {
     XXH3_128bits_update(h, &c->norm_eps, sizeof c->norm_eps);
     bm_file_tensor t;
     for (bm_walk w = bm_params_walk(c, BM_LAYOUT_GGUF); !s && bm_walk_next(&w, &t); ) {
-        for (int i = 0; i < t.n_parts; i++) {
+        for (int i = 0; !s && i < t.n_parts; i++) {
             const bm_part p = bm_file_tensor_part(&t, i);
             bm_dtype type;
             const void *data = part_data(m, &p, &type);
             const size_t bytes = bm_dtype_bytes(type, (size_t)p.rows * (size_t)p.cols), n = bytes < SAMPLE ? bytes : SAMPLE;
             const int32_t head[] = { (int32_t)type, p.rows, p.cols, p.expert };
-            m->be->get(m->be, sample, data, n);
+            s = sample_of(m, type, p.cols, data, sample, n);
             XXH3_128bits_update(h, t.name, strlen(t.name));
             XXH3_128bits_update(h, head, sizeof head);
             XXH3_128bits_update(h, sample, n);
         }
-        s = m->be->sync(m->be);
+        if (!s) s = m->be->sync(m->be);
     }
     const XXH128_hash_t v = XXH3_128bits_digest(h);
     out[0] = v.low64;
