@@ -104,10 +104,10 @@ __device__ static void finish(const float *part, const gates &v, float D, int m,
     }
 }
 
-/* All warps meet between tiles, the three of four channels between groups. */
-__device__ static void meet_all(void) { asm volatile("bar.sync 0, %0;" :: "n"((int)THREADS) : "memory"); }
+/* All warps meet between tiles, the three of four channels between groups.  Barrier 0 is for threads at one place of the code. */
+__device__ static void meet_all(void) { asm volatile("barrier.sync %0, %1;" :: "n"(1 + (int)SETS), "n"((int)THREADS) : "memory"); }
 __device__ static void meet(int g, int set) {
-    if (g) asm volatile("bar.sync %0, 96;" :: "r"(1 + set) : "memory");
+    if (g) asm volatile("barrier.sync %0, 96;" :: "r"(1 + set) : "memory");
     else meet_all();
 }
 
