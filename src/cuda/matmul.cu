@@ -53,6 +53,7 @@ bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, con
             if (END == GATED) bring(to, gate, &r.full[s], k, col, at.e);
             bring(to + (BN - COLS) * LINE, w, &r.full[s], k, col, at.e);
         }
+    next_may_start();           /* earlier, its blocks would crowd where this kernel's end first */
 }
 
 /* A warp's 16 rows from row0 on, 32 columns at a time: a lane holds two columns of each eight of rows lane / 4 and 8 on, and
@@ -174,7 +175,7 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
     }
     __syncthreads();
     cluster_meet();
-    after_previous();
+    previous_done();
     if (threadIdx.x >= 128 * GROUPS) {      /* registers go to where outputs are held */
         if (GROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 32 : 40));
         if (threadIdx.x == 128 * GROUPS) bring_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank, &x, &w, &gate);
