@@ -125,9 +125,9 @@ SAN_TESTS := $(filter-out test_memory test_token,$(TESTS)) $(REPLAY)
 .PHONY: check-san
 check-san: deps
 	@$(MAKE) $(JOBS) SAN=address,undefined tests
-	@BM_QUICK=1 tools/check build-address-undefined $(SAN_TESTS)
+	@BM_QUICK=1 AT_ONCE=2 tools/check build-address-undefined $(SAN_TESTS)
 	@$(MAKE) $(JOBS) SAN=thread tests
-	@BM_QUICK=1 tools/check build-thread test_base test_laws test_stream test_golden
+	@BM_QUICK=1 AT_ONCE=2 tools/check build-thread test_base test_laws test_stream test_golden
 
 # ---- other processors under qemu: aarch64 with NEON, x86-64 without AVX and without AVX-512 --------
 ARM := build-arm64

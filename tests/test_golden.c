@@ -98,8 +98,8 @@ static void golden_model(void **state) {
         print_message("  %s: shared golden files are absent, skipped\n", (const char *)*state);
         skip();
     }
-    if (getenv("BM_EMULATOR") && !strcmp(*state, "long")) {
-        print_message("  long: takes an emulated processor minutes, skipped\n");
+    if ((getenv("BM_EMULATOR") || getenv("BM_QUICK")) && !strcmp(*state, "long")) {
+        print_message("  long: takes minutes emulated or watched, skipped\n");
         skip();
     }
     golden g;
