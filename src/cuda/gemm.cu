@@ -3,9 +3,9 @@
  * No order of sums depends on the number of rows: the law holds bit for bit.
  * dots, any type: a warp makes one column of outputs for up to ROWS rows; lane l sums elements [8 (l + 32 s), + 8) for s = 0,
  *   1, ..., then a fixed tree over lanes.
- * tiles, bf16 activations, weights of bf16, or of f16, q8_0, q4_0 rounded to it: tensor cores, 16 columns of outputs by 8 rows; warp w sums
- *   steps w, w + 8, ... of 32 elements, then warps in order.  A lane's eight elements lie together in memory: which of a step's elements meet in one
- *   product does not matter as long as both sides agree. */
+ * tiles, bf16 activations, weights of bf16, or of f16, q8_0, q4_0 rounded to it: tensor cores, 16 columns of outputs by 8 rows;
+ *   warp w sums steps w, w + 8, ... of 32 elements, then warps in order.  A lane's eight elements lie together in memory: which
+ *   of a step's elements meet in one product does not matter as long as both sides agree. */
 #include "cuda/steps.cuh"
 #include "cuda/weights.cuh"
 

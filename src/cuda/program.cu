@@ -28,7 +28,8 @@ static bool mamba_is(reader *r, bm_cuda_program *p, bm_cuda_layer *a, const floa
     const bm_op_linear *x = conv ? linear_is(r, p) : NULL;
     const bm_cuda_op *dt = x ? next_is(r, BM_CUDA_LINEAR) : NULL, *scan = dt ? next_is(r, BM_CUDA_SCAN) : NULL;
     const bm_op_linear *out = scan ? linear_is(r, p) : NULL;
-    if (!out || out->y != y || x->bias || dt->linear.w->type != (p->type == BM_F16 ? BM_F16 : BM_BF16) || dt->linear.bias) return false;
+    const bm_dtype halves = p->type == BM_F16 ? BM_F16 : BM_BF16;
+    if (!out || out->y != y || x->bias || dt->linear.w->type != halves || dt->linear.bias) return false;
     if (scan->scan.N > 16 || scan->scan.kept || conv->conv.K > 4) return false;
     const bm_op_conv *c = &conv->conv;
     const bm_op_scan *s = &scan->scan;
@@ -122,7 +123,8 @@ int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes) {
     int G = least(blocks, least(p->D, p->I / 2));
     if (p->F) G = least(G, p->F / 2);
     const int own = up_to(blocks_of((size_t)p->I, (size_t)G) + 1, 2), stream = blocks_of((size_t)p->D, (size_t)G);
-    p->ldx = 2 * widest + (p->type == BM_BF16 || p->type == BM_F16 ? 16 : 64);       /* eight rows of 16 bytes, or two of 64, meet no bank twice */
+    /* eight rows of 16 bytes, or two of 64, meet no bank twice */
+    p->ldx = 2 * widest + (p->type == BM_BF16 || p->type == BM_F16 ? 16 : 64);
     p->at_router = bytes - 4 * (p->most_X ? p->most_X + 1 : 0) * p->D;
     p->at_own = p->at_router - up_to(4 * BM_CUDA_SLOTS * (2 * own + stream), 16);
     p->at_part = p->at_own - 4 * BM_CUDA_WARPS * p->M * BM_CUDA_GROUP;

@@ -16,13 +16,15 @@
  * which an idle block does not read for), so a buffer is written again only after all have read it.
  * One warp copies the block's rows into a ring in shared memory, as far ahead as the ring allows.  An expert's rows wait for
  * the choice, but for a single text: there the router is asked before the Mamba layer in front of it, and what it says is
- * copied; where the choice is another after all, those rows are dropped.  The other warps multiply by tensor cores: up to 16 rows of weights by 8 slots; steps of 32 elements go to
- * warps in turn, whose sums are added in order.  No sum depends on the number of slots. */
+ * copied; where the choice is another after all, those rows are dropped.  The other warps multiply by tensor cores: up to 16
+ * rows of weights by 8 slots; steps of 32 elements go to warps in turn, whose sums are added in order.  No sum depends on the
+ * number of slots. */
 #include "cuda/steps.cuh"
 #include "cuda/token.h"
 #include "cuda/weights.cuh"
 
-enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, STEP = 32, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP, BATCH = 2, RING_TILES = 16 };
+enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP };
+enum { STEP = 32, BATCH = 2, RING_TILES = 16 };         /* elements, tiles multiplied together, tiles at most */
 /* Pairs of words a thread hears; columns of dt a lane holds. */
 enum { AT_ONCE = BM_CUDA_PAIRS / THREADS, HELD_R = 9, ROUNDS = SLOTS * GROUP / THREADS };
 
