@@ -151,6 +151,56 @@ static void test_session_file(void **state) {
     }
 }
 
+static bool records_nothing(bm_backend *b, const void *owner, int M) {
+    (void)b, (void)owner, (void)M;
+    return false;
+}
+static void recorded_nothing(bm_backend *b) { (void)b; }
+static void forgets_nothing(bm_backend *b, const void *owner) { (void)b, (void)owner; }
+/* As where steps are recorded: the last token is fed while it is told. */
+static void run_ahead(desk *d) {
+    bm_backend *b = d->r.d->be;
+    if (!b->replay) b->replay = records_nothing, b->recorded = recorded_nothing, b->forget = forgets_nothing;
+}
+
+/* Fed while they are told, the tokens are the same: turned back, saved, and where every other is picked from logits. */
+static void test_ahead(void **state) {
+    (void)state;
+    static const bm_logit_bias nothing = { 3, 0 };
+    const char *path = scratch_path("ahead.session");
+    bm_sampling best = bm_sampling_default(), picked;
+    desk d, e;
+    size_t n;
+    best.temperature = 0;
+    picked = best;
+    picked.n_bias = 1;
+    picked.bias = &nothing;
+    desk_open(&d, BM_ARITH_F32);
+    OK(bm_stream_sampling(d.g, &best));
+    generate(d.g, 160);
+    bm_token *want = tokens_of(d.g, &n);
+    desk_open(&e, BM_ARITH_F32);
+    run_ahead(&e);
+    OK(bm_stream_sampling(e.g, &best));
+    generate(e.g, 100);
+    assert_int_equal(e.g->fed, e.g->n);
+    OK(bm_stream_save(e.g, path));
+    generate(e.g, 60);
+    same_tokens(e.g, want, n);
+    OK(bm_stream_load(e.g, path));
+    generate(e.g, 60);
+    same_tokens(e.g, want, n);
+    OK(bm_stream_rewind(e.g, n - 90));
+    for (int i = 0; i < 90; i++) {
+        OK(bm_stream_sampling(e.g, i % 3 ? &best : &picked));
+        generate(e.g, 1);
+    }
+    same_tokens(e.g, want, n);
+    free(want);
+    desk_close(&d);
+    desk_close(&e);
+}
+
 /* Damaged files, another model, another arithmetic: a sentence, and the stream goes on as if nothing happened. */
 static bm_stream *victim;
 static bm_status try_load(const uint8_t *data, size_t n) {
@@ -328,8 +378,8 @@ static void test_large(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_back),    cmocka_unit_test(test_greedy),       cmocka_unit_test(test_session_file),
-        cmocka_unit_test(test_session_damage),
+        cmocka_unit_test(test_back),    cmocka_unit_test(test_greedy),       cmocka_unit_test(test_ahead),
+        cmocka_unit_test(test_session_file), cmocka_unit_test(test_session_damage),
         cmocka_unit_test(test_filters), cmocka_unit_test(test_penalties),    cmocka_unit_test(test_large),
     };
     return cmocka_run_group_tests_name("stream", tests, NULL, NULL);
