@@ -78,7 +78,7 @@ $B/blackmamba-mpi.so: src/dist/mpi/mpi.c src/dist/mpi.h src/dist/comm.h
 
 NVCC_FLAGS := -std=c++17 -O3 -Iinclude -Isrc -Xcompiler -fPIC,-fvisibility=hidden,-Wall \
   $(foreach c,$(CHIPS),-gencode arch=compute_$c,code=sm_$c) -gencode arch=compute_80,code=compute_80
-$B/%.cu.o: %.cu src/cuda/cuda.h src/cuda/hopper.cuh src/cuda/ptx.cuh src/cuda/steps.cuh src/cuda/token.h src/cuda/weights.cuh src/model/backend.h src/base/base.h include/blackmamba.h
+$B/%.cu.o: %.cu $(wildcard src/cuda/*.h src/cuda/*.cuh) src/model/backend.h src/base/base.h include/blackmamba.h
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
 $B/blackmamba-cuda.so: $(CUDA_SRC:%=$B/%.o) $B/libblackmamba.a

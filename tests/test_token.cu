@@ -33,14 +33,8 @@ static bm_cuda_op *noted(bm_cuda_kind kind) {
     return o;
 }
 #define NOTE(name, KIND) static void note_##name(bm_backend *b, const bm_op_##name *a) { noted(KIND)->name = *a; cpu.name(b, a); }
-NOTE(embed, BM_CUDA_EMBED)
-NOTE(norm, BM_CUDA_NORM)
-NOTE(linear, BM_CUDA_LINEAR)
-NOTE(conv, BM_CUDA_CONV)
-NOTE(scan, BM_CUDA_SCAN)
-NOTE(route, BM_CUDA_ROUTE)
+BM_CUDA_PLAIN_OPS(NOTE)
 NOTE(experts, BM_CUDA_EXPERTS)
-NOTE(best, BM_CUDA_BEST)
 static bool replay(bm_backend *, const void *, int) {
     n_ops = 0;
     noting = true;
@@ -184,8 +178,9 @@ static int test(bm_dtype type, bm_arith arith, double bound) {
     ok(bm_device_open(&d, "cpu", 1));
     bm_backend *b = backend_of(d);
     cpu = *b;
-    b->embed = note_embed, b->norm = note_norm, b->linear = note_linear, b->conv = note_conv, b->scan = note_scan, b->route = note_route;
-    b->experts = note_experts, b->best = note_best, b->replay = replay, b->recorded = recorded, b->forget = forget;
+#define TAKE(name, KIND) b->name = note_##name;
+    BM_CUDA_PLAIN_OPS(TAKE)
+    b->experts = note_experts, b->replay = replay, b->recorded = recorded, b->forget = forget;
     ok(bm_model_open(&m, d, path));
     bm_session_options o = {};
     o.slots = TEXTS;

@@ -55,14 +55,7 @@ static bm_cuda_op *noted(bm_backend *b, bm_cuda_kind kind) {
         bm_cuda_op *o = noted(b, KIND);                                             \
         if (o) o->name = *a;                                                        \
     }
-NOTE(embed, BM_CUDA_EMBED)
-NOTE(norm, BM_CUDA_NORM)
-NOTE(linear, BM_CUDA_LINEAR)
-NOTE(conv, BM_CUDA_CONV)
-NOTE(scan, BM_CUDA_SCAN)
-NOTE(route, BM_CUDA_ROUTE)
-NOTE(attention, BM_CUDA_ATTENTION)
-NOTE(best, BM_CUDA_BEST)
+BM_CUDA_PLAIN_OPS(NOTE)
 static void note_experts(bm_backend *b, const bm_op_experts *a) {
     bm_cuda_op *o = noted(b, BM_CUDA_EXPERTS);
     if (!o) return;
@@ -71,20 +64,15 @@ static void note_experts(bm_backend *b, const bm_op_experts *a) {
 }
 
 static void issue(bm_backend *b, bm_cuda_op *o) {
+#define ISSUE(name, KIND) case KIND: bm_cuda_##name(b, &o->name); break;
     switch (o->kind) {
-    case BM_CUDA_EMBED:  bm_cuda_embed(b, &o->embed); break;
-    case BM_CUDA_NORM:   bm_cuda_norm(b, &o->norm); break;
-    case BM_CUDA_LINEAR: bm_cuda_linear(b, &o->linear); break;
-    case BM_CUDA_CONV:   bm_cuda_conv(b, &o->conv); break;
-    case BM_CUDA_SCAN:   bm_cuda_scan(b, &o->scan); break;
-    case BM_CUDA_ROUTE:  bm_cuda_route(b, &o->route); break;
+    BM_CUDA_PLAIN_OPS(ISSUE)
     case BM_CUDA_EXPERTS:
         if (o->experts.route) o->experts.route = &o->of;
         bm_cuda_experts(b, &o->experts);
         break;
-    case BM_CUDA_ATTENTION: bm_cuda_attention(b, &o->attention); break;
-    case BM_CUDA_BEST: bm_cuda_best(b, &o->best); break;
     }
+#undef ISSUE
 }
 
 /* ---- replay, record --------------------------------------------------------------------------------------- */
@@ -107,8 +95,10 @@ bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     g->now = r;
     g->n = 0;
     g->door = *b;
-    b->embed = note_embed, b->norm = note_norm, b->linear = note_linear, b->conv = note_conv, b->scan = note_scan;
-    b->route = note_route, b->experts = note_experts, b->attention = note_attention, b->best = note_best;
+#define TAKE(name, KIND) b->name = note_##name;
+    BM_CUDA_PLAIN_OPS(TAKE)
+#undef TAKE
+    b->experts = note_experts;
     return false;
 }
 

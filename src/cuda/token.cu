@@ -307,10 +307,8 @@ INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int 
 }
 
 template <int TYPE> INLINE float embedded(const program &p, const bm_token *token, int m, int k) {
-    const size_t at = (size_t)token[m] * p.D + k;
-    if (p.table_f32) return __ldg((const float *)p.table + at);
-    if (TYPE != BM_BF16) return weight_at<TYPE>(p.table + (size_t)token[m] * row_bytes<TYPE>(p.D), k, p.D);
-    return bf16_at(__ldg((const uint16_t *)p.table + at));
+    if (p.table_f32) return __ldg((const float *)p.table + (size_t)token[m] * p.D + k);
+    return weight_at<TYPE>(p.table + (size_t)token[m] * row_bytes<TYPE>(p.D), k, p.D);
 }
 INLINE float over_warps(const float *red) {
     float v = 0;

@@ -8,6 +8,10 @@ typedef enum bm_cuda_kind {
     BM_CUDA_EMBED, BM_CUDA_NORM, BM_CUDA_LINEAR, BM_CUDA_CONV, BM_CUDA_SCAN, BM_CUDA_ROUTE, BM_CUDA_EXPERTS, BM_CUDA_ATTENTION,
     BM_CUDA_BEST
 } bm_cuda_kind;
+/* Those that are noted as they are; experts point to a route besides. */
+#define BM_CUDA_PLAIN_OPS(do)                                                                                      \
+    do(embed, BM_CUDA_EMBED) do(norm, BM_CUDA_NORM) do(linear, BM_CUDA_LINEAR) do(conv, BM_CUDA_CONV)              \
+    do(scan, BM_CUDA_SCAN) do(route, BM_CUDA_ROUTE) do(attention, BM_CUDA_ATTENTION) do(best, BM_CUDA_BEST)
 typedef struct bm_cuda_op {
     bm_cuda_kind kind;
     union {

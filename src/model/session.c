@@ -333,15 +333,19 @@ static bm_status logits_alloc(bm_session *s, const bm_input *in, int n) {
     return s->be->alloc_host(s->be, &s->logits, sizeof *s->logits * (size_t)s->slots * (size_t)s->m->config.n_vocab, "logits");
 }
 
-/* What the step that is under way gave, once it is done: nothing is under way then. */
+/* What a step of bm_next, waited for with this outcome, gave: its best tokens lie in head_best[turn]. */
+static bm_status tell(bm_session *s, bm_status st, int turn) {
+    for (int i = 0; i < s->pass.Q; i++)
+        if (st) slot_zero(s, s->slot[i]);
+        else s->best[s->slot[i]] = s->head_best[turn][i];
+    if (st) s->ahead = s->sent = false;
+    return st;
+}
+/* Waits for the step that is under way: none is then. */
 static bm_status settle(bm_session *s) {
     if (!s->ahead) return BM_OK;
     s->ahead = false;
-    const bm_status st = s->be->sync(s->be);
-    for (int i = 0; i < s->pass.Q; i++)
-        if (st) slot_zero(s, s->slot[i]);
-        else s->best[s->slot[i]] = s->head_best[s->turn][i];
-    return st;
+    return tell(s, s->be->sync(s->be), s->turn);
 }
 
 static bm_status run_locked(bm_session *s, feed *f, int n) {
@@ -384,10 +388,9 @@ static void next_step(bm_session *s, const void *owner, bm_token *token, int tur
 static bm_status next_of_known(bm_session *s, const int *slots, int n) {
     BM_TRY(settle(s));
     for (int i = 0; i < n; i++) {
-        const bool slot = slots[i] >= 0 && slots[i] < s->slots;
-        if (slot && s->best[slots[i]] < 0)
+        if (bm_best(s, slots[i]) < 0)
             return bm_fail(BM_EARG, "slot %d: found no best token, expected one: feed it with BM_WANT_BEST", slots[i]);
-        s->next[i] = (bm_input){ .slot = slots[i], .tokens = &s->best[slot ? slots[i] : 0], .n = 1, .want = BM_WANT_BEST };
+        s->next[i] = (bm_input){ .slot = slots[i], .tokens = &s->best[slots[i]], .n = 1, .want = BM_WANT_BEST };
         s->feeds[i] = (feed){ .in = &s->next[i] };
     }
     BM_TRY(check_inputs(s, s->next, n));
@@ -400,12 +403,7 @@ static bm_status next_of_known(bm_session *s, const int *slots, int n) {
 static bm_status next_of_device(bm_session *s) {
     const int before = s->turn;
     next_step(s, &s->head_best[!before], s->head_best[before], !before);
-    const bm_status st = s->be->reach ? s->be->reach(s->be, before) : s->be->sync(s->be);
-    for (int i = 0; i < s->pass.Q; i++)
-        if (st) slot_zero(s, s->slot[i]);
-        else s->best[s->slot[i]] = s->head_best[before][i];
-    if (st) s->ahead = s->sent = false;
-    return st;
+    return tell(s, s->be->reach ? s->be->reach(s->be, before) : s->be->sync(s->be), before);
 }
 
 bool bm_runs_ahead(const bm_session *s) { return recordable(s); }

@@ -256,6 +256,14 @@ static bm_status take_token(bm_stream *g, bm_token id, bool ignore_eos, bm_piece
     return BM_OK;
 }
 
+/* After a failure that emptied the slot: back to a snapshot of at most `limit` tokens, the text stays. */
+static bm_status emptied(bm_stream *g, bm_status st, size_t limit) {
+    char why[512];
+    snprintf(why, sizeof why, "%s", bm_error());
+    restore(g, limit);
+    return bm_fail(st, "%s", why);
+}
+
 /* Feeds tokens up to the last; what is wanted of the last is there afterwards. */
 static bm_status feed_all(bm_stream *g, bm_want want, bm_progress_fn progress, void *user) {
     while (g->fed < g->n) {
@@ -263,12 +271,7 @@ static bm_status feed_all(bm_stream *g, bm_want want, bm_progress_fn progress, v
         const bm_input in = { .slot = g->slot, .tokens = g->token + g->fed, .n = step,
                               .want = step == left ? want : BM_WANT_NONE };
         const bm_status st = bm_forward(g->s, &in, 1);
-        if (st) {               /* the slot was emptied: back to the last snapshot, the text stays */
-            char why[512];
-            snprintf(why, sizeof why, "%s", bm_error());
-            restore(g, g->fed);
-            return bm_fail(st, "%s", why);
-        }
+        if (st) return emptied(g, st, g->fed);
         g->fed += step;
         BM_TRY(snapshot_due(g));
         if (progress && !progress(user, g->fed, g->n) && g->fed < g->n) return bm_fail(BM_ECANCELLED, "stopped while reading the text");
@@ -279,14 +282,9 @@ static bm_status feed_all(bm_stream *g, bm_want want, bm_progress_fn progress, v
 /* The likeliest token, which is being fed when it is told. */
 static bm_status next_ahead(bm_stream *g, bm_token *id) {
     const bm_status st = bm_next(g->s, &g->slot, 1);
+    if (st) return emptied(g, st, g->n - 1);
     *id = bm_best(g->s, g->slot);
-    if (st || *id < 0) {        /* the slot was emptied, or fed what is no token */
-        char why[512];
-        snprintf(why, sizeof why, "%s", bm_error());
-        restore(g, g->n - 1);
-        return st ? bm_fail(st, "%s", why) : bm_sampler_none();
-    }
-    return BM_OK;
+    return *id < 0 ? emptied(g, bm_sampler_none(), g->n - 1) : BM_OK;       /* it was fed what is no token */
 }
 
 bm_status bm_stream_next(bm_stream *g, bool ignore_eos, bm_piece *out, bm_progress_fn progress, void *user) {
@@ -295,14 +293,15 @@ bm_status bm_stream_next(bm_stream *g, bool ignore_eos, bm_piece *out, bm_progre
     if (!g->n) return bm_fail(BM_EARG, "nothing to go on from: give a prompt");
     BM_TRY(bm_grow(&g->token, &g->cap, g->n + 1, sizeof *g->token, "tokens"));
     const bool best = g->best && bm_sampler_greedy(g->sampler), ahead = best && bm_runs_ahead(g->s);
-    if (g->fed == g->n && !(ahead && g->ahead == g->n)) BM_TRY(restore(g, g->n - 1));  /* what the last token gave was not kept */
+    const bool known = ahead && bm_best(g->s, g->slot) >= 0;    /* what the last token gives, or it is being fed */
+    if (g->fed == g->n && !known) BM_TRY(restore(g, g->n - 1));
     BM_TRY(feed_all(g, best ? BM_WANT_BEST : BM_WANT_LAST, progress, user));
     const size_t window = (size_t)bm_sampler_settings(g->sampler)->penalty_window, recent = g->n < window ? g->n : window;
     if (ahead) BM_TRY(next_ahead(g, &id));
     else if (!best) BM_TRY(bm_sampler_pick(g->sampler, bm_logits(g->s, g->slot), g->token + g->n - recent, recent, g->allowed, &id));
     else if ((id = bm_best(g->s, g->slot)) < 0) return bm_sampler_none();
     g->token[g->n++] = id;
-    if (ahead) g->fed = g->ahead = g->n;
+    if (ahead) g->fed = g->n;
     if (ahead) BM_TRY(snapshot_due(g));
     return take_token(g, id, ignore_eos, out);
 }

@@ -14,8 +14,8 @@ struct bm_stream {
     bm_sampler *sampler;
     bool *allowed;                      /* (V) ids with a token; NULL without a tokenizer */
     bool best;                          /* they are what the session's best token is chosen from */
-    bm_token *token; size_t n, cap;     /* the text; the last token is fed when the next is asked for */
-    size_t fed, ahead;                  /* tokens; all of the first `ahead`, where bm_next fed the last when it was told */
+    bm_token *token; size_t n, cap;     /* the text; the last token is fed when the next is asked for, or by bm_next when it was told */
+    size_t fed;
     size_t *turn; size_t n_turns, cap_turns;    /* tokens at the end of each turn, ascending */
     bm_snapshot *snap; size_t n_snaps;          /* ascending */
     bm_utf8 utf8;
