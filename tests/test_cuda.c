@@ -23,13 +23,18 @@ static void end(twin *t) {
     gpu->release(gpu, t->at);
     drop(t->host);
 }
-/* What the GPU wrote is near what the CPU wrote, by the largest entry. */
-static void agree(const twin *t, double bound, const char *what) {
+/* What the GPU wrote. */
+static float *fetched(const twin *t) {
     float *got = floats(t->n);
-    double peak = 0;
     OK(gpu->sync(gpu));
     gpu->get(gpu, got, t->at, t->n * sizeof *got);
     OK(gpu->sync(gpu));
+    return got;
+}
+/* What the GPU wrote is near what the CPU wrote, by the largest entry. */
+static void agree(const twin *t, double bound, const char *what) {
+    float *got = fetched(t);
+    double peak = 0;
     for (size_t i = 0; i < t->n; i++) peak = fabs((double)t->host[i]) > peak ? fabs((double)t->host[i]) : peak;
     for (size_t i = 0; i < t->n; i++) check_near((double)got[i], (double)t->host[i], bound * peak + 1e-30, what);
     drop(got);
@@ -139,13 +144,41 @@ static void test_wide(void **state) {
     }
 }
 
-/* 9 to 128 rows of bf16: tiles of 64 columns and 64 of k that end anywhere, k shared by blocks; weights at an odd place. */
+/* Quants give the bits of a bf16 copy. */
+static void copy_gives(bm_dtype type, int rows, int N, int K) {
+    pair w = make_pair(type, N, K);
+    bm_tensor half = rounded(&w.host), copy = half;
+    twin x = random_twin((size_t)(rows * K), 1), y = empty_twin((size_t)(rows * N)), z = empty_twin((size_t)(rows * N));
+    void *at;
+    OK(gpu->alloc(gpu, &at, 2 * (size_t)(N * K), "a test"));
+    gpu->put(gpu, at, half.data, 2 * (size_t)(N * K));
+    copy.data = at;
+    bm_op_linear a = { .M = rows, .ldx = K, .w = &w.at, .x = x.at, .y = y.at, .arith = BM_ARITH_NATIVE };
+    gpu->linear(gpu, &a);
+    a.w = &copy, a.y = z.at;
+    gpu->linear(gpu, &a);
+    float *got = fetched(&y), *want = fetched(&z);
+    if (memcmp(got, want, y.n * sizeof *got)) fail_msg("%d rows by %s (%d,%d) and by a bf16 copy differ", rows, bm_dtype_name(type), N, K);
+    drop(got);
+    drop(want);
+    gpu->release(gpu, at);
+    end_rounded(&half);
+    end(&x); end(&y); end(&z); end_pair(&w);
+}
+/* 6 to 128 rows of bf16, q8_0 and q4_0: tiles of 64 columns and 64 of k that end anywhere, k shared by blocks; weights at an odd
+ * place. */
 static void test_few(void **state) {
-    static const int rows[] = { 9, 16, 17, 32, 33, 63, 64, 65, 127, 128 };
+    static const int rows[] = { 6, 9, 16, 17, 32, 33, 63, 64, 65, 127, 128 };
     static const int size[][2] = { { 37, 72 }, { 130, 200 }, { 104, 2304 }, { 192, 64 }, { 391, 1152 }, { 64, 8 }, { 200, 68 } };
+    static const bm_dtype quants[] = { BM_Q8_0, BM_Q4_0 };
     (void)state;
-    for (int i = 0; i < 10; i++)
-        for (int k = 0; k < 7; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
+    for (int i = 0; i < 11; i++)
+        for (int k = 0; k < 7; k++) {
+            const int K = (size[k][1] + 31) / 32 * 32;
+            linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
+            linear_in(BM_ARITH_NATIVE, quants[i % 2], rows[i], size[k][0], K, k % 2, 1e-5);
+            copy_gives(quants[k % 2], rows[i], size[k][0], K);
+        }
     pair w = make_pair(BM_BF16, 65, 64);
     twin x = random_twin(20 * 64, 1), y = empty_twin(20 * 64);
     bm_op_linear a = { .M = 20, .ldx = 64, .w = &w.host, .x = x.host, .y = y.host, .arith = BM_ARITH_F32 };
@@ -161,13 +194,6 @@ static void test_few(void **state) {
 }
 
 /* An output's bits are the same whatever rows are beside it: the last n of M rows, and those n alone. */
-static float *fetched(const twin *t) {
-    float *got = floats(t->n);
-    OK(gpu->sync(gpu));
-    gpu->get(gpu, got, t->at, t->n * sizeof *got);
-    OK(gpu->sync(gpu));
-    return got;
-}
 static void rows_alone(int M, int n, int N, int K) {
     pair w = make_pair(BM_BF16, N, K);
     twin x = random_twin((size_t)(M * K), 1), y = empty_twin((size_t)(M * N)), z = empty_twin((size_t)(n * N));
@@ -225,9 +251,9 @@ static void test_alone(void **state) {
     static const int size[][2] = { { 104, 2304 }, { 391, 1152 }, { 1152, 600 }, { 64, 72 } };
     (void)state;
     for (int k = 0; k < 4; k++)
-        for (int n = 9; n < 128; n = 2 * n - 1) rows_alone(128, n, size[k][0], size[k][1]);
+        for (int n = 6; n < 128; n = 2 * n - 1) rows_alone(128, n, size[k][0], size[k][1]);
     for (int gated = 0; gated < 2; gated++)
-        for (int n = 9; n < 128; n = 2 * n - 1) experts_alone(128, n, 200, 328, gated);
+        for (int n = 6; n < 128; n = 2 * n - 1) experts_alone(128, n, 200, 328, gated);
 }
 
 /* Rows of two sequences, one of them empty in between, in slots 2 and 0. */
@@ -362,13 +388,15 @@ static void test_wide_experts(void **state) {
     }
 }
 
-/* The same of 9 to 128 rows: groups that are empty, of a few rows, of more than a tile's, and one that has all. */
+/* The same of 6 to 128 rows: groups that are empty, of a few rows, of more than a tile's, and one that has all. */
 static void test_few_experts(void **state) {
-    static const int rows[] = { 9, 16, 31, 64, 100, 128 };
+    static const int rows[] = { 6, 16, 31, 64, 100, 128 };
     (void)state;
     for (int i = 0; i < 6; i++)
         for (int gated = 0; gated < 2; gated++) {
             const bool odd = i % 2;
+            const bm_dtype quants = odd ? BM_Q8_0 : BM_Q4_0;
+            experts_case((experts){ rows[i], 224, 352, 8, 1, BM_ROUTE_SIGMOID, gated, odd, BM_ARITH_NATIVE, 2e-3, quants });
             experts_case((experts){ rows[i], 200, 328, 8, 1, BM_ROUTE_SIGMOID, gated, odd, BM_ARITH_NATIVE, 2e-3, BM_F32 });
             experts_in((experts){ rows[i], 72, 136, 8, 1, BM_ROUTE_SIGMOID, gated, !odd, BM_ARITH_NATIVE, 2e-3, BM_F32 }, true);
             experts_case((experts){ rows[i], 64, 64, 70, 2, BM_ROUTE_SOFTMAX, gated, odd, BM_ARITH_NATIVE, 2e-3, BM_F32 });
@@ -545,7 +573,7 @@ static void test_told(void **state) {
 }
 
 /* A whole token by one kernel (token.cu): the same bits alone and beside others, near what the same text gives at once, and
- * the best token is that of the logits. */
+ * the best token is that of the logits.  From 6 texts on it is f16's alone. */
 enum { TEXTS = 8, LENGTH = 20 };
 static void in_step(bm_session *s, int from, int n, bm_token ids[TEXTS][LENGTH], bm_want want) {
     bm_input in[TEXTS];
@@ -579,7 +607,7 @@ static void token_of(bm_dtype type) {
         in_step(s, i, 1, ids, BM_WANT_LAST);
         memcpy(alone + (size_t)i * V, bm_logits(s, i), V * sizeof *alone);
     }
-    for (int n = 1; n <= TEXTS; n++) {
+    for (int n = 1; n <= (type == BM_F16 ? TEXTS : 5); n++) {
         for (int i = 0; i < n; i++) OK(bm_state_set(s, i, NULL));
         in_step(s, 0, n, ids, BM_WANT_LAST);
         for (int i = 0; i < n; i++) assert_memory_equal(bm_logits(s, i), alone + (size_t)i * V, V * sizeof *alone);

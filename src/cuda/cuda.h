@@ -72,6 +72,7 @@ bm_status bm_cuda_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out
 enum { BM_CUDA_MATRICES = 64 };
 typedef struct bm_product {
     const uint8_t *w[BM_CUDA_MATRICES];
+    bm_dtype type;              /* of w */
     size_t w_stride;            /* bytes from row to row of w */
     int X, M, N, K;
     const int32_t *first;       /* (X+1) rows of each group */
@@ -83,26 +84,26 @@ typedef struct bm_product {
     bool accumulate, rounded;   /* rounded: activations and weights to bf16 first */
     bool made;                  /* w is what a kernel just before makes: not to be read ahead of it */
 } bm_product;
-void bm_cuda_product(bm_cuda *c, const bm_product *p, bm_dtype type);
+void bm_cuda_product(bm_cuda *c, const bm_product *p);
 
 /* What `rounded` is in an arithmetic. */
 static inline bool bm_cuda_rounds(bm_arith arith, bm_dtype type) { return arith == BM_ARITH_NATIVE && type != BM_F32; }
 
 /* Products of many rows with weights of f16 or quants, widen.cu: bf16 copies of them are made first, where work space behind `used`
- * elements has room.  widened: p reads the copy from then on, or nothing changes; the type it reads. */
-bm_dtype bm_cuda_widened(bm_cuda *c, bm_product *p, bm_dtype type, size_t *used);
-/* Whether p, or its copy alone, is one for matmul.cu. */
-bool bm_cuda_is_wide(const bm_cuda *c, const bm_product *p, bm_dtype type);
+ * elements has room, and p reads the copy from then on; or nothing changes. */
+void bm_cuda_widened(bm_cuda *c, bm_product *p, size_t *used);
+/* Whether p, or its copy alone, is one for few.cu or matmul.cu. */
+bool bm_cuda_is_wide(const bm_cuda *c, const bm_product *p);
 size_t bm_cuda_widening(bm_backend *b, int rows, size_t n);
 bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, size_t n);
 
-/* Products of 9 rows and more, few.cu, matmul.cu: whether they take one, then that; or act (M,N) bf16 = act(gate) up, or
+/* Products of 6 rows and more, few.cu, matmul.cu: whether they take one, then that; or act (M,N) bf16 = act(gate) up, or
  * act(up). */
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act);
 /* The same of f32 weights with few columns. */
-bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type);
+bool bm_cuda_narrow_takes(const bm_product *p);
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p);
 /* Where a kernel that writes x (M,cols) puts it as bf16 too, for the product that reads x next; NULL: not wanted. */
 uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols);

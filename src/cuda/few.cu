@@ -1,9 +1,10 @@
-/* few.cu - products of 9 to 128 rows with bf16 weights and activations on Hopper's tensor cores.  Room: cuda.
+/* few.cu - products of 6 to 128 rows with weights of bf16, q8_0 or q4_0 on Hopper's tensor cores.  Room: cuda.
  *
  * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes one tile after
  * another: 64 rows of weights (or 32 of gate and 32 of up) and up to SLOTS rows of a group.  A warp has the copy engine bring 64
  * columns of k of weights at a time into a ring of stages, one those of activations, and a warpgroup multiplies them (wgmma) with
  * the weights as the side of 64.  A step is 8 KB: what a warp does besides must stay below a third of a microsecond.
+ * Quants come with the scales of their blocks, and lanes make bf16 of them, each rounded once: the bits of a bf16 copy (widen.cu).
  * Weights that are known to be wanted are brought while the kernel before still works.
  * Where there are few tiles, the blocks of a cluster share a tile's k and send what they have to each other, to be added in the
  * order of their ranks.  Which block sums which k depends on the shape of the weights alone: an output has the same bits whatever
@@ -14,11 +15,16 @@ enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 10
 
 /* COLS columns of outputs, turned round PIECE rows at a time.  Two blocks of ROOM fit a multiprocessor: one that works, one that
  * makes ready, or two that work. */
-template <int SLOTS, int END> struct shape {
+template <int TYPE, int SLOTS, int END> struct shape {
     enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32, PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4 };
-    enum { APART = PAPER > DESK ? PAPER : DESK, WEIGHTS = TALL * LINE, BYTES = WEIGHTS + SLOTS * LINE,
+    /* of a step, bytes of a row of weights, its columns in its map, bytes of its scales */
+    enum { ROW = TYPE == BM_BF16 ? LINE : TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2, STRIDE = TYPE == BM_BF16 ? DEPTH : ROW,
+           SCALED = TYPE == BM_BF16 ? 0 : 2 * SCALES };
+    enum { APART = PAPER > DESK ? PAPER : DESK, WEIGHTS = TALL * (ROW + SCALED), BYTES = WEIGHTS + SLOTS * LINE,
            STAGES = (ROOM - APART) / BYTES, SHARED = STAGES * BYTES + APART + 1024 };
 };
+/* What the copy engine reads; scales: of the blocks of w and of gate. */
+typedef struct maps { CUtensorMap x, w, gate, w_scales, gate_scales; } maps;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* Block `rank` of the `blocks` of a cluster, which is one of `clusters`; its steps of k. */
@@ -51,32 +57,37 @@ template <int STAGES> __device__ static void go_on(turn *t) {
 }
 __device__ static int rows_of(const tile &at, int most) { return at.end - at.row < most ? at.end - at.row : most; }
 
-__device__ static void bring_once(void *to, const CUtensorMap *map, uint64_t *b, int k, const tile &at, uint64_t policy) {
+__device__ static void bring_once(void *to, const CUtensorMap *map, uint64_t *b, int column, const tile &at, uint64_t policy) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1, {%2, %3, %4}], [%5], %6;"
-                 :: "r"(address(to)), "l"(map), "r"(k * DEPTH), "r"(at.col), "r"(at.e), "r"(address(b)), "l"(policy) : "memory");
+                 :: "r"(address(to)), "l"(map), "r"(column), "r"(at.col), "r"(at.e), "r"(address(b)), "l"(policy) : "memory");
+}
+/* A step of a matrix from row `row` of the stage on. */
+template <class S> __device__ static void
+bring_matrix(uint8_t *stage, int row, const CUtensorMap *w, const CUtensorMap *scales, uint64_t *b, int k, const tile &at,
+             uint64_t policy) {
+    bring_once(stage + row * S::ROW, w, b, k * S::STRIDE, at, policy);
+    if (S::SCALED) bring_once(stage + TALL * S::ROW + row * S::SCALED, scales, b, k / STEPS * SCALES, at, policy);
 }
 
 /* Where they are not known yet: into the second cache what the first tile is if each group has one row of tiles. */
-template <int COLS> __device__ static void
-expect_weights(const bm_product &p, const place &w, const CUtensorMap *weights, const CUtensorMap *gate) {
-    const int cols = (p.N + COLS - 1) / COLS, e = w.cluster / cols, col = w.cluster % cols * COLS;
+template <class S> __device__ static void expect_weights(const bm_product &p, const place &w, const maps &m) {
+    const int cols = (p.N + S::COLS - 1) / S::COLS, e = w.cluster / cols, col = w.cluster % cols * S::COLS;
     for (int k = w.begin; k < w.end && e < p.X; k++) {
-        if (COLS < TALL) expect(gate, k * DEPTH, col, e);
-        expect(weights, k * DEPTH, col, e);
+        if (S::COLS < TALL) expect(&m.gate, k * S::STRIDE, col, e);
+        expect(&m.w, k * S::STRIDE, col, e);
     }
 }
 
 /* By one thread. */
-template <int SLOTS, int END> __device__ static void
-bring_weights(const bm_product &p, const ring &r, const place &w, int box, bool known, const CUtensorMap *weights,
-              const CUtensorMap *gate) {
-    typedef shape<SLOTS, END> S;
+template <int TYPE, int SLOTS, int END> __device__ static void
+bring_weights(const bm_product &p, const ring &r, const place &w, int box, bool known, const maps &m) {
+    typedef shape<TYPE, SLOTS, END> S;
     const uint64_t policy = passing();
     tile at = { -1 };
     turn now = { 0, 1 };
     if (!known) {
-        expect_weights<S::COLS>(p, w, weights, gate);
+        expect_weights<S>(p, w, m);
         previous_done();
     }
     for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
@@ -86,15 +97,15 @@ bring_weights(const bm_product &p, const ring &r, const place &w, int box, bool 
             uint64_t *full = &r.full[now.stage];
             barrier_wait(&r.empty[now.stage], now.odd);
             barrier_expect(full, bytes);
-            if (END == GATED) bring_once(to, gate, full, k, at, policy);
-            bring_once(to + (TALL - S::COLS) * LINE, weights, full, k, at, policy);
+            if (END == GATED) bring_matrix<S>(to, 0, &m.gate, &m.gate_scales, full, k, at, policy);
+            bring_matrix<S>(to, TALL - S::COLS, &m.w, &m.w_scales, full, k, at, policy);
         }
     }
 }
 /* By a warp, `box` rows at a time: one by one where they may lie anywhere. */
-template <int SLOTS, int END> __device__ static void
+template <int TYPE, int SLOTS, int END> __device__ static void
 bring_rows(const bm_product &p, const ring &r, const place &w, int box, const CUtensorMap *x) {
-    typedef shape<SLOTS, END> S;
+    typedef shape<TYPE, SLOTS, END> S;
     enum { MINE = (SLOTS + 31) / 32 };
     const int lane = threadIdx.x % 32;
     tile at = { -1 };
@@ -155,7 +166,7 @@ template <int COUNT, int ALL> __device__ static void lay(const float (&c)[ALL], 
 
 template <int SLOTS, int END> __device__ static void
 put_alone(const bm_product &p, const ending &end, const tile &at, const float (&c)[SLOTS / 2], float *paper) {
-    enum { PIECE = shape<SLOTS, END>::PIECE, COLS = shape<SLOTS, END>::COLS, FOURS = COLS / 4 };
+    enum { PIECE = SLOTS < 32 ? SLOTS : 32, COLS = END == GATED ? TALL / 2 : TALL, FOURS = COLS / 4 };
     const int col = threadIdx.x % FOURS * 4, rows = rows_of(at, SLOTS);
 #pragma unroll
     for (int piece = 0; piece < SLOTS; piece += PIECE) {
@@ -190,7 +201,7 @@ __device__ static float4 sum_over(const float *v, int blocks, int apart) {
 template <int SLOTS, int END> __device__ static void
 put_shared(const bm_product &p, const ending &end, const place &w, const tile &at, const float (&c)[SLOTS / 2], float *paper,
            float *desk, uint64_t *sent) {
-    enum { COLS = shape<SLOTS, END>::COLS, FOURS = COLS / 4 };
+    enum { COLS = END == GATED ? TALL / 2 : TALL, FOURS = COLS / 4 };
     const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = SLOTS / w.blocks * TALL;
     meet_of<MULTIPLIERS>();
     lay<SLOTS>(c, 0, paper);
@@ -209,9 +220,45 @@ put_shared(const bm_product &p, const ending &end, const place &w, const tile &a
     }
 }
 
-template <int SLOTS, int END> __device__ static void
+/* q d of bytes `two` and `two` + 2 of four numbers less ZERO: 2^15 + q + ZERO is a float with q in its second byte. */
+template <int ZERO> __device__ static uint32_t widened(uint32_t four, int two, float d, float zero) {
+    const float a = __uint_as_float(__byte_perm(four, 0x47000000, 0x7404 | two << 4));
+    const float b = __uint_as_float(__byte_perm(four, 0x47000000, 0x7424 | two << 4));
+    return halves(fmaf(a, d, zero), fmaf(b, d, zero));
+}
+/* A lane's part of step k, rows `row` and `row` + 8 of the stage: (rows,64) quants in the order of pack.c, (rows,SCALES) scales. */
+template <int TYPE> __device__ static void widen_step(const uint8_t *stage, int k, int row, quad (&a)[DEPTH / 16]) {
+    enum { ROW = TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2, ZERO = TYPE == BM_Q8_0 ? 128 : 8 };
+    const int l = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *q = stage + (row + 8 * i) * ROW, *scales = stage + TALL * ROW + (row + 8 * i) * 2 * SCALES + k % STEPS * 4;
+        const float2 d = __half22float2(*(const __half2 *)scales);
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            const float scale = b ? d.y : d.x, zero = -(32768 + ZERO) * scale;      /* exact: 9 or 13 bits by 11 */
+            uint32_t v[4];      /* of both halves of the block: elements below 8, those above */
+            if (TYPE == BM_Q8_0) {
+                const uint2 eight = *(const uint2 *)(q + 32 * b + 8 * l);
+                v[0] = eight.x ^ 0x80808080, v[2] = eight.y ^ 0x80808080;
+                v[1] = v[0], v[3] = v[2];
+            } else {
+                const uint32_t eight = *(const uint32_t *)(q + 16 * b + 4 * l);
+                v[0] = v[2] = eight & 0x0f0f0f0f, v[1] = v[3] = eight >> 4 & 0x0f0f0f0f;
+            }
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    a[2 * b + s].v[2 * h + i] = widened<ZERO>(v[2 * s + h], TYPE == BM_Q8_0 ? h : s, scale, zero);
+        }
+    }
+}
+
+template <int TYPE, int SLOTS, int END> __device__ static void
 multiply_steps(const bm_product &p, const ending &end, const ring &r, const place &w, uint64_t *sent) {
-    typedef shape<SLOTS, END> S;
+    typedef shape<TYPE, SLOTS, END> S;
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     float c[SLOTS / 2];
     tile at = { -1 };
     float *apart = (float *)(r.stage + S::STAGES * S::BYTES);
@@ -221,12 +268,17 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
         for (int k = w.begin; k < w.end; k++, last = now.stage, go_on<S::STAGES>(&now)) {
             const uint8_t *stage = r.stage + now.stage * S::BYTES;
             const uint64_t weights = matrix(stage), x = matrix(stage + S::WEIGHTS);
+            quad a[DEPTH / 16];
             barrier_wait(&r.full[now.stage], now.odd);
+            if constexpr (S::SCALED) widen_step<TYPE>(stage, k, row, a);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < DEPTH / 16; i++) multiply(c, weights + 2 * i, x + 2 * i, k > w.begin || i);
+            for (int i = 0; i < DEPTH / 16; i++) {
+                if constexpr (S::SCALED) multiply(c, a[i], x + 2 * i, k > w.begin || i);
+                else multiply(c, weights + 2 * i, x + 2 * i, k > w.begin || i);
+            }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(S::SCALED ? 0 : 1) : "memory");
             if (k > w.begin && threadIdx.x % 32 == 0) barrier_arrive(&r.empty[last]);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -238,20 +290,19 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
 #endif
 
 /* known: weights and groups were there before the kernel before this one. */
-template <int SLOTS, int END> __global__ void __launch_bounds__(THREADS)
-few(const __grid_constant__ bm_product p, const ending end, int box, bool known, const __grid_constant__ CUtensorMap x,
-    const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
+template <int TYPE, int SLOTS, int END> __global__ void __launch_bounds__(THREADS)
+few(const __grid_constant__ bm_product p, const ending end, int box, bool known, const __grid_constant__ maps m) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    typedef shape<SLOTS, END> S;
+    typedef shape<TYPE, SLOTS, END> S;
     extern __shared__ uint8_t memory[];
     __shared__ uint64_t full[S::STAGES], empty[S::STAGES], sent;
     const ring r = { memory + (1024 - address(memory) % 1024) % 1024, full, empty };
     const place here = place_of(p.K);
     if (!p.first) next_may_start();
     if (threadIdx.x == MULTIPLIERS) {
-        look_up(&x);
-        look_up(&w);
-        if (END == GATED) look_up(&gate);
+        look_up(&m.x);
+        look_up(&m.w);
+        if (END == GATED) look_up(&m.gate);
     }
     if (!threadIdx.x) {
         for (int s = 0; s < S::STAGES; s++) {
@@ -263,12 +314,12 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
     }
     __syncthreads();
     cluster_meet();
-    if (threadIdx.x >= MULTIPLIERS + 32) bring_rows<SLOTS, END>(p, r, here, box, &x);
-    else if (threadIdx.x == MULTIPLIERS) bring_weights<SLOTS, END>(p, r, here, box, known, &w, &gate);
+    if (threadIdx.x >= MULTIPLIERS + 32) bring_rows<TYPE, SLOTS, END>(p, r, here, box, &m.x);
+    else if (threadIdx.x == MULTIPLIERS) bring_weights<TYPE, SLOTS, END>(p, r, here, box, known, m);
     else if (threadIdx.x < MULTIPLIERS) {
         previous_done();
         if (p.first) next_may_start();      /* a kernel that starts knows the groups */
-        multiply_steps<SLOTS, END>(p, end, r, here, &sent);
+        multiply_steps<TYPE, SLOTS, END>(p, end, r, here, &sent);
     }
 #endif
 }
@@ -283,29 +334,37 @@ static int sharing(const bm_cuda *c, const bm_product *p) {
     return blocks;
 }
 
-template <int SLOTS, int END> static bool launch(bm_cuda *c, const job *j) {
-    typedef shape<SLOTS, END> S;
+static bool describe(bm_cuda *c, CUtensorMap *w, CUtensorMap *scales, const bm_product *p, int box) {
+    if (p->type != BM_BF16) return bm_cuda_describe_quants(c, w, scales, p, box);
+    return bm_cuda_describe_weights(c, w, p, box, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);      /* as much as a stage's; 256: 3% slower */
+}
+template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job *j) {
+    typedef shape<TYPE, SLOTS, END> S;
     bm_product p = *j->p;
-    CUtensorMap x, w, gate = {};
+    maps m = {};
     const int box = j->from ? 1 : p.first ? 8 : SLOTS;
-    const CUtensorMapL2promotion ahead = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;        /* as much as a stage's; 256: 3% slower */
-    bool good = bm_cuda_describe_rows(c, &x, j, box) && bm_cuda_describe_weights(c, &w, &p, S::COLS, ahead);
-    if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, S::COLS, ahead);
+    bool good = bm_cuda_describe_rows(c, &m.x, j, box) && describe(c, &m.w, &m.w_scales, &p, S::COLS);
+    if (END == GATED) good = good && describe(c, &m.gate, &m.gate_scales, j->gate, S::COLS);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int blocks = sharing(c, &p), all = c->chip.multiProcessorCount;
     const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, S::COLS);
     const int clusters = tiles * blocks <= 2 * all ? tiles : (p.first ? 2 : 1) * all / blocks;
     p.from = j->from;
-    return bm_cuda_start_clusters(c, few<SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box,
-                                  !p.made && (!p.first || p.half), x, w, gate);
+    return bm_cuda_start_clusters(c, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box,
+                                  !p.made && (!p.first || p.half), m);
 }
-template <int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
-    return j->gate ? launch<SLOTS, GATED>(c, j) : j->end.act ? launch<SLOTS, ACT>(c, j) : launch<SLOTS, PLAIN>(c, j);
+template <int TYPE, int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
+    return j->gate ? launch<TYPE, SLOTS, GATED>(c, j) : j->end.act ? launch<TYPE, SLOTS, ACT>(c, j) : launch<TYPE, SLOTS, PLAIN>(c, j);
+}
+template <int SLOTS> static bool launch_type(bm_cuda *c, const job *j) {
+    const bm_dtype type = j->p->type;
+    if (type == BM_BF16) return launch_end<BM_BF16, SLOTS>(c, j);
+    return type == BM_Q8_0 ? launch_end<BM_Q8_0, SLOTS>(c, j) : launch_end<BM_Q4_0, SLOTS>(c, j);
 }
 /* Slots for most groups; of larger ones weights are read more than once. */
 bool bm_cuda_few(bm_cuda *c, const job *j) {
     const int M = j->p->M, most = M / j->p->X * 3 / 2 + 4, rows = j->p->first && most < M ? most : M;
-    if (rows <= 16) return launch_end<16>(c, j);
-    if (rows <= 32) return launch_end<32>(c, j);
-    return rows <= 64 ? launch_end<64>(c, j) : launch_end<128>(c, j);
+    if (rows <= 16) return launch_type<16>(c, j);
+    if (rows <= 32) return launch_type<32>(c, j);
+    return rows <= 64 ? launch_type<64>(c, j) : launch_type<128>(c, j);
 }

@@ -128,15 +128,15 @@ template <int TYPE> static void launch(bm_cuda *c, const bm_product *p) {
     else dots<TYPE, ROWS><<<many, 32 * WARPS, 0, c->stream>>>(*p);
 }
 
-void bm_cuda_product(bm_cuda *c, const bm_product *a, bm_dtype type) {
+void bm_cuda_product(bm_cuda *c, const bm_product *a) {
     if (c->failed || !a->M) return;
     size_t used = 0;
     bm_product bf16 = *a, *p = &bf16;
-    type = bm_cuda_widened(c, p, type, &used);
+    bm_cuda_widened(c, p, &used);
 #define DO(TYPE) launch<TYPE>(c, p)
-    if (type == BM_BF16 && bm_cuda_wide_takes(c, p)) bm_cuda_wide_product(c, p);
-    else if (bm_cuda_narrow_takes(p, type)) bm_cuda_narrow_product(c, p);
-    else BM_CUDA_TYPES(type, DO)
+    if (bm_cuda_wide_takes(c, p)) bm_cuda_wide_product(c, p);
+    else if (bm_cuda_narrow_takes(p)) bm_cuda_narrow_product(c, p);
+    else BM_CUDA_TYPES(p->type, DO)
 #undef DO
     bm_cuda_check(c, cudaGetLastError(), "a matrix product");
 }
@@ -144,6 +144,7 @@ void bm_cuda_product(bm_cuda *c, const bm_product *a, bm_dtype type) {
 void bm_cuda_linear(bm_backend *b, const bm_op_linear *a) {
     bm_product p = {};
     p.w[0] = (const uint8_t *)a->w->data;
+    p.type = a->w->type;
     p.w_stride = bm_cuda_row_bytes(a->w->type, (size_t)a->w->cols);
     p.X = 1, p.M = a->M, p.N = a->w->rows, p.K = a->w->cols;
     p.x = a->x, p.ldx = (size_t)a->ldx;
@@ -151,7 +152,7 @@ void bm_cuda_linear(bm_backend *b, const bm_op_linear *a) {
     p.y = a->y, p.ldy = (size_t)a->w->rows;
     p.accumulate = a->accumulate;
     p.rounded = bm_cuda_rounds(a->arith, a->w->type);
-    bm_cuda_product(cuda_of(b), &p, a->w->type);
+    bm_cuda_product(cuda_of(b), &p);
 }
 
 /* ---- rows of a table ------------------------------------------------------------------ */

@@ -5,8 +5,9 @@
 #include "cuda/steps.cuh"
 #include <cudaTypedefs.h>
 
-enum { LEAST = 9, FEW = 128 };              /* rows from which on there are these kernels; to which few.cu's */
+enum { LEAST = 6, FEW = 128 };              /* rows from which on there are these kernels; to which few.cu's */
 enum { DEPTH = 64, LINE = 128 };            /* columns of k in a stage, and their bytes */
+enum { SCALES = 8, STEPS = 4 };             /* scales of quants brought at once, the least that can be; steps that they are for */
 
 /* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up.
  * copy: f32 outputs as bf16 too, rows of N; or NULL. */
@@ -22,6 +23,7 @@ bool bm_cuda_few(bm_cuda *c, const job *j);
  * the second cache reads of a row at once. */
 bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int box);
 bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box, CUtensorMapL2promotion promotion);
+bool bm_cuda_describe_quants(const bm_cuda *c, CUtensorMap *quants, CUtensorMap *scales, const bm_product *p, int box);
 
 /* Clusters of `ctas` blocks, set up while the kernel before ends. */
 template <class... P, class... A> static bool
@@ -135,42 +137,35 @@ INLINE uint64_t matrix(const void *p) {
 }
 #define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
-/* c (64,BN) = x (64,16) w (BN,16)^T, added to c or not. */
-INLINE void multiply(float (&c)[96], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
-        "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,"
-        "%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1, 0, 0;}"
-        : F16(0), F16(16), F16(32), F16(48), F16(64), F16(80) : "l"(x), "l"(w), "r"(add));
-}
-INLINE void multiply(float (&c)[64], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
-        "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;}"
-        : F16(0), F16(16), F16(32), F16(48) : "l"(x), "l"(w), "r"(add));
-}
-INLINE void multiply(float (&c)[48], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %50, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-        "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, %48, %49, p, 1, 1, 0, 0;}"
-        : F16(0), F16(16), F16(32) : "l"(x), "l"(w), "r"(add));
-}
-INLINE void multiply(float (&c)[32], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-        "%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;}" : F16(0), F16(16) : "l"(x), "l"(w), "r"(add));
-}
-INLINE void multiply(float (&c)[16], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 0, 0;}"
-        : F16(0) : "l"(x), "l"(w), "r"(add));
-}
-INLINE void multiply(float (&c)[8], uint64_t x, uint64_t w, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;}" : F4(0), F4(4) : "l"(x), "l"(w), "r"(add));
-}
+#define D8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define D16 D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define D32 D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define D48 D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define D64 D48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define D96 D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
+                "%92,%93,%94,%95"
+/* c (64,N) = x (64,16) w (N,16)^T, added to c or not; x in shared memory, or a lane's part of it. */
+#define MULTIPLY(N, HELD, D, X, W, ADD, ...)                                                                                    \
+    INLINE void multiply(float (&c)[HELD], uint64_t x, uint64_t w, int add) {                                                   \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "      \
+                     "{" D "}, " X ", " W ", p, 1, 1, 0, 0;}" : __VA_ARGS__ : "l"(x), "l"(w), "r"(add));                        \
+    }
+#define MULTIPLY_HELD(N, HELD, D, A, W, ADD, ...)                                                                               \
+    INLINE void multiply(float (&c)[HELD], const quad &x, uint64_t w, int add) {                                                \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "      \
+                     "{" D "}, {" A "}, " W ", p, 1, 1, 0;}"                                                                    \
+                     : __VA_ARGS__ : "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]), "l"(w), "r"(add));                     \
+    }
+MULTIPLY(16, 8, D8, "%8", "%9", "%10", F4(0), F4(4))
+MULTIPLY(32, 16, D16, "%16", "%17", "%18", F16(0))
+MULTIPLY(64, 32, D32, "%32", "%33", "%34", F16(0), F16(16))
+MULTIPLY(96, 48, D48, "%48", "%49", "%50", F16(0), F16(16), F16(32))
+MULTIPLY(128, 64, D64, "%64", "%65", "%66", F16(0), F16(16), F16(32), F16(48))
+MULTIPLY(192, 96, D96, "%96", "%97", "%98", F16(0), F16(16), F16(32), F16(48), F16(64), F16(80))
+MULTIPLY_HELD(16, 8, D8, "%8,%9,%10,%11", "%12", "%13", F4(0), F4(4))
+MULTIPLY_HELD(32, 16, D16, "%16,%17,%18,%19", "%20", "%21", F16(0))
+MULTIPLY_HELD(64, 32, D32, "%32,%33,%34,%35", "%36", "%37", F16(0), F16(16))
+MULTIPLY_HELD(128, 64, D64, "%64,%65,%66,%67", "%68", "%69", F16(0), F16(16), F16(32), F16(48))
 
 typedef struct ring { uint8_t *stage; uint64_t *full, *empty; } ring;
 #endif

@@ -238,23 +238,35 @@ static void find_activations(bm_cuda *c, job *j) {
 
 enum { APART = 512, NARROWEST = 256 };      /* rows of a group from which weights are not read once more for its end alone */
 
-/* Matrices (count,rows,K) of bf16, read `box` rows and DEPTH columns at a time; zeros past the edges. */
-static bool describe(const bm_cuda *c, CUtensorMap *map, const void *data, int K, int rows, int count, size_t row, size_t each,
-                     int box, CUtensorMapL2promotion promotion) {
-    const cuuint64_t size[3] = { (cuuint64_t)K, (cuuint64_t)rows, (cuuint64_t)count }, stride[2] = { row, each };
-    const cuuint32_t part[3] = { DEPTH, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
-    return !c->wide->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)data, size, stride, part, step,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
-                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+/* Matrices of words (count,rows,columns), `row` and `each` bytes from one to the next, read `box` rows and `depth` columns at a
+ * time; zeros past the edges. */
+typedef struct words { CUtensorMapDataType type; const void *data; int columns, rows, count, depth; size_t row, each; } words;
+
+static bool describe(const bm_cuda *c, CUtensorMap *map, const words &w, int box, CUtensorMapSwizzle swizzle,
+                     CUtensorMapL2promotion promotion) {
+    const cuuint64_t size[3] = { (cuuint64_t)w.columns, (cuuint64_t)w.rows, (cuuint64_t)w.count }, stride[2] = { w.row, w.each };
+    const cuuint32_t part[3] = { (cuuint32_t)w.depth, (cuuint32_t)box, 1 }, step[3] = { 1, 1, 1 };
+    return !c->wide->encode(map, w.type, 3, (void *)(uintptr_t)w.data, size, stride, part, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                            swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int box) {
     const size_t row = sizeof *j->x * j->ldx;
-    return describe(c, map, j->x, j->p->K, j->p->M, 1, row, row * j->p->M, box, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+    const words w = { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, j->x, j->p->K, j->p->M, 1, DEPTH, row, row * j->p->M };
+    return describe(c, map, w, box, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
+static size_t apart(const bm_product *p) { return p->X > 1 ? (size_t)(p->w[1] - p->w[0]) : p->w_stride * p->N; }
 bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box,
                               CUtensorMapL2promotion promotion) {
-    const size_t matrix = p->X > 1 ? (size_t)(p->w[1] - p->w[0]) : p->w_stride * p->N;
-    return describe(c, map, p->w[0], p->K, p->N, p->X, p->w_stride, matrix, box, promotion);
+    const words w = { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, p->w[0], p->K, p->N, p->X, DEPTH, p->w_stride, apart(p) };
+    return describe(c, map, w, box, CU_TENSOR_MAP_SWIZZLE_128B, promotion);
+}
+bool bm_cuda_describe_quants(const bm_cuda *c, CUtensorMap *quants, CUtensorMap *scales, const bm_product *p, int box) {
+    const int per = p->type == BM_Q8_0 ? 1 : 2;
+    const CUtensorMapL2promotion ahead = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+    const words q = { CU_TENSOR_MAP_DATA_TYPE_UINT8, p->w[0], p->K / per, p->N, p->X, DEPTH / per, p->w_stride, apart(p) };
+    const words s = { CU_TENSOR_MAP_DATA_TYPE_UINT16, p->w[0] + p->K / per, p->K / 32, p->N, p->X, SCALES, p->w_stride, apart(p) };
+    return describe(c, quants, q, box, CU_TENSOR_MAP_SWIZZLE_NONE, ahead) &&
+           describe(c, scales, s, box, CU_TENSOR_MAP_SWIZZLE_NONE, ahead);
 }
 
 template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, const job *j) {
@@ -318,7 +330,9 @@ static void run(bm_cuda *c, const job *j) {
 
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
     const bm_cuda_wide *w = c->wide;
-    bool good = w && p->rounded && p->M >= LEAST && (size_t)p->M * p->K <= w->room && p->w_stride % 16 == 0 && p->K % 8 == 0;
+    const bool quants = (p->type == BM_Q8_0 || p->type == BM_Q4_0) && p->M <= FEW;
+    bool good = w && p->rounded && (p->type == BM_BF16 || quants) && p->M >= LEAST && (size_t)p->M * p->K <= w->room;
+    good = good && p->w_stride % 16 == 0 && p->K % 8 == 0;
     for (int e = 0; e < p->X; e++) good = good && (uintptr_t)p->w[e] % 16 == 0;
     return good;
 }
@@ -394,8 +408,8 @@ template <int PER_WARP> __global__ void __launch_bounds__(32 * WARPS) narrow(con
             *y = p.accumulate ? *y + v : v;
         }
 }
-bool bm_cuda_narrow_takes(const bm_product *p, bm_dtype type) {
-    return type == BM_F32 && p->X == 1 && p->N <= NARROW && p->M >= LEAST && p->K % 8 == 0 && p->K <= WIDEST && !p->first &&
+bool bm_cuda_narrow_takes(const bm_product *p) {
+    return p->type == BM_F32 && p->X == 1 && p->N <= NARROW && p->M >= LEAST && p->K % 8 == 0 && p->K <= WIDEST && !p->first &&
            !p->from && !p->to && !p->scale && ((uintptr_t)p->x | 4 * p->ldx | (uintptr_t)p->w[0] | p->w_stride) % 16 == 0;
 }
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p) {

@@ -20,6 +20,7 @@ __global__ void activate(const int32_t *first, int X, int M, int F, float *hidde
 /* One of gate, up and down of experts [e0, e0 + X), X <= BM_CUDA_MATRICES. */
 static bm_product batch(const bm_op_experts *a, const bm_tensor *w, const float *bias, int e0, bm_product p) {
     const int left = (a->route ? a->X : 1) - e0;
+    p.type = w->type;
     p.w_stride = bm_cuda_row_bytes(w->type, (size_t)w->cols);
     p.X = left < BM_CUDA_MATRICES ? left : BM_CUDA_MATRICES, p.M = a->M, p.N = w->rows, p.K = w->cols;
     p.first = a->route ? a->route->first + e0 : NULL;
@@ -40,20 +41,20 @@ static void experts(bm_cuda *c, const bm_op_experts *a, int e0) {
     bm_product gate = a->gate ? batch(a, a->gate, a->gate_bias, e0, in) : in, up = batch(a, a->up, a->up_bias, e0, in);
     bm_product down = batch(a, a->down, a->down_bias, e0, out);
     size_t used = 0;
-    const bm_dtype gate_type = a->gate ? bm_cuda_widened(c, &gate, a->gate->type, &used) : BM_BF16;
-    const bm_dtype up_type = bm_cuda_widened(c, &up, a->up->type, &used);
-    if (!a->act && (!a->gate || bm_cuda_is_wide(c, &gate, gate_type)) && bm_cuda_is_wide(c, &up, up_type) &&
-        bm_cuda_is_wide(c, &down, a->down->type)) {
+    if (a->gate) bm_cuda_widened(c, &gate, &used);
+    bm_cuda_widened(c, &up, &used);
+    const bool one = !a->gate || (gate.type == up.type && bm_cuda_is_wide(c, &gate));
+    if (!a->act && one && bm_cuda_is_wide(c, &up) && bm_cuda_is_wide(c, &down)) {
         down.half = (uint16_t *)a->hidden;
         bm_cuda_wide_hidden(c, a->gate ? &gate : NULL, &up, a->activation == BM_GELU, (uint16_t *)a->hidden);
     } else {
         up.y = a->hidden + F;
-        if (a->gate) bm_cuda_product(c, &gate, gate_type);
-        bm_cuda_product(c, &up, up_type);
+        if (a->gate) bm_cuda_product(c, &gate);
+        bm_cuda_product(c, &up);
         bm_cuda_start(c, activate, dim3(blocks_of(F, 256), a->M), 256, 0, up.first, up.X, a->M, a->F, a->hidden, a->act,
                                                                       a->gate != NULL, a->activation == BM_GELU);
     }
-    bm_cuda_product(c, &down, a->down->type);
+    bm_cuda_product(c, &down);
 }
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a) {
     bm_cuda *c = cuda_of(b);

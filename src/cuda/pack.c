@@ -1,9 +1,16 @@
 /* pack.c - rows of q8_0 and q4_0 as this room's kernels read them.  Room: cuda.
  *
  * In: rows as files have them, blocks of a scale and 32 quants.  Out: rows of all quants, then all scales, up to 16 bytes: a
- * row is one bulk copy, eight quants one load.  q8_0: a byte each; q4_0: a nibble each, the first of two the low one. */
+ * row is one bulk copy.  q8_0: a byte each; q4_0: a nibble each, the first of two the low one.  Of a block those eight lie together
+ * that a lane of four has in two products of 16: elements 2 l, 2 l + 1 of each eight. */
 #include "cuda/cuda.h"
 #include <string.h>
+
+/* Where in its block element e lies: one half of the tensor core's pair every second byte, or every fourth nibble. */
+static int place_of(int e, bm_dtype type) {
+    const int lane = e % 8 / 2, pair = e / 8 % 2, product = e / 16;
+    return type == BM_Q8_0 ? 8 * lane + e % 2 * 2 + pair + product * 4 : 8 * lane + e % 2 * 4 + pair + product * 2;
+}
 
 size_t bm_cuda_packed(bm_dtype type, size_t cols) {
     return type == BM_Q8_0 || type == BM_Q4_0 ? (bm_dtype_bytes(type, cols) + 15) / 16 * 16 : 0;
@@ -19,11 +26,11 @@ void bm_cuda_pack(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows, 
         uint8_t *scale = to + cols / BM_BLOCK * quants, *q = to;
         for (size_t b = 0; b < cols / BM_BLOCK; b++, from += each, q += quants, scale += 2) {
             memcpy(scale, from, 2);
-            if (type == BM_Q8_0) memcpy(q, from + 2, BM_BLOCK);
-            else for (int j = 0; j < 8; j++) {          /* from: element j and j + 16 in a byte */
-                const uint8_t *two = from + 2 + 2 * j;
-                q[j] = (uint8_t)((two[0] & 15) | two[1] << 4);
-                q[8 + j] = (uint8_t)(two[0] >> 4 | (two[1] & 0xf0));
+            memset(q, 0, quants);
+            for (int e = 0; e < BM_BLOCK; e++) {        /* from, q4_0: elements e and e + 16 in a byte */
+                const int at = place_of(e, type);
+                if (type == BM_Q8_0) q[at] = from[2 + e];
+                else q[at / 2] |= (uint8_t)((from[2 + e % 16] >> e / 16 * 4 & 15) << at % 2 * 4);
             }
         }
         memset(scale, 0, (size_t)(to + stride - scale));
@@ -36,10 +43,11 @@ void bm_cuda_unpack(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows
         const uint8_t *scale = from + cols / BM_BLOCK * quants, *q = from;
         for (size_t b = 0; b < cols / BM_BLOCK; b++, to += each, q += quants, scale += 2) {
             memcpy(to, scale, 2);
-            if (type == BM_Q8_0) memcpy(to + 2, q, BM_BLOCK);
-            else for (int j = 0; j < 8; j++) {
-                to[2 + 2 * j] = (uint8_t)((q[j] & 15) | q[8 + j] << 4);
-                to[3 + 2 * j] = (uint8_t)(q[j] >> 4 | (q[8 + j] & 0xf0));
+            memset(to + 2, 0, quants);
+            for (int e = 0; e < BM_BLOCK; e++) {
+                const int at = place_of(e, type);
+                if (type == BM_Q8_0) to[2 + e] = q[at];
+                else to[2 + e % 16] |= (uint8_t)((q[at / 2] >> at % 2 * 4 & 15) << e / 16 * 4);
             }
         }
     }

@@ -185,14 +185,6 @@ template <int TYPE> __device__ __noinline__ static void copy_all(const program &
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
-/* A lane's part of a step of activations, for both products: as the tensor core has them; or, with quants, those of elements
- * 8 (lane % 4) on, in the pairs that quants come in. */
-template <int TYPE> INLINE quad activations(uint32_t at) {
-    if (PLAIN<TYPE>) return matrices(at);
-    const uint4 v = load<uint4>(at), w = TYPE == BM_Q8_0 ? v : make_uint4(v.x, v.z, v.y, v.w);
-    return { __byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632),
-             __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632) };
-}
 /* Two quants as bf16, exactly.  q8_0, bytes 0 and 2: 128 and their low bits, less 128 or, by their sign, 256.  q4_0, nibbles 0
  * and 4: 128 and they, less 136. */
 template <int TYPE> INLINE uint32_t quants(uint32_t v) {
@@ -259,7 +251,7 @@ template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint
     }
 #pragma unroll (TYPE == BM_BF16 ? 4 : 2)
     for (int k = warp_of(); k < q.steps; k += WARPS) {
-        quad b = activations<TYPE>(x + 64 * k);
+        quad b = matrices(x + 64 * k);
         if (!use) b = {};
 #pragma unroll
         for (int j = 0; j < TILES; j++) multiply_step<TYPE>(c[j], at[j], q.K, k, b);
@@ -672,8 +664,7 @@ template <int TYPE> __device__ static void work(const program &p, const plan *pl
                        (float *)(memory + p.at_router), token };
     state t = { r, memory, *p.number };
     t.k = &k;
-    if (PLAIN<TYPE>) t.x = address(s.x) + min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16;
-    else t.x = address(s.x) + min(lane / 4, p.M - 1) * p.ldx + lane % 4 * 16;
+    t.x = address(s.x) + min(lane % 8, p.M - 1) * p.ldx + lane / 8 * 16;
     for (int i = tid(); i < p.M * plans[OUTPUT].n; i += THREADS) {
         const int m = i / plans[OUTPUT].n;
         s.sum[i] = embedded<TYPE>(p, token, m, plans[OUTPUT].from + i - m * plans[OUTPUT].n);

@@ -23,8 +23,9 @@ template <int TYPE> __device__ constexpr int row_bytes(int K) {
 template <int TYPE> __device__ inline float weight_at(const uint8_t *row, int k, int K) {
     if (TYPE == BM_BF16) return bf16_at(((const uint16_t *)row)[k]);
     if (TYPE == BM_F16) return f16_at(row + 2 * k);
-    if (TYPE == BM_Q8_0) return f16_at(row + K + k / 32 * 2) * (float)(int8_t)row[k];
-    return f16_at(row + K / 2 + k / 32 * 2) * (float)((row[k / 2] >> k % 2 * 4 & 15) - 8);
+    const int at = k / 32 * 32 + k % 8 / 2 * 8, pair = k / 8 % 2, product = k / 16 % 2;     /* pack.c */
+    if (TYPE == BM_Q8_0) return f16_at(row + K + k / 32 * 2) * (float)(int8_t)row[at + k % 2 * 2 + pair + product * 4];
+    return f16_at(row + K / 2 + k / 32 * 2) * (float)((row[at / 2 + k % 2 * 2 + product] >> pair * 4 & 15) - 8);
 }
 
 /* Eight elements [k, k + 8) of a row of k + n elements, k a multiple of 8; what is past the end of plain types is 0. */
@@ -42,13 +43,16 @@ template <int TYPE> __device__ inline void weights8(const uint8_t *row, int k, i
         else for (int i = 0; i < 8; i++) h[i] = i < n ? p[i] : 0;
         for (int i = 0; i < 8; i++) w[i] = TYPE == BM_BF16 ? bf16_at(h[i]) : __half2float(__ushort_as_half(h[i]));
     } else if (TYPE == BM_Q8_0) {
-        const uint2 q = *(const uint2 *)(row + k);
+        const uint4 *q = (const uint4 *)(row + k / 32 * 32), a = q[0], b = q[1];
+        const bool second = k / 16 % 2;
+        const uint32_t lane[4] = { second ? a.y : a.x, second ? a.w : a.z, second ? b.y : b.x, second ? b.w : b.z };
         const float d = f16_at(row + (k + n) + k / 32 * 2);
-        for (int i = 0; i < 8; i++) w[i] = d * (float)(int8_t)((i < 4 ? q.x : q.y) >> i % 4 * 8);
+        for (int i = 0; i < 8; i++) w[i] = d * (float)(int8_t)(lane[i / 2] >> (k / 8 % 2 + i % 2 * 2) * 8);
     } else if (TYPE == BM_Q4_0) {
-        const uint32_t q = *(const uint32_t *)(row + k / 2);
+        const uint4 q = *(const uint4 *)(row + k / 32 * 16);
+        const uint32_t lane[4] = { q.x, q.y, q.z, q.w };
         const float d = f16_at(row + (k + n) / 2 + k / 32 * 2);
-        for (int i = 0; i < 8; i++) w[i] = d * (float)((int)(q >> 4 * i & 15) - 8);
+        for (int i = 0; i < 8; i++) w[i] = d * (float)((int)(lane[i / 2] >> (k / 8 % 2 + k / 16 % 2 * 2 + i % 2 * 4) * 4 & 15) - 8);
     } else if (TYPE == BM_Q4_1 || TYPE == BM_Q5_0 || TYPE == BM_Q5_1) {
         const bool offset = TYPE != BM_Q5_0, fifth = TYPE != BM_Q4_1;
         const uint8_t *b = row + (size_t)(k / 32) * ((offset ? 4 : 2) + (fifth ? 4 : 0) + 16), *h = b + (offset ? 4 : 2);

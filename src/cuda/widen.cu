@@ -5,7 +5,7 @@
 #include "cuda/steps.cuh"
 #include "cuda/weights.cuh"
 
-enum { THREADS = 256, MANY = 65 };       /* fewer rows read quants sooner than copies are made */
+enum { THREADS = 256, MANY = 65 };       /* fewer rows read f16 and K types sooner than copies are made */
 
 /* A thread makes eight elements; experts without rows are passed over. */
 template <int TYPE> __global__ void __launch_bounds__(THREADS) widen(const __grid_constant__ bm_product p, uint16_t *to) {
@@ -20,31 +20,29 @@ template <int TYPE> __global__ void __launch_bounds__(THREADS) widen(const __gri
 static size_t elements(const bm_product *p) { return (size_t)p->X * p->N * p->K; }
 static bm_product copy_of(const bm_product *p, const uint16_t *at) {
     bm_product q = *p;
+    q.type = BM_BF16;
     q.made = true;
     q.w_stride = sizeof *at * (size_t)p->K;
     for (int e = 0; e < p->X; e++) q.w[e] = (const uint8_t *)(at + (size_t)e * p->N * p->K);
     return q;
 }
-static bool fits(const bm_cuda *c, const bm_product *p, bm_dtype type, size_t used) {
-    if (!p->rounded || p->M < MANY || type == BM_BF16 || used + elements(p) > c->widened_room) return false;
+static bool fits(const bm_cuda *c, const bm_product *p, size_t used) {
+    if (!p->rounded || p->type == BM_BF16 || p->M < MANY || bm_cuda_wide_takes(c, p) || used + elements(p) > c->widened_room) return false;
     const bm_product q = copy_of(p, c->widened + used);
     return bm_cuda_wide_takes(c, &q);
 }
 
-bool bm_cuda_is_wide(const bm_cuda *c, const bm_product *p, bm_dtype type) {
-    return type == BM_BF16 ? bm_cuda_wide_takes(c, p) : fits(c, p, type, 0);
-}
+bool bm_cuda_is_wide(const bm_cuda *c, const bm_product *p) { return bm_cuda_wide_takes(c, p) || fits(c, p, 0); }
 
-bm_dtype bm_cuda_widened(bm_cuda *c, bm_product *p, bm_dtype type, size_t *used) {
-    if (!fits(c, p, type, *used)) return type;
+void bm_cuda_widened(bm_cuda *c, bm_product *p, size_t *used) {
+    if (!fits(c, p, *used)) return;
     const dim3 grid(blocks_of((size_t)p->N * p->K / 8, THREADS), p->X);
     uint16_t *to = c->widened + *used;
 #define DO(TYPE) bm_cuda_start(c, widen<TYPE>, grid, THREADS, 0, *p, to)
-    BM_CUDA_TYPES(type, DO)
+    BM_CUDA_TYPES(p->type, DO)
 #undef DO
     *p = copy_of(p, to);
     *used += elements(p);
-    return BM_BF16;
 }
 
 size_t bm_cuda_widening(bm_backend *b, int rows, size_t n) {
