@@ -429,19 +429,24 @@ static void test_rows(void **state) {
         }
 }
 
-/* A recorded router, which is one kernel for few rows, gives the bits of a product and a choice. */
-static void router_case(int T, int X, int K) {
+/* A recorded router, which is one kernel for few rows, gives the bits of a product and a choice; or of those and a norm before. */
+static void router_case(int T, int X, int K, bool norms) {
     pair w = make_pair(BM_F32, X, K);
     const size_t rows = (size_t)T, n[3] = { rows, rows, (size_t)(X + 1) };
-    twin x = random_twin((size_t)(T * K), 1), bias = random_twin((size_t)X, 1), logits[2], gate[2];
+    twin x = random_twin((size_t)(T * K), 1), bias = random_twin((size_t)X, 1), logits[2], gate[2], stream[2], y[2];
+    twin weight = random_twin((size_t)K, 1), past = random_twin(x.n, 1);
     int32_t *host[3] = { calloc(rows, 4), calloc(rows, 4), calloc(n[2], 4) }, *at[2][3];
     for (int r = 0; r < 2; r++) {
         logits[r] = empty_twin((size_t)(T * X));
         gate[r] = empty_twin(rows);
+        stream[r] = empty_twin(x.n);
+        y[r] = empty_twin(x.n);
         for (int i = 0; i < 3; i++) at[r][i] = put_ints(host[i], n[i]);
         for (int again = 0; again < 2; again++) {
             if (r && gpu->replay(gpu, &w, T)) break;
-            gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = K, .w = &w.at, .x = x.at, .bias = T % 2 ? bias.at : NULL, .y = logits[r].at,
+            if (norms) gpu->norm(gpu, &(bm_op_norm){ .M = T, .D = K, .eps = 1e-5f, .x = x.at, .residual = past.at, .weight = weight.at,
+                                                     .sum = stream[r].at, .y = y[r].at });
+            gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = K, .w = &w.at, .x = norms ? y[r].at : x.at, .bias = T % 2 ? bias.at : NULL, .y = logits[r].at,
                                               .arith = BM_ARITH_F32 });
             gpu->route(gpu, &(bm_op_route){ .M = T, .X = X, .k = 1, .rule = T % 2 ? BM_ROUTE_SOFTMAX : BM_ROUTE_SIGMOID, .logits = logits[r].at,
                                             .expert = at[r][0], .order = at[r][1], .first = at[r][2], .gate = gate[r].at });
@@ -453,6 +458,12 @@ static void router_case(int T, int X, int K) {
     float *want[2] = { fetched(&logits[0]), fetched(&gate[0]) }, *got[2] = { fetched(&logits[1]), fetched(&gate[1]) };
     assert_memory_equal(want[0], got[0], sizeof(float) * (size_t)(T * X));
     assert_memory_equal(want[1], got[1], sizeof(float) * rows);
+    for (int i = 0; i < 2; i++) {
+        float *one = fetched(i ? &y[0] : &stream[0]), *other = fetched(i ? &y[1] : &stream[1]);
+        assert_memory_equal(one, other, sizeof(float) * x.n);
+        drop(one);
+        drop(other);
+    }
     for (int i = 0; i < 3; i++) {
         gpu->get(gpu, host[i], at[0][i], n[i] * 4);
         OK(gpu->sync(gpu));
@@ -463,17 +474,20 @@ static void router_case(int T, int X, int K) {
         for (int i = 0; i < 3; i++) gpu->release(gpu, at[r][i]);
         drop(want[r]);
         drop(got[r]);
-        end(&logits[r]); end(&gate[r]);
+        end(&logits[r]); end(&gate[r]); end(&stream[r]); end(&y[r]);
     }
-    end(&x); end(&bias); end_pair(&w);
+    end(&x); end(&bias); end(&weight); end(&past); end_pair(&w);
 }
 static void test_router(void **state) {
     (void)state;
     for (int i = 0; i < 4; i++) {
         const int rows = (int[]){ 9, 40, 128, 257 }[i];
-        router_case(rows, 8, 1160);
-        router_case(rows, 3, 64);
-        router_case(rows, 8, 2056);
+        for (int norms = 0; norms < 2; norms++) {
+            router_case(rows, 8, 1160, norms);
+            router_case(rows, 3, 64, norms);
+            router_case(rows, 3, 1544, norms);
+            router_case(rows, 8, 2056, norms);
+        }
     }
 }
 

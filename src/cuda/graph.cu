@@ -102,15 +102,21 @@ bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     return false;
 }
 
+/* How many operations from o on, n at most, one kernel did; 0: none. */
+static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
+    const bool norms = o->kind == BM_CUDA_NORM, routes = n > 1 + norms && o[norms].kind == BM_CUDA_LINEAR &&
+                                                         o[1 + norms].kind == BM_CUDA_ROUTE;
+    return routes && bm_cuda_router(b, norms ? &o->norm : NULL, &o[norms].linear, &o[1 + norms].route) ? 2 + norms : 0;
+}
+
 static void capture(bm_backend *b, recording *r) {
     bm_cuda *c = cuda_of(b);
     cudaGraph_t graph = NULL;
     if (!bm_cuda_check(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording")) return;
-    for (int i = 0; i < c->graphs->n; i++) {
+    for (int i = 0, n; i < c->graphs->n; i += n ? n : 1) {
         bm_cuda_op *o = &c->graphs->op[i];
-        const bool pair = i + 1 < c->graphs->n && o[0].kind == BM_CUDA_LINEAR && o[1].kind == BM_CUDA_ROUTE;
-        if (pair && bm_cuda_router(b, &o[0].linear, &o[1].route)) i++;
-        else issue(b, o);
+        n = joined(b, o, c->graphs->n - i);
+        if (!n) issue(b, o);
     }
     if (bm_cuda_check(c, cudaStreamEndCapture(c->stream, &graph), "recording"))
         bm_cuda_check(c, cudaGraphInstantiate(&r->graph, graph, 0), "recording");

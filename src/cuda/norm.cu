@@ -14,7 +14,6 @@ __device__ static void put_four(float *row, int k, int D, bool aligned, float4 v
     else for (int i = 0; i < 4 && k + i < D; i++) row[k + i] = i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 __device__ static float sum_of(float4 v) { return (v.x + v.y) + (v.z + v.w); }
-__device__ static float squares(float4 v) { return fmaf(v.x, v.x, v.y * v.y) + fmaf(v.z, v.z, v.w * v.w); }
 
 /* RMSNorm: s / sqrt(mean(s^2) + eps) * weight.  LayerNorm: (s - mean) / sqrt(var + eps) * weight + bias.  half: y as bf16, or
  * NULL.  Thread j of a row holds fours j, j + blockDim, ... in registers, HELD of them: the order of sums depends on D alone. */
@@ -39,7 +38,7 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
         s[i] = make_float4(u.x + r.x, u.y + r.y, u.z + r.z, u.w + r.w);
         if (a.sum) put_four(a.sum + at, k, a.D, aligned, s[i]);
         total += sum_of(s[i]);
-        square += squares(s[i]);
+        square += norm_squares(s[i]);
     }
     const float mean = a.centered ? block_sum(total) / (float)a.D : 0;
     if (a.centered) {
@@ -73,7 +72,7 @@ void bm_cuda_norm(bm_backend *b, const bm_op_norm *a) {
                           (uintptr_t)a->sum | (uintptr_t)a->y;
     const bool aligned = a->D % 4 == 0 && all % 16 == 0;
     uint16_t *half = a->D % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->D) : NULL;
-    if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<4>, a->M, 32 * blocks_of((size_t)a->D, 16 * 32), 0, *a, aligned, half);
+    if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<NORM_HELD>, a->M, norm_threads(a->D), 0, *a, aligned, half);
     else bm_cuda_start(c, norm_rows<16>, a->M, WIDEST, 0, *a, aligned, half);      /* D up to 65536 */
     bm_cuda_check(c, cudaGetLastError(), "norm");
 }

@@ -1,6 +1,6 @@
 /* route.cu - the experts of each row and the order that groups rows by expert; all of it stays on the device.
  * Room: cuda.  The running rule; how experts are chosen while training: cpu/route.c. */
-#include "cuda/cuda.h"
+#include "cuda/steps.cuh"
 
 enum { THREADS = 128, SORTERS = 1024 };
 enum { ROUTED = 8, EIGHTS = 8 };        /* experts; eights of a row that a lane holds, where a row is routed at once */
@@ -99,13 +99,44 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     group_rows(a, choice, a.M <= SORTERS && i < a.M ? choose_row(a, a.logits + (size_t)i * a.X, i, choice) : -1);
 }
 
+/* Row i as norm_rows makes it (norm.cu), RMSNorm; also into y (D). */
+__device__ static void norm_row(const bm_op_norm &a, int i, uint16_t *half, float *y) {
+    const size_t at = (size_t)i * a.D;
+    const int threads = norm_threads(a.D);
+    float4 s[NORM_HELD], w[NORM_HELD];
+    float square = 0;
+#pragma unroll
+    for (int j = 0; j < NORM_HELD; j++) {
+        const int k = (int)threadIdx.x < threads ? 4 * (int)(threadIdx.x + j * threads) : a.D;
+        const float4 x = a.x ? four_of(a.x + at, k, a.D) : make_float4(0, 0, 0, 0);
+        const float4 r = a.residual ? four_of(a.residual + at, k, a.D) : make_float4(0, 0, 0, 0);
+        w[j] = four_of(a.weight, k, a.D);
+        s[j] = make_float4(x.x + r.x, x.y + r.y, x.z + r.z, x.w + r.w);
+        square += norm_squares(s[j]);
+        if (a.sum && k < a.D) *(float4 *)(a.sum + at + k) = s[j];
+    }
+    const float scale = norm_scale(block_sum(square) / (float)a.D, a.eps);
+#pragma unroll
+    for (int j = 0; j < NORM_HELD; j++) {
+        const int k = 4 * (int)(threadIdx.x + j * threads);
+        if ((int)threadIdx.x >= threads || k >= a.D) continue;
+        const float4 v = make_float4(norm_out(s[j].x, scale, w[j].x, 0), norm_out(s[j].y, scale, w[j].y, 0),
+                                     norm_out(s[j].z, scale, w[j].z, 0), norm_out(s[j].w, scale, w[j].w, 0));
+        *(float4 *)(a.y + at + k) = *(float4 *)(y + k) = v;
+        if (half) *(uint2 *)(half + at + k) = halves(v);
+    }
+    __syncthreads();
+}
+
 /* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is
- * summed as by `dots` (gemm.cu). */
-__global__ void __launch_bounds__(32 * ROUTED) route_rows(bm_op_linear l, const float *w, int K, bm_op_route a, unsigned *ended) {
+ * summed as by `dots` (gemm.cu).  NORMS: of the row that it norms before. */
+template <bool NORMS> __global__ void __launch_bounds__(32 * ROUTED)
+route_rows(bm_op_norm n, uint16_t *half, bm_op_linear l, const float *w, int K, bm_op_route a, unsigned *ended) {
+    extern __shared__ float4 normed[];
     __shared__ float logit[ROUTED];
     __shared__ bool last;
     const int lane = threadIdx.x % 32, e = threadIdx.x / 32, i = blockIdx.x;
-    const float *row = w + (size_t)e * K, *x = l.x + (size_t)i * l.ldx;
+    const float *row = w + (size_t)e * K, *x = NORMS ? (const float *)normed : l.x + (size_t)i * l.ldx;
     float4 v[EIGHTS][2], u[EIGHTS][2];
     float sum = 0;
     next_may_start();
@@ -113,6 +144,7 @@ __global__ void __launch_bounds__(32 * ROUTED) route_rows(bm_op_linear l, const 
     for (int s = 0; s < EIGHTS; s++)
         for (int h = 0; h < 2; h++) v[s][h] = four_of(row, 8 * (lane + 32 * s) + 4 * h, K);
     previous_done();
+    if (NORMS) norm_row(n, i, half, (float *)normed);
 #pragma unroll
     for (int s = 0; s < EIGHTS; s++)
         for (int h = 0; h < 2; h++) u[s][h] = four_of(x, 8 * (lane + 32 * s) + 4 * h, K);
@@ -177,13 +209,18 @@ void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
     bm_cuda_check(c, cudaGetLastError(), "routing");
 }
 
-bool bm_cuda_router(bm_backend *b, const bm_op_linear *l, const bm_op_route *a) {
+bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a) {
     bm_cuda *c = cuda_of(b);
     const int K = l->w->cols;
-    const uintptr_t all = (uintptr_t)l->x | (uintptr_t)l->w->data | (uintptr_t)(4 * l->ldx);
+    uintptr_t all = (uintptr_t)l->x | (uintptr_t)l->w->data | (uintptr_t)(4 * l->ldx);
+    if (n) all |= (uintptr_t)n->x | (uintptr_t)n->residual | (uintptr_t)n->weight | (uintptr_t)n->sum;
     if (l->w->type != BM_F32 || l->y != a->logits || l->accumulate) return false;
     if (a->k != 1 || a->X > ROUTED || a->M > 32 * a->X) return false;
     if (K % 8 || K > 256 * EIGHTS || all % 16) return false;
-    bm_cuda_start(c, route_rows, a->M, 32 * a->X, 0, *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
+    if (n && (n->y != l->x || n->D != K || l->ldx != K || n->M != a->M || n->centered || n->bias || norm_threads(K) > 32 * a->X))
+        return false;
+    uint16_t *half = n ? bm_cuda_rounded(c, n->y, n->M, K) : NULL;
+    bm_cuda_start(c, n ? route_rows<true> : route_rows<false>, a->M, 32 * a->X, n ? 4 * (size_t)K : 0, n ? *n : (bm_op_norm){}, half,
+                  *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
     return bm_cuda_check(c, cudaGetLastError(), "routing");
 }

@@ -35,10 +35,14 @@ __device__ inline uint4 halves(const float (&v)[8]) {
 
 /* ---- norm: a row whose squares (LayerNorm: of what is left of the mean) have this mean --------- */
 
+__device__ inline float norm_squares(float4 v) { return fmaf(v.x, v.x, v.y * v.y) + fmaf(v.z, v.z, v.w * v.w); }
 __device__ inline float norm_scale(float mean_square, float eps) { return 1 / sqrtf(mean_square + eps); }
 __device__ inline float norm_out(float centred, float scale, float weight, float bias) {
     return __fadd_rn(__fmul_rn(__fmul_rn(centred, scale), weight), bias);
 }
+/* Threads that share a row's fours where it is short: thread j has fours j, j + threads, ..., HELD of them. */
+enum { NORM_HELD = 4 };
+__host__ __device__ inline int norm_threads(int D) { return (D + 32 * 4 * NORM_HELD - 1) / (32 * 4 * NORM_HELD) * 32; }
 
 /* ---- convolution: s = bias, then K of these, the oldest input first; y = silu(s) --------------- */
 
