@@ -13,7 +13,7 @@ enum { PAPER = 16 * 40 * 4 };                   /* bytes in which a warp turns i
 struct bm_cuda_wide {
     PFN_cuTensorMapEncodeTiled_v12000 encode;
     uint16_t *half; size_t room;                /* activations as bf16, and how many fit */
-    uint16_t *narrow;                           /* those that a product with few columns left, FEW rows of up to NARROWEST */
+    uint16_t *narrow; int rows;                 /* those that a product with few columns left, rows of up to NARROWEST */
     const float *of; int cols;                  /* whose rows are there, until a product has read them; else NULL */
     const uint16_t *there;
 };
@@ -59,7 +59,7 @@ bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, con
 /* A warp's 16 rows from row0 on, 32 columns at a time: a lane holds two columns of each eight of rows lane / 4 and 8 on, and
  * writes 16 bytes of a row with its neighbours beside it. */
 template <int BN> __device__ static void
-put_rows(const bm_product &p, const tile &at, int row0, int col0, const float (&c)[BN / 2], float *paper) {
+put_rows(const bm_product &p, uint16_t *copy, const tile &at, int row0, int col0, const float (&c)[BN / 2], float *paper) {
     enum { LD = 40 };
     const int lane = threadIdx.x % 32, own = lane / 4, n0 = 2 * (lane % 4), far = 4 * (lane % 8);
     const bool whole = !p.accumulate && p.ldy % 4 == 0 && (uintptr_t)p.y % 16 == 0 && col0 + BN <= p.N;
@@ -89,9 +89,11 @@ put_rows(const bm_product &p, const tile &at, int row0, int col0, const float (&
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             const float4 v = *(const float4 *)(paper + (lane / 8 + 4 * r) * LD + far);
+            const int n = col0 + 8 * j + far;
             if (!y[r]) continue;
             if (whole) *(float4 *)(y[r] + 8 * j) = v;
-            else put_four(p, y[r] + 8 * j, col0 + 8 * j + far, v);
+            else put_four(p, y[r] + 8 * j, n, v);
+            if (copy && n < p.N) *(uint2 *)(copy + (size_t)(row0 + lane / 8 + 4 * r) * p.N + n) = halves(v);
         }
     }
 }
@@ -151,7 +153,7 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
         if (lane < CTAS) barrier_arrive(&r.empty[(n - 1) % S::STAGES], lane);
         if (!any) continue;
         const int row = at.row + 16 * (threadIdx.x / 32), col = at.col + rank * COLS;
-        if constexpr (END == PLAIN) put_rows<BN>(p, at, row, col, c, paper);
+        if constexpr (END == PLAIN) put_rows<BN>(p, end.copy, at, row, col, c, paper);
         else put_hidden<BN, END>(p, end, at, row, col, c, (uint32_t *)paper);
     }
 }
@@ -236,7 +238,8 @@ static void find_activations(bm_cuda *c, job *j) {
 
 /* ---- launches ------------------------------------------------------------------------------ */
 
-enum { APART = 512, NARROWEST = 256 };      /* rows of a group from which weights are not read once more for its end alone */
+/* Rows of a group from which weights are not read once more for its end alone; on average, to which nearly all fit 192. */
+enum { APART = 512, SMALL = 160, NARROWEST = 256 };
 
 /* Matrices of words (count,rows,columns), `row` and `each` bytes from one to the next, read `box` rows and `depth` columns at a
  * time; zeros past the edges. */
@@ -290,6 +293,7 @@ static int cost(const bm_cuda *c, const bm_product *p, int groups, int cols, int
     return blocks_of((size_t)tall * blocks_of((size_t)p->N, 2 * (size_t)cols), c->chip.multiProcessorCount / 2) * each;
 }
 template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
+    if (j->p->X > 1 && j->p->M <= SMALL * j->p->X) return launch<END == PLAIN ? 96 : 192, 3, 2, END>(c, j);
     const int cols = END == GATED ? 96 : 192, three = cost(c, j->p, 3, cols, 30), two = cost(c, j->p, 2, cols, 22);
     const bool narrow = END == PLAIN && j->p->X == 1 && cost(c, j->p, 2, 96, 13) < (two < three ? two : three);
     if (narrow) return launch<96, 2, 2, PLAIN>(c, j);
@@ -299,6 +303,8 @@ static bool launch_any(bm_cuda *c, const job *j) {
     if (j->p->M <= FEW) return bm_cuda_few(c, j);
     if (j->gate) return launch_tall<GATED>(c, j);
     if (j->end.act) return launch_tall<ACT>(c, j);
+    const bool thin = j->p->N <= NARROWEST && 4 * blocks_of((size_t)j->p->M, 64) <= c->chip.multiProcessorCount;
+    if (thin) return launch<32, 1, 1, PLAIN>(c, j);         /* a block brings less a step */
     return j->p->N <= 128 ? launch<128, 1, 1, PLAIN>(c, j) : launch_tall<PLAIN>(c, j);
 }
 
@@ -340,7 +346,7 @@ void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
     bm_cuda_wide *w = c->wide;
     job j = { .p = p, .end = { .apart = p->M >= APART * p->X } };
     const bool narrow = p->N <= NARROWEST && p->N % 8 == 0 && p->ldy == (size_t)p->N;
-    const bool copied = narrow && p->M <= FEW && !p->first && !p->accumulate;      /* a Mamba layer's x, which dt reads */
+    const bool copied = narrow && p->M <= w->rows && !p->first && !p->to && !p->accumulate;    /* a Mamba layer's x, which dt reads */
     find_activations(c, &j);
     if (copied) j.end.copy = w->narrow, w->there = w->narrow, w->of = p->y, w->cols = p->N;
     run(c, &j);
@@ -434,30 +440,31 @@ static bm_cuda_wide *opened(bm_cuda *c) {
     return c->wide;
 }
 
-static size_t bytes_of(size_t room) { return sizeof(uint16_t) * (room + FEW * NARROWEST); }
+static size_t bytes_of(size_t room, int rows) { return sizeof(uint16_t) * (room + (size_t)rows * NARROWEST); }
 
 size_t bm_cuda_reserving(bm_backend *b, int rows, int cols) {
-    return rows >= LEAST && opened(cuda_of(b)) ? bytes_of((size_t)rows * (size_t)cols) : 0;
+    return rows >= LEAST && opened(cuda_of(b)) ? bytes_of((size_t)rows * (size_t)cols, rows) : 0;
 }
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
     bm_cuda *c = cuda_of(b);
     bm_cuda_wide *w = rows >= LEAST ? opened(c) : NULL;
     const size_t room = (size_t)rows * (size_t)cols;
     void *all;
-    if (!w || room <= w->room) return BM_OK;
-    const bm_status s = b->alloc(b, &all, bytes_of(room), "activations as bf16");
+    if (!w || (room <= w->room && rows <= w->rows)) return BM_OK;
+    const bm_status s = b->alloc(b, &all, bytes_of(room, rows), "activations as bf16");
     if (s) return s;
     bm_cuda_forget(b, NULL);        /* what was recorded writes to the old ones */
     if (w->narrow) b->release(b, w->narrow);
     w->narrow = (uint16_t *)all;
-    w->half = w->narrow + FEW * NARROWEST;
+    w->half = w->narrow + (size_t)rows * NARROWEST;
     w->room = room;
+    w->rows = rows;
     w->of = NULL;
     return BM_OK;
 }
 size_t bm_cuda_reserved(bm_backend *b) {
     const bm_cuda_wide *w = cuda_of(b)->wide;
-    return w && w->room ? bytes_of(w->room) : 0;
+    return w && w->room ? bytes_of(w->room, w->rows) : 0;
 }
 
 void bm_cuda_wide_close(bm_cuda *c) {
