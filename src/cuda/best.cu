@@ -8,12 +8,18 @@ __device__ static unsigned long long larger(unsigned long long a, unsigned long 
 
 /* Row blockIdx.y, of which block blockIdx.x takes every gridDim.x-th piece; between: what blocks of a row share, zeros
  * before and after. */
-__global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bm_cuda_row *between) {
+__global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, bm_cuda_row *between) {
     __shared__ unsigned long long part[THREADS / 32];
     const float *l = a.logits + (size_t)blockIdx.y * a.ld;
+    const int first = blockIdx.x * THREADS + threadIdx.x, all = gridDim.x * THREADS, fours = aligned ? a.V / 4 : 0;
     unsigned long long key = 0;
 #pragma unroll 4
-    for (int k = blockIdx.x * THREADS + threadIdx.x; k < a.V; k += gridDim.x * THREADS) key = larger(key, logit_key(l[k], k));
+    for (int k = first; k < fours; k += all) {
+        const float4 v = ((const float4 *)l)[k];
+        key = larger(key, larger(larger(logit_key(v.x, 4 * k), logit_key(v.y, 4 * k + 1)),
+                                 larger(logit_key(v.z, 4 * k + 2), logit_key(v.w, 4 * k + 3))));
+    }
+    for (int k = 4 * fours + first; k < a.V; k += all) key = larger(key, logit_key(l[k], k));
     for (int d = 16; d; d /= 2) key = larger(key, __shfl_xor_sync(~0u, key, d));
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = key;
     __syncthreads();
@@ -34,6 +40,7 @@ void bm_cuda_best(bm_backend *b, const bm_op_best *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
     const int pieces = blocks_of((size_t)a->V, THREADS), most = pieces < BLOCKS ? pieces : BLOCKS;
-    best_of<<<dim3(a->M <= FEW ? most : 1, a->M), THREADS, 0, c->stream>>>(*a, c->rows);
+    const bool aligned = a->ld % 4 == 0 && (uintptr_t)a->logits % 16 == 0;
+    best_of<<<dim3(a->M <= FEW ? most : 1, a->M), THREADS, 0, c->stream>>>(*a, aligned, c->rows);
     bm_cuda_check(c, cudaGetLastError(), "best");
 }
