@@ -431,7 +431,7 @@ static void test_experts_back(void **state) {
     for (int level = 0; level < LEVELS; level++) {
         bm_backend *b = open_back(level, 2);
         for (int variant = 0; b && variant < VARIANTS; variant++)
-            for (int t = variant % one_in(3); t < 6; t += one_in(3)) {
+            for (int t = variant % one_in(6); t < 6; t += one_in(6)) {
                 moe *m = make_moe(variant, types[t / 2], t % 2);
                 b->experts(b, &m->op);
                 check_kept(b, m);
