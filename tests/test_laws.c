@@ -19,12 +19,12 @@ static void law_close(law *w) {
     free(w->want);
     free(w->got);
 }
-/* On a GPU several kernels make native products, which sum in other orders: with weights of bf16, q8_0 and q4_0 one up to 5 rows,
- * another to 128, a third from there on; with others one up to 64, and from there on those of bf16.  Across them the law is a
+/* On a GPU several kernels make native products, which sum in other orders: with weights of bf16, f16, q8_0 and q4_0 one up to 5
+ * rows, another to 128, a third from there on; with others one up to 64, and from there on those of bf16.  Across them the law is a
  * bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md).  Rows up to which there is the first; 0: there is one. */
 static int first_kernel(const law *w) {
     if (w->type == BM_F32 || w->arith == BM_ARITH_F32 || strncmp(test_device(), "cuda", 4)) return 0;
-    return w->type == BM_BF16 || w->type == BM_Q8_0 || w->type == BM_Q4_0 ? 5 : 64;
+    return w->type == BM_BF16 || w->type == BM_F16 || w->type == BM_Q8_0 || w->type == BM_Q4_0 ? 5 : 64;
 }
 static void near(const law *w, const char *what) {
     const size_t n = T * (size_t)w->r.V;

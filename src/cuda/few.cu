@@ -1,15 +1,17 @@
-/* few.cu - products of 6 to 128 rows with weights of bf16, q8_0 or q4_0 on Hopper's tensor cores.  Room: cuda.
+/* few.cu - products of 6 to 128 rows with weights of bf16, f16, q8_0 or q4_0 on Hopper's tensor cores.  Room: cuda.
  *
  * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes one tile after
  * another: 64 rows of weights (or 32 of gate and 32 of up) and up to SLOTS rows of a group.  A warp has the copy engine bring 64
  * columns of k of weights at a time into a ring of stages, one those of activations, and a warpgroup multiplies them (wgmma) with
  * the weights as the side of 64.  A step is 8 KB: what a warp does besides must stay below a third of a microsecond.
- * Quants come with the scales of their blocks, and lanes make bf16 of them, each rounded once: the bits of a bf16 copy (widen.cu).
+ * Lanes make bf16 of f16, and of quants, which come with the scales of their blocks, each rounded once: the bits of a bf16 copy
+ * (widen.cu).
  * Weights that are known to be wanted are brought while the kernel before still works.
  * Where there are few tiles, the blocks of a cluster share a tile's k and send what they have to each other, to be added in the
  * order of their ranks.  Which block sums which k depends on the shape of the weights alone: an output has the same bits whatever
  * rows are beside it. */
 #include "cuda/hopper.cuh"
+#include <cuda_fp16.h>
 
 enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TALL + 4 };
 
@@ -18,8 +20,8 @@ enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 10
 template <int TYPE, int SLOTS, int END> struct shape {
     enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32, PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4 };
     /* of a step, bytes of a row of weights, its columns in its map, bytes of its scales */
-    enum { ROW = TYPE == BM_BF16 ? LINE : TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2, STRIDE = TYPE == BM_BF16 ? DEPTH : ROW,
-           SCALED = TYPE == BM_BF16 ? 0 : 2 * SCALES };
+    enum { PLAIN_ROWS = TYPE == BM_BF16 || TYPE == BM_F16, ROW = PLAIN_ROWS ? LINE : TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2,
+           STRIDE = PLAIN_ROWS ? DEPTH : ROW, SCALED = PLAIN_ROWS ? 0 : 2 * SCALES };
     enum { APART = PAPER > DESK ? PAPER : DESK, WEIGHTS = TALL * (ROW + SCALED), BYTES = WEIGHTS + SLOTS * LINE,
            STAGES = (ROOM - APART) / BYTES, SHARED = STAGES * BYTES + APART + 1024 };
 };
@@ -226,7 +228,16 @@ template <int ZERO> __device__ static uint32_t widened(uint32_t four, int two, f
     const float b = __uint_as_float(__byte_perm(four, 0x47000000, 0x7424 | two << 4));
     return halves(fmaf(a, d, zero), fmaf(b, d, zero));
 }
-/* A lane's part of step k, rows `row` and `row` + 8 of the stage: (rows,64) quants in the order of pack.c, (rows,SCALES) scales. */
+/* A lane's part of step k, rows `row` and `row` + 8 of the stage: (rows,64) f16 as the copy engine swizzles them. */
+__device__ static void widen_halves(const uint8_t *stage, int row, quad (&a)[DEPTH / 16]) {
+#pragma unroll
+    for (int i = 0; i < 4 * DEPTH / 16; i++) {
+        const int r = row + i % 2 * 8, eight = i / 2;
+        const float2 v = __half22float2(*(const __half2 *)(stage + r * LINE + ((eight ^ r % 8) << 4) + threadIdx.x % 4 * 4));
+        a[eight / 2].v[eight % 2 * 2 + i % 2] = halves(v.x, v.y);
+    }
+}
+/* The same of (rows,64) quants in the order of pack.c, (rows,SCALES) scales. */
 template <int TYPE> __device__ static void widen_step(const uint8_t *stage, int k, int row, quad (&a)[DEPTH / 16]) {
     enum { ROW = TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2, ZERO = TYPE == BM_Q8_0 ? 128 : 8 };
     const int l = threadIdx.x % 4;
@@ -270,15 +281,16 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
             const uint64_t weights = matrix(stage), x = matrix(stage + S::WEIGHTS);
             quad a[DEPTH / 16];
             barrier_wait(&r.full[now.stage], now.odd);
-            if constexpr (S::SCALED) widen_step<TYPE>(stage, k, row, a);
+            if constexpr (TYPE == BM_F16) widen_halves(stage, row, a);
+            else if constexpr (TYPE != BM_BF16) widen_step<TYPE>(stage, k, row, a);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (int i = 0; i < DEPTH / 16; i++) {
-                if constexpr (S::SCALED) multiply(c, a[i], x + 2 * i, k > w.begin || i);
+                if constexpr (TYPE != BM_BF16) multiply(c, a[i], x + 2 * i, k > w.begin || i);
                 else multiply(c, weights + 2 * i, x + 2 * i, k > w.begin || i);
             }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(S::SCALED ? 0 : 1) : "memory");
+            asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(TYPE == BM_BF16 ? 1 : 0) : "memory");
             if (k > w.begin && threadIdx.x % 32 == 0) barrier_arrive(&r.empty[last]);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -335,7 +347,7 @@ static int sharing(const bm_cuda *c, const bm_product *p) {
 }
 
 static bool describe(bm_cuda *c, CUtensorMap *w, CUtensorMap *scales, const bm_product *p, int box) {
-    if (p->type != BM_BF16) return bm_cuda_describe_quants(c, w, scales, p, box);
+    if (p->type == BM_Q8_0 || p->type == BM_Q4_0) return bm_cuda_describe_quants(c, w, scales, p, box);
     return bm_cuda_describe_weights(c, w, p, box, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);      /* as much as a stage's; 256: 3% slower */
 }
 template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job *j) {
@@ -359,6 +371,7 @@ template <int TYPE, int SLOTS> static bool launch_end(bm_cuda *c, const job *j) 
 template <int SLOTS> static bool launch_type(bm_cuda *c, const job *j) {
     const bm_dtype type = j->p->type;
     if (type == BM_BF16) return launch_end<BM_BF16, SLOTS>(c, j);
+    if (type == BM_F16) return launch_end<BM_F16, SLOTS>(c, j);
     return type == BM_Q8_0 ? launch_end<BM_Q8_0, SLOTS>(c, j) : launch_end<BM_Q4_0, SLOTS>(c, j);
 }
 /* Slots for most groups; of larger ones weights are read more than once. */

@@ -336,8 +336,8 @@ static void run(bm_cuda *c, const job *j) {
 
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
     const bm_cuda_wide *w = c->wide;
-    const bool quants = (p->type == BM_Q8_0 || p->type == BM_Q4_0) && p->M <= FEW;
-    bool good = w && p->rounded && (p->type == BM_BF16 || quants) && p->M >= LEAST && (size_t)p->M * p->K <= w->room;
+    const bool widens = (p->type == BM_F16 || p->type == BM_Q8_0 || p->type == BM_Q4_0) && p->M <= FEW;
+    bool good = w && p->rounded && (p->type == BM_BF16 || widens) && p->M >= LEAST && (size_t)p->M * p->K <= w->room;
     good = good && p->w_stride % 16 == 0 && p->K % 8 == 0;
     for (int e = 0; e < p->X; e++) good = good && (uintptr_t)p->w[e] % 16 == 0;
     return good;

@@ -159,7 +159,7 @@ static bool made(bm_cuda *c, bm_cuda_token *t, const bm_cuda_op *op, int n) {
     bm_cuda_program *p = &t->p;
     t->layers = (bm_cuda_layer *)calloc((size_t)n, sizeof *t->layers);
     if (!t->layers || !bm_cuda_program_is(op, n, p, t->layers)) return false;
-    if (p->M >= MANY && c->wide && p->type != BM_F16) return false;
+    if (p->M >= MANY && c->wide) return false;
     t->bytes = (int)c->chip.sharedMemPerBlockOptin - 6 * 1024;
     t->blocks = bm_cuda_program_place(p, c->chip.multiProcessorCount, t->bytes);
     const size_t words = bm_cuda_program_words(p, NULL), layers = sizeof *t->layers * (size_t)p->L;

@@ -5,7 +5,7 @@
 #include "cuda/steps.cuh"
 #include "cuda/weights.cuh"
 
-enum { THREADS = 256, MANY = 65 };       /* fewer rows read f16 and K types sooner than copies are made */
+enum { THREADS = 256, MANY = 65 };       /* fewer rows read K types sooner than copies are made */
 
 /* A thread makes eight elements; experts without rows are passed over. */
 template <int TYPE> __global__ void __launch_bounds__(THREADS) widen(const __grid_constant__ bm_product p, uint16_t *to) {
