@@ -102,15 +102,22 @@ bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     return false;
 }
 
+/* How many operations from o on, of n, one kernel did; 0: none. */
+static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
+    const bool linear = o[0].kind == BM_CUDA_LINEAR;
+    if (linear && n > 1 && o[1].kind == BM_CUDA_ROUTE && bm_cuda_router(b, &o[0].linear, &o[1].route)) return 2;
+    const bool scans = linear && n > 2 && o[1].kind == BM_CUDA_SCAN && o[2].kind == BM_CUDA_LINEAR;
+    return scans && bm_cuda_dt_scan(b, &o[0].linear, &o[1].scan, &o[2].linear) ? 2 : 0;
+}
+
 static void capture(bm_backend *b, recording *r) {
     bm_cuda *c = cuda_of(b);
     cudaGraph_t graph = NULL;
     if (!bm_cuda_check(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording")) return;
-    for (int i = 0; i < c->graphs->n; i++) {
+    for (int i = 0, n; i < c->graphs->n; i += n ? n : 1) {
         bm_cuda_op *o = &c->graphs->op[i];
-        const bool pair = i + 1 < c->graphs->n && o[0].kind == BM_CUDA_LINEAR && o[1].kind == BM_CUDA_ROUTE;
-        if (pair && bm_cuda_router(b, &o[0].linear, &o[1].route)) i++;
-        else issue(b, o);
+        n = joined(b, o, c->graphs->n - i);
+        if (!n) issue(b, o);
     }
     if (bm_cuda_check(c, cudaStreamEndCapture(c->stream, &graph), "recording"))
         bm_cuda_check(c, cudaGraphInstantiate(&r->graph, graph, 0), "recording");
