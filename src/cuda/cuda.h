@@ -61,7 +61,8 @@ void bm_cuda_route(bm_backend *b, const bm_op_route *a);
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a);
 /* Few rows' logits and what bm_cuda_route makes of them, by one kernel; false: not these. */
 bool bm_cuda_router(bm_backend *b, const bm_op_linear *l, const bm_op_route *a);
-/* Of few rows with a sequence each, by one kernel: dt and scan, for `out`, which reads y; false: not these. */
+/* Of few rows with a sequence each, by one kernel: convolution and x; dt and scan, for `out`, which reads y; false: not these. */
+bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l);
 bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out);
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a);
 void bm_cuda_attention(bm_backend *b, const bm_op_attention *a);

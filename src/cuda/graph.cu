@@ -104,7 +104,8 @@ bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
 
 /* How many operations from o on, of n, one kernel did; 0: none. */
 static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
-    const bool linear = o[0].kind == BM_CUDA_LINEAR;
+    const bool linear = o[0].kind == BM_CUDA_LINEAR, linear_next = n > 1 && o[1].kind == BM_CUDA_LINEAR;
+    if (o[0].kind == BM_CUDA_CONV && linear_next && bm_cuda_conv_x(b, &o[0].conv, &o[1].linear)) return 2;
     if (linear && n > 1 && o[1].kind == BM_CUDA_ROUTE && bm_cuda_router(b, &o[0].linear, &o[1].route)) return 2;
     const bool scans = linear && n > 2 && o[1].kind == BM_CUDA_SCAN && o[2].kind == BM_CUDA_LINEAR;
     return scans && bm_cuda_dt_scan(b, &o[0].linear, &o[1].scan, &o[2].linear) ? 2 : 0;
