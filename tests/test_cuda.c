@@ -515,6 +515,67 @@ static void test_router(void **state) {
     }
 }
 
+/* Convolution to scan of rows with a sequence each, recorded: few rows are one kernel.  The bits of one operation after the other,
+ * in what the next product makes and in the states. */
+static void between_case(int T, int I, int R, int N) {
+    enum { K = 4, D = 72 };
+    const int X = R + 2 * N;
+    const size_t n = (size_t)T * (size_t)I, stride = (size_t)I * (size_t)(N + K - 1);
+    pair wx = make_pair(BM_BF16, X, I), wd = make_pair(BM_BF16, I, R), wo = make_pair(BM_BF16, D, I);
+    twin xz = random_twin(2 * n, 1), conv = random_twin((size_t)(K * I), 1), bias = random_twin((size_t)I, 1), A = random_twin((size_t)(N * I), 1);
+    twin first = random_twin(stride * (size_t)T, 1), u = empty_twin(n), xdbl = empty_twin((size_t)(T * X)), dt = empty_twin(n), state[2], y[2];
+    int32_t *rows = malloc(sizeof *rows * 2 * (size_t)(T + 1));
+    for (size_t k = 0; k < A.n; k++) A.host[k] = -fabsf(A.host[k]) - 0.1f;
+    gpu->put(gpu, A.at, A.host, A.n * sizeof(float));
+    for (int i = 0; i <= T; i++) rows[i] = i, rows[T + 1 + i] = T - 1 - i;
+    int32_t *s = put_ints(rows, (size_t)(T + 1)), *l = put_ints(rows + T + 1, (size_t)T);
+    for (int r = 0; r < 2; r++) {
+        state[r] = made(floats(first.n), first.n);
+        y[r] = empty_twin((size_t)(T * D));
+        gpu->put(gpu, state[r].at, first.host, first.n * sizeof(float));
+        for (int again = 0; again < 2; again++) {
+            if (r && gpu->replay(gpu, &wx, T)) break;
+            gpu->conv(gpu, &(bm_op_conv){ .M = T, .Q = T, .start = s, .slot = l, .I = I, .K = K, .ldx = 2 * I, .x = xz.at, .weight = conv.at,
+                                          .bias = T % 2 ? bias.at : NULL, .y = u.at, .state = state[r].at, .stride = stride });
+            gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = I, .w = &wx.at, .x = u.at, .y = xdbl.at });
+            gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = X, .w = &wd.at, .x = xdbl.at, .y = dt.at });
+            gpu->scan(gpu, &(bm_op_scan){ .M = T, .Q = T, .start = s, .slot = l, .I = I, .N = N, .ldz = 2 * I, .ldbc = X, .u = u.at, .dt = dt.at,
+                                          .dt_bias = bias.at, .A = A.at, .B = xdbl.at + R, .C = xdbl.at + R + N, .D = bias.at, .z = xz.at + I,
+                                          .y = u.at, .state = state[r].at + (K - 1) * I, .stride = stride });
+            gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = I, .w = &wo.at, .x = u.at, .y = y[r].at });
+            if (r) gpu->recorded(gpu);
+        }
+        OK(gpu->sync(gpu));
+    }
+    gpu->forget(gpu, &wx);
+    float *want[2] = { fetched(&y[0]), fetched(&state[0]) }, *got[2] = { fetched(&y[1]), fetched(&state[1]) };
+    for (int i = 0; i < 2; i++) {
+        const size_t count = i ? first.n : y[0].n;
+        for (size_t k = 0; k < count; k++)
+            if (memcmp(&want[i][k], &got[i][k], sizeof(float)))
+                fail_msg("%d rows, I %d, R %d, N %d: %s %zu is %.9g, expected %.9g", T, I, R, N, i ? "state" : "output", k, (double)got[i][k],
+                         (double)want[i][k]);
+        drop(want[i]);
+        drop(got[i]);
+    }
+    for (int r = 0; r < 2; r++) end(&state[r]), end(&y[r]);
+    gpu->release(gpu, s); gpu->release(gpu, l);
+    free(rows);
+    end(&xz); end(&conv); end(&bias); end(&A); end(&first); end(&u); end(&xdbl); end(&dt); end_pair(&wx); end_pair(&wd); end_pair(&wo);
+}
+static void test_between(void **state) {
+    static const int rows[] = { 6, 16, 17, 40, 64, 100, 128, 129 };
+    (void)state;
+    for (int i = 0; i < 8; i++) {
+        between_case(rows[i], 1024, 32, 16);
+        between_case(rows[i], 1088, 72, 7);
+        between_case(rows[i], 960, 64, 16);
+    }
+    between_case(17, 4096, 128, 16);
+    between_case(64, 4096, 128, 16);
+    between_case(100, 2304, 72, 16);
+}
+
 /* Few rows and many, whole ids and a part, ties, -0 beside 0, NaN, rows of nothing else; into memory of both sides. */
 static void test_best(void **state) {
     static const struct { int M, V, ld; } size[] = { { 1, 50304, 50304 }, { 3, 1, 2 }, { 9, 700, 703 }, { 64, 513, 513 },
@@ -687,7 +748,7 @@ int main(void) {
                                        cmocka_unit_test(test_best), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory),
                                        cmocka_unit_test(test_told), cmocka_unit_test(test_token), cmocka_unit_test(test_few),
                                        cmocka_unit_test(test_alone), cmocka_unit_test(test_few_experts),
-                                       cmocka_unit_test(test_router), cmocka_unit_test(test_narrow) };
+                                       cmocka_unit_test(test_router), cmocka_unit_test(test_narrow), cmocka_unit_test(test_between) };
     const bm_status s = bm_backend_open_cuda(&gpu, 0);
     if (s == BM_ENOSUPPORT) {
         printf("%s: %zu skipped\n", bm_error(), sizeof test / sizeof *test);

@@ -61,6 +61,9 @@ void bm_cuda_route(bm_backend *b, const bm_op_route *a);
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a);
 /* Few rows' logits and what bm_cuda_route makes of them, the norm before if n is not NULL, by one kernel; false: not these. */
 bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a);
+/* Of few rows with a sequence each, by one kernel: convolution and x; dt and scan, for `out`, which reads y; false: not these. */
+bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l);
+bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out);
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a);
 void bm_cuda_attention(bm_backend *b, const bm_op_attention *a);
 void bm_cuda_best(bm_backend *b, const bm_op_best *a);
@@ -84,6 +87,7 @@ typedef struct bm_product {
     bool accumulate, rounded;   /* rounded: activations and weights to bf16 first */
     bool made;                  /* w is what a kernel just before makes: not to be read ahead of it */
 } bm_product;
+bm_product bm_cuda_product_of(const bm_op_linear *a);
 void bm_cuda_product(bm_cuda *c, const bm_product *p);
 
 /* What `rounded` is in an arithmetic. */

@@ -141,7 +141,7 @@ void bm_cuda_product(bm_cuda *c, const bm_product *a) {
     bm_cuda_check(c, cudaGetLastError(), "a matrix product");
 }
 
-void bm_cuda_linear(bm_backend *b, const bm_op_linear *a) {
+bm_product bm_cuda_product_of(const bm_op_linear *a) {
     bm_product p = {};
     p.w[0] = (const uint8_t *)a->w->data;
     p.type = a->w->type;
@@ -152,6 +152,10 @@ void bm_cuda_linear(bm_backend *b, const bm_op_linear *a) {
     p.y = a->y, p.ldy = (size_t)a->w->rows;
     p.accumulate = a->accumulate;
     p.rounded = bm_cuda_rounds(a->arith, a->w->type);
+    return p;
+}
+void bm_cuda_linear(bm_backend *b, const bm_op_linear *a) {
+    const bm_product p = bm_cuda_product_of(a);
     bm_cuda_product(cuda_of(b), &p);
 }
 

@@ -102,11 +102,16 @@ bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     return false;
 }
 
-/* How many operations from o on, n at most, one kernel did; 0: none. */
+/* How many operations from o on, of n, one kernel did; 0: none. */
 static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
-    const bool norms = o->kind == BM_CUDA_NORM, routes = n > 1 + norms && o[norms].kind == BM_CUDA_LINEAR &&
-                                                         o[1 + norms].kind == BM_CUDA_ROUTE;
-    return routes && bm_cuda_router(b, norms ? &o->norm : NULL, &o[norms].linear, &o[1 + norms].route) ? 2 + norms : 0;
+    bm_cuda_kind kind[3];
+    for (int i = 0; i < 3; i++) kind[i] = i < n ? o[i].kind : BM_CUDA_EMBED;
+    const bool norms = kind[0] == BM_CUDA_NORM, routes = kind[norms] == BM_CUDA_LINEAR && kind[1 + norms] == BM_CUDA_ROUTE;
+    const bool convolves = kind[0] == BM_CUDA_CONV && kind[1] == BM_CUDA_LINEAR;
+    const bool scans = kind[0] == BM_CUDA_LINEAR && kind[1] == BM_CUDA_SCAN && kind[2] == BM_CUDA_LINEAR;
+    if (routes && bm_cuda_router(b, norms ? &o[0].norm : NULL, &o[norms].linear, &o[1 + norms].route)) return 2 + norms;
+    if (convolves && bm_cuda_conv_x(b, &o[0].conv, &o[1].linear)) return 2;
+    return scans && bm_cuda_dt_scan(b, &o[0].linear, &o[1].scan, &o[2].linear) ? 2 : 0;
 }
 
 static void capture(bm_backend *b, recording *r) {

@@ -1,0 +1,291 @@
+/* single.cu - a Mamba layer between its two large products, for 9 to 128 sequences with one row each: convolution and x by one
+ * kernel, dt and scan by another.  Room: cuda.
+ *
+ * In: those operations as they were noted (graph.cu), weights of bf16.  Out: the bits of one after the other: x and dt are summed
+ * as few.cu does it.  The way from one kernel to the next takes longer than the small ones of them, and memory rests then.  Here
+ * states and weights are on their way while the kernel before still works.  64 rows of weights are multiplied by eight or sixteen
+ * of texts at a time (wgmma). */
+#include "cuda/hopper.cuh"
+
+enum { TALL = 64, TILE = TALL * LINE, TEXTS = 8, N16 = SCAN_STATES };
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* Where element k of a row lies as the copy engine would put it: in rows of 128 bytes, `rows` to each 64 k, swizzled. */
+INLINE int place_of(int rows, int row, int k) {
+    return (k / DEPTH * rows + row) * LINE + ((k % DEPTH / 8 ^ row % 8) << 4) + k % 8 * 2;
+}
+/* c (64,8) = w (64,16) x (8,16)^T, added to c or not. */
+INLINE void multiply(float (&c)[4], uint64_t w, uint64_t x, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;}" : F4(0) : "l"(w), "l"(x), "r"(add));
+}
+/* 64 k more of c (64, 8 or 16). */
+template <int ALL> INLINE void multiply_line(float (&c)[ALL], const uint8_t *w, const uint8_t *x, int add) {
+    const uint64_t weights = matrix(w), rows = matrix(x);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < DEPTH / 16; i++) multiply(c, weights + 2 * i, rows + 2 * i, add || i);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+INLINE void multiplied(void) { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+/* As the swizzle wants it. */
+INLINE uint8_t *aligned(uint8_t *p) { return p + (1024 - address(p) % 1024) % 1024; }
+/* What threads wrote to shared memory is there for wgmma when they have met. */
+INLINE void written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+
+/* Whether few.cu or matmul.cu would make it. */
+static bool is_wide(const bm_cuda *c, const bm_op_linear *a) {
+    const bm_product p = bm_cuda_product_of(a);
+    return bm_cuda_wide_takes(c, &p);
+}
+
+/* ---- convolution and x ---------------------------------------------------------------------------------------------- */
+
+/* The blocks of a cluster share k: each makes u of its channels, which are its k, and sends what they give of x to the blocks that
+ * add it up, one for each text.  A warpgroup has 64 rows of x's weights.  A block has more than half of a multiprocessor's
+ * registers: two clusters side by side were slower.  So an H100 has room for CLUSTERS at once. */
+enum { RANKS = 8, CLUSTERS = 15, GROUPS = 4, CONV_THREADS = 128 * GROUPS, MOST_STAGES = 12, MOST_C = 512 };
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+INLINE void send_one(float *to, float v, uint64_t *b, int rank) {
+    asm volatile("{.reg .b32 t, r; mapa.shared::cluster.u32 t, %0, %3; mapa.shared::cluster.u32 r, %1, %3;"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [t], %2, [r];}"
+                 :: "r"(address(to)), "r"(address(b)), "f"(v), "r"(rank) : "memory");
+}
+/* Into the second cache. */
+INLINE void expect(const CUtensorMap *map, int k, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
+                 :: "l"(map), "r"(k), "r"(row), "r"(0) : "memory");
+}
+INLINE float4 step4(float4 s, float4 w, float4 x) {
+    return make_float4(conv_step(s.x, w.x, x.x), conv_step(s.y, w.y, x.y), conv_step(s.z, w.z, x.z), conv_step(s.w, w.w, x.w));
+}
+#endif
+
+/* X: rows of x's weights; tiles: of 64 of them; stages: a multiple of tiles, so that a place in the ring belongs to one warpgroup;
+ * at: bytes up to the desk, the same in all blocks. */
+typedef struct share { int X, tiles, stages, at; } share;
+
+__global__ void __launch_bounds__(CONV_THREADS)
+conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap weights, const share w, float *xdbl) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    enum { MOST = 2 };          /* texts of a thread */
+    extern __shared__ uint8_t memory[];
+    __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES], sent;
+    uint8_t *stage = aligned(memory), *half = stage + w.stages * TILE;
+    float *desk = (float *)(stage + w.at);                  /* (RANKS,X) of text `rank` */
+    const int rank = rank_in_cluster(), all = a.I / DEPTH, begin = all * rank / RANKS, steps = all * (rank + 1) / RANKS - begin;
+    const int q0 = (int)blockIdx.x / RANKS * TEXTS, texts = a.Q - q0 < TEXTS ? a.Q - q0 : TEXTS;
+    const int fours = steps * DEPTH / 4, sets = CONV_THREADS / fours, set = threadIdx.x / fours, own = threadIdx.x % fours * 4;
+    const int c = begin * DEPTH + own;
+    if (!threadIdx.x) {
+        for (int s = 0; s < w.stages; s++) {
+            barrier_make(&full[s], 1);
+            barrier_make(&empty[s], 4);
+        }
+        barrier_make(&sent, 1);
+        barriers_made();
+        barrier_expect(&sent, 4 * RANKS * w.X);
+        for (int n = 0; n < steps * w.tiles; n++) {
+            const int k = (begin + n / w.tiles) * DEPTH, row = n % w.tiles * TALL;
+            if (n >= w.stages) {
+                expect(&weights, k, row);
+                continue;
+            }
+            barrier_expect(&full[n], TILE);
+            bring(stage + n * TILE, &weights, &full[n], k, row, 0);
+        }
+    }
+    float4 x[MOST][4], filter[4], bias = make_float4(0, 0, 0, 0);
+    float *state[MOST] = {};
+    if (set < sets) {
+        if (a.bias) bias = *(const float4 *)(a.bias + c);
+#pragma unroll
+        for (int k = 0; k < 4; k++) filter[k] = *(const float4 *)(a.weight + (size_t)k * a.I + c);
+    }
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {        /* nobody has written to states since the token before */
+        const int t = set + i * sets;
+        if (set >= sets || t >= texts) continue;
+        state[i] = a.state + (size_t)a.slot[q0 + t] * a.stride + c;
+#pragma unroll
+        for (int k = 0; k < 3; k++) x[i][k] = *(const float4 *)(state[i] + (size_t)k * a.I);
+    }
+    next_may_start();
+    cluster_meet();
+    previous_done();
+#pragma unroll
+    for (int i = 0; i < MOST; i++)
+        if (state[i]) x[i][3] = *(const float4 *)(a.x + (size_t)(q0 + set + i * sets) * a.ldx + c);
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        const int t = set + i * sets;
+        if (!state[i]) continue;
+        float4 s = bias;
+#pragma unroll
+        for (int k = 0; k < 4; k++) s = step4(s, filter[k], x[i][k]);
+#pragma unroll
+        for (int k = 0; k < 3; k++) *(float4 *)(state[i] + (size_t)k * a.I) = x[i][k + 1];
+        s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));
+        *(float4 *)(a.y + (size_t)(q0 + t) * a.I + c) = s;
+        *(uint2 *)(half + place_of(TEXTS, t, own)) = halves(s);
+    }
+    written();
+    __syncthreads();
+    const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    if (group < w.tiles) {
+        float sum[4];
+        for (int k = 0; k < steps; k++) {
+            const int n = k * w.tiles + group, s = n % w.stages, odd = n / w.stages % 2;
+            barrier_wait(&full[s], odd);
+            multiply_line(sum, stage + s * TILE, half + k * TEXTS * LINE, k);
+            multiplied();
+            if (n + w.stages >= steps * w.tiles) continue;
+            if (lane == 0) barrier_arrive(&empty[s]);
+            if (threadIdx.x % 128 == 0) {
+                barrier_wait(&empty[s], odd);
+                barrier_expect(&full[s], TILE);
+                bring(stage + s * TILE, &weights, &full[s], (begin + (n + w.stages) / w.tiles) * DEPTH, group * TALL, 0);
+            }
+            __syncwarp();
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int j = group * TALL + threadIdx.x % 128 / 32 * 16 + lane / 4 + i / 2 * 8;
+            if (j < w.X) send_one(desk + rank * w.X + j, sum[i], &sent, lane % 4 * 2 + i % 2);
+        }
+    }
+    barrier_wait(&sent, 0);
+    for (int j = threadIdx.x; j < w.X && rank < texts; j += CONV_THREADS) {
+        float v = desk[j];
+        for (int k = 1; k < RANKS; k++) v += desk[k * w.X + j];
+        xdbl[(size_t)(q0 + rank) * w.X + j] = v;
+    }
+#endif
+}
+
+bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l) {
+    bm_cuda *c = cuda_of(b);
+    const int I = a->I, X = l->w->rows, tiles = blocks_of((size_t)X, TALL), steps = I / DEPTH, most = blocks_of((size_t)steps, RANKS);
+    const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->weight | (uintptr_t)a->bias | (uintptr_t)a->y | (uintptr_t)a->state |
+                          4 * (uintptr_t)a->ldx | (uintptr_t)(4 * a->stride);
+    if (c->failed || a->M != a->Q || a->M > CLUSTERS * TEXTS || l->w->type != BM_BF16 || !is_wide(c, l)) return false;
+    if (l->x != a->y || l->ldx != I || l->bias || l->accumulate) return false;
+    if (a->K != 4 || I % DEPTH || I > RANKS * MOST_C || tiles > GROUPS || all % 16) return false;
+    if (steps < 2 * RANKS || tiles * RANKS / 2 >= c->chip.multiProcessorCount) return false;    /* fewer share k in few.cu */
+    share w = { X, tiles, tiles * (most < MOST_STAGES / tiles ? most : MOST_STAGES / tiles) };
+    w.at = w.stages * TILE + most * TEXTS * LINE;
+    const int shared = w.at + 4 * RANKS * X + 1024;
+    const bm_product p = bm_cuda_product_of(l);
+    CUtensorMap map;
+    if (!bm_cuda_describe_weights(c, &map, &p, TALL, CU_TENSOR_MAP_L2_PROMOTION_L2_128B)) return false;
+    bm_cuda_rounded(c, NULL, 0, 0);
+    return bm_cuda_start_clusters(c, conv_x, RANKS * blocks_of((size_t)a->Q, TEXTS), RANKS, CONV_THREADS, shared, *a, map, w,
+                                  l->y);
+}
+
+/* ---- dt and scan ------------------------------------------------------------------------------------------------------ */
+
+/* A block makes 64 channels of its texts: dt, then as single_rows (scan.cu), a thread a channel of some texts.  States and weights
+ * are on their way while the kernel before ends. */
+enum { SETS = 8, SCAN_THREADS = SETS * TALL, PER = 2 };        /* PER: blocks of a multiprocessor */
+template <int MANY> struct memory { float h[MANY][N16][TALL], dt[MANY][TALL], b[MANY][N16], c[MANY][N16]; };
+
+template <int MANY> __global__ void __launch_bounds__(SCAN_THREADS, PER)
+dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const float *xdbl, int R, uint16_t *half, bool whole) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    enum { EACH = MANY / SETS };
+    extern __shared__ uint8_t bytes[];
+    const int steps = (R + DEPTH - 1) / DEPTH, c0 = (int)blockIdx.x * TALL, q0 = (int)blockIdx.y * MANY;
+    const int texts = a.Q - q0 < MANY ? a.Q - q0 : MANY, own = threadIdx.x % TALL, set = threadIdx.x / TALL, c = c0 + own;
+    uint8_t *w = aligned(bytes), *x = w + steps * TILE;
+    memory<MANY> &m = *(memory<MANY> *)(x + steps * MANY * LINE);
+    float rate[N16], u[EACH], z[EACH];
+    next_may_start();
+    for (int i = threadIdx.x; i < texts * a.N * (TALL / 4); i += SCAN_THREADS) {
+        const int k = i % (TALL / 4) * 4, n = i / (TALL / 4) % a.N, t = i / (TALL / 4) / a.N;
+        copy_four((float4 *)&m.h[t][n][k],
+                  (const float4 *)(a.state + (size_t)a.slot[q0 + t] * a.stride + (size_t)n * a.I + c0 + k));
+    }
+    for (int i = threadIdx.x; i < TALL * steps * (DEPTH / 8); i += SCAN_THREADS) {
+        const int row = i / (steps * (DEPTH / 8)), k = i % (steps * (DEPTH / 8)) * 8;
+        uint8_t *to = w + place_of(TALL, row, k);
+        if (k < R) copy_four((float4 *)to, (const float4 *)(weights + (size_t)(c0 + row) * R + k));
+        else *(float4 *)to = make_float4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int n = 0; n < N16; n++) rate[n] = n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
+    const float bias = a.dt_bias[c], D = a.D[c];
+    previous_done();
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int q = q0 + set + i * SETS;
+        u[i] = q < a.Q ? a.u[(size_t)q * a.I + c] : 0, z[i] = q < a.Q ? a.z[(size_t)q * a.ldz + c] : 0;
+    }
+    for (int i = threadIdx.x; i < MANY * steps * DEPTH / 2; i += SCAN_THREADS) {
+        const int t = i / (steps * DEPTH / 2), k = i % (steps * DEPTH / 2) * 2;
+        const float *row = xdbl + (size_t)(q0 + t) * a.ldbc + k;
+        *(uint32_t *)(x + place_of(MANY, t, k)) = t < texts && k < R ? halves(row[0], row[1]) : 0;
+    }
+    if (threadIdx.x < MANY * N16) {
+        const int t = threadIdx.x / N16, n = threadIdx.x % N16;
+        const bool there = t < texts && n < a.N;
+        const size_t at = (size_t)(q0 + t) * a.ldbc + n;
+        m.b[t][n] = there ? a.B[at] : 0, m.c[t][n] = there ? a.C[at] : 0;
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    written();
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4 * 2;
+        float d[MANY / 2];
+        for (int k = 0; k < steps; k++) multiply_line(d, w + k * TILE, x + k * MANY * LINE, k);
+        multiplied();
+#pragma unroll
+        for (int i = 0; i < MANY / 2; i++) m.dt[i / 4 * 8 + t + i % 2][row + i / 2 % 2 * 8] = d[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int t = set + i * SETS, q = q0 + t;
+        if (t >= texts) break;
+        const float d = softplus(m.dt[t][own] + bias), du = d * u[i];
+        float *state = a.state + (size_t)a.slot[q] * a.stride + c, h[N16], p[N16 / 2];
+#pragma unroll
+        for (int n = 0; n < N16; n++) {
+            h[n] = scan_state(n < a.N ? m.h[t][n][own] : 0, d, rate[n], du, m.b[t][n]);
+            if (n < a.N) state[(size_t)n * a.I] = h[n];
+        }
+#pragma unroll
+        for (int n = 0; n < N16; n += 2) p[n / 2] = scan_pair(m.c[t][n], h[n], m.c[t][n + 1], h[n + 1]);
+        const float y = scan_out(scan_sum(p), D, u[i], z[i]);
+        if (whole) a.y[(size_t)q * a.I + c] = y;
+        if (half) half[(size_t)q * a.I + c] = (uint16_t)halves(y, 0);
+    }
+#endif
+}
+
+template <int MANY> static void
+launch(bm_cuda *c, const bm_op_linear *l, const bm_op_scan *a, int steps, uint16_t *half, bool whole) {
+    const size_t shared = steps * (TILE + MANY * LINE) + sizeof(memory<MANY>) + 1024;
+    cudaFuncSetAttribute(dt_scan<MANY>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    bm_cuda_start(c, dt_scan<MANY>, dim3(a->I / TALL, blocks_of((size_t)a->Q, MANY)), SCAN_THREADS, shared, *a,
+                  (const uint16_t *)l->w->data, l->x, l->w->cols, half, whole);
+}
+
+bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out) {
+    bm_cuda *c = cuda_of(b);
+    const int steps = blocks_of((size_t)l->w->cols, DEPTH), room = PER * c->chip.multiProcessorCount;
+    const int tall = a->I / TALL, small = tall * blocks_of((size_t)a->Q, TEXTS), large = tall * blocks_of((size_t)a->Q, 2 * TEXTS);
+    const uintptr_t all = (uintptr_t)l->w->data | (uintptr_t)a->state | 4 * (uintptr_t)a->I | (uintptr_t)(4 * a->stride);
+    if (c->failed || a->M != a->Q || a->M > FEW || l->w->type != BM_BF16 || !is_wide(c, l)) return false;
+    if (l->y != a->dt || l->bias || l->accumulate || l->ldx != a->ldbc) return false;
+    if (a->N > N16 || a->I % TALL || steps > 3 || all % 16) return false;       /* 3: no kernel shares k of so few steps */
+    if (large > room && (large - 1) % room < room / 2) return false;            /* most of the chip would wait for a few of them */
+    uint16_t *half = bm_cuda_rounded(c, a->y, a->M, a->I);
+    const bool whole = !half || out->x != a->y || out->ldx != a->I || !is_wide(c, out);
+    if (small <= room) launch<TEXTS>(c, l, a, steps, half, whole);
+    else launch<2 * TEXTS>(c, l, a, steps, half, whole);
+    return bm_cuda_check(c, cudaGetLastError(), "scan");
+}
