@@ -3,8 +3,8 @@
 #
 #   bash tests/test_cuda.sh build/blackmamba       from the root of the repository
 #
-# A driver that is too old is imitated by a library of its name; what a GPU that is too old tells is put between the driver
-# and CUDA's runtime (trouble.cu).  What needs a GPU is skipped, saying so, where there is none.
+# A driver that is too old is imitated by a library of its name; one whose GPU is too old cannot be: CUDA's runtime asks
+# it for tables that nobody documents.  What needs a GPU is skipped, saying so, where there is none.
 set -u
 program=$(realpath "${1:-build/blackmamba}")
 trouble=$(dirname "$program")/tests/trouble.so
@@ -77,9 +77,6 @@ else
     ends 1 "cuda: found GPU 999, expected 0 to" -- -n 3 --device cuda:999
     ends 1 "^blackmamba: cuda:0.*$short" LD_PRELOAD="$trouble" BM_TEST_LEAVE=20 -- -n 3 --device cuda
     ends 0 "the CPU goes on: cuda:0.*$short" LD_PRELOAD="$trouble" BM_TEST_LEAVE=20 -- -n 3 --device auto
-    chip="cuda:0: found .* of compute capability 7\.[0-9], expected 8\.0 or later"
-    ends 1 "^blackmamba: $chip" LD_PRELOAD="$trouble" BM_TEST_CHIP=7 -- -n 3 --device cuda
-    ends 0 "the CPU goes on: $chip" LD_PRELOAD="$trouble" BM_TEST_CHIP=7 -- -n 3 --device auto
     ends 1 "^blackmamba: cuda:0" LD_PRELOAD="$trouble" BM_TEST_TRAP=4000 -- -n 1000000 --ignore-eos --device cuda
     limits
 fi

@@ -338,11 +338,10 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
 
 /* ---- launches -------------------------------------------------------------------------------------------- */
 
-/* Blocks that share a tile's k: enough that all multiprocessors have some. */
-static int sharing(const bm_cuda *c, const bm_product *p) {
+int bm_cuda_sharing(const bm_cuda *c, const bm_product *p) {
     const int tiles = blocks_of((size_t)p->N, TALL), steps = blocks_of((size_t)p->K, DEPTH);
     int blocks = 1;
-    while (!p->first && blocks < 8 && tiles * blocks < c->chip.multiProcessorCount && steps >= 4 * blocks) blocks *= 2;
+    while (!p->first && blocks < 8 && 4 * tiles * blocks < 3 * c->chip.multiProcessorCount && steps >= 4 * blocks) blocks *= 2;
     return blocks;
 }
 
@@ -358,7 +357,7 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
     bool good = bm_cuda_describe_rows(c, &m.x, j, box) && describe(c, &m.w, &m.w_scales, &p, S::COLS);
     if (END == GATED) good = good && describe(c, &m.gate, &m.gate_scales, j->gate, S::COLS);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
-    const int blocks = sharing(c, &p), all = c->chip.multiProcessorCount;
+    const int blocks = bm_cuda_sharing(c, &p), all = c->chip.multiProcessorCount;
     const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, S::COLS);
     const int clusters = tiles * blocks <= 2 * all ? tiles : (p.first ? 2 : 1) * all / blocks;
     p.from = j->from;

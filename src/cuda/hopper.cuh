@@ -18,6 +18,8 @@ typedef struct ending { uint16_t *act, *copy; const float *gate_bias; bool is_ge
 typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; size_t ldx; const int32_t *from; } job;
 
 bool bm_cuda_few(bm_cuda *c, const job *j);
+/* Blocks that share a tile's k there: enough that most multiprocessors have some. */
+int bm_cuda_sharing(const bm_cuda *c, const bm_product *p);
 
 /* Activations, and matrices (p->X, p->N, p->K): read `box` rows and DEPTH columns at a time, zeros past the edges; promotion: what
  * the second cache reads of a row at once. */

@@ -173,11 +173,11 @@ bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l) {
     if (c->failed || a->M != a->Q || a->M > CLUSTERS * TEXTS || l->w->type != BM_BF16 || !is_wide(c, l)) return false;
     if (l->x != a->y || l->ldx != I || l->bias || l->accumulate) return false;
     if (a->K != 4 || I % DEPTH || I > RANKS * MOST_C || tiles > GROUPS || all % 16) return false;
-    if (steps < 2 * RANKS || tiles * RANKS / 2 >= c->chip.multiProcessorCount) return false;    /* fewer share k in few.cu */
+    const bm_product p = bm_cuda_product_of(l);
+    if (bm_cuda_sharing(c, &p) != RANKS) return false;
     share w = { X, tiles, tiles * (most < MOST_STAGES / tiles ? most : MOST_STAGES / tiles) };
     w.at = w.stages * TILE + most * TEXTS * LINE;
     const int shared = w.at + 4 * RANKS * X + 1024;
-    const bm_product p = bm_cuda_product_of(l);
     CUtensorMap map;
     if (!bm_cuda_describe_weights(c, &map, &p, TALL, CU_TENSOR_MAP_L2_PROMOTION_L2_128B)) return false;
     bm_cuda_rounded(c, NULL, 0, 0);
