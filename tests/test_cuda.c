@@ -742,7 +742,7 @@ static void test_token(void **state) {
     token_of(BM_Q4_0);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     const struct CMUnitTest test[] = { cmocka_unit_test(test_linear), cmocka_unit_test(test_conv_scan), cmocka_unit_test(test_experts),
                                        cmocka_unit_test(test_wide), cmocka_unit_test(test_wide_experts), cmocka_unit_test(test_rows),
                                        cmocka_unit_test(test_best), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory),
@@ -755,6 +755,7 @@ int main(void) {
         return 0;
     }
     assert_int_equal(s, BM_OK);
+    if (argc > 1) cmocka_set_test_filter(argv[1]);      /* compute-sanitizer --tool racecheck takes minutes for some */
     assert_int_equal(bm_backend_open_cpu_level(&cpu, 1, "scalar"), BM_OK);
     assert_int_equal(cpu->reserve(cpu, 2500, 2304), BM_OK);
     assert_int_equal(gpu->reserve(gpu, 1500, 2304), BM_OK);
