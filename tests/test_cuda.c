@@ -576,6 +576,50 @@ static void test_between(void **state) {
     between_case(100, 2304, 72, 16);
 }
 
+/* A product, a norm and a product of its rows, recorded: two kernels, whose activations are rounded before they are divided by the
+ * root, not behind.  The stream has the same bits, and an output those it has without the rows beside it. */
+static void norm_case(int T, int alone, bool in_place) {
+    enum { K = 264, D = 192, N = 200 };
+    pair out = make_pair(BM_BF16, D, K), in = make_pair(BM_BF16, N, D);
+    twin x = random_twin((size_t)(T * K), 1), past = random_twin((size_t)(T * D), 1), weight = random_twin(D, 1);
+    twin y = empty_twin(past.n), normed = empty_twin(past.n), sum[3], z[3];
+    for (int r = 0; r < 3; r++) {       /* operation by operation; recorded; recorded, the last rows alone */
+        const int rows = r < 2 ? T : alone, from = T - rows;
+        sum[r] = made(copy_of(past.host, (int)past.n), past.n);
+        z[r] = empty_twin((size_t)(T * N));
+        if (r) assert_false(gpu->replay(gpu, &in, rows));
+        gpu->linear(gpu, &(bm_op_linear){ .M = rows, .ldx = K, .w = &out.at, .x = x.at + from * K, .y = y.at, .arith = BM_ARITH_NATIVE });
+        gpu->norm(gpu, &(bm_op_norm){ .M = rows, .D = D, .eps = 1e-5f, .x = y.at, .residual = (in_place ? sum[r].at : past.at) + from * D,
+                                      .weight = weight.at, .sum = sum[r].at + from * D, .y = normed.at });
+        gpu->linear(gpu, &(bm_op_linear){ .M = rows, .ldx = D, .w = &in.at, .x = normed.at, .y = z[r].at + from * N, .arith = BM_ARITH_NATIVE });
+        if (r) gpu->recorded(gpu);
+        OK(gpu->sync(gpu));
+        gpu->forget(gpu, &in);
+    }
+    float *s[3], *got[3];
+    for (int r = 0; r < 3; r++) s[r] = fetched(&sum[r]), got[r] = fetched(&z[r]);
+    const size_t own = (size_t)((T - alone) * D), row = (size_t)((T - alone) * N);
+    assert_memory_equal(s[1], s[0], past.n * sizeof **s);
+    assert_memory_equal(s[2] + own, s[0] + own, (past.n - own) * sizeof **s);
+    assert_memory_equal(got[2] + row, got[1] + row, (z[0].n - row) * sizeof **s);
+    assert_true(memcmp(got[1], got[0], z[0].n * sizeof **s) != 0);      /* or it was not recorded so */
+    double peak = 0;
+    for (size_t i = 0; i < z[0].n; i++) peak = fmax(peak, fabs((double)got[0][i]));
+    /* two roundings by 2^-9 of 192 elements each */
+    for (size_t i = 0; i < z[0].n; i++) check_near((double)got[1][i], (double)got[0][i], 1e-2 * peak, "a product behind a norm");
+    for (int r = 0; r < 3; r++) {
+        drop(s[r]);
+        drop(got[r]);
+        end(&sum[r]); end(&z[r]);
+    }
+    end(&x); end(&past); end(&weight); end(&y); end(&normed); end_pair(&out); end_pair(&in);
+}
+static void test_norm_between(void **state) {
+    static const int rows[][2] = { { 7, 6 }, { 16, 9 }, { 40, 17 }, { 128, 64 }, { 128, 65 } };
+    (void)state;
+    for (int i = 0; i < 5; i++) for (int k = 0; k < 2; k++) norm_case(rows[i][0], rows[i][1], k);
+}
+
 /* Few rows and many, whole ids and a part, ties, -0 beside 0, NaN, rows of nothing else; into memory of both sides. */
 static void test_best(void **state) {
     static const struct { int M, V, ld; } size[] = { { 1, 50304, 50304 }, { 3, 1, 2 }, { 9, 700, 703 }, { 64, 513, 513 },
@@ -748,7 +792,8 @@ int main(int argc, char **argv) {
                                        cmocka_unit_test(test_best), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory),
                                        cmocka_unit_test(test_told), cmocka_unit_test(test_token), cmocka_unit_test(test_few),
                                        cmocka_unit_test(test_alone), cmocka_unit_test(test_few_experts),
-                                       cmocka_unit_test(test_router), cmocka_unit_test(test_narrow), cmocka_unit_test(test_between) };
+                                       cmocka_unit_test(test_router), cmocka_unit_test(test_narrow), cmocka_unit_test(test_between),
+                                       cmocka_unit_test(test_norm_between) };
     const bm_status s = bm_backend_open_cuda(&gpu, 0);
     if (s == BM_ENOSUPPORT) {
         printf("%s: %zu skipped\n", bm_error(), sizeof test / sizeof *test);

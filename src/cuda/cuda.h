@@ -106,6 +106,10 @@ bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, size_t n);
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_product(bm_cuda *c, const bm_product *p);
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act);
+/* Few rows: whether a norm and a product of its rows alone follow p as they can take each other's sums; then both products. */
+bool bm_cuda_norm_follows(const bm_cuda *c, const bm_product *p, const bm_op_norm *n, const bm_op_linear *next);
+void bm_cuda_product_norm(bm_cuda *c, const bm_product *p, const bm_op_norm *n);
+void bm_cuda_normed_product(bm_cuda *c, const bm_op_norm *n, const bm_op_linear *next);
 /* The same of f32 weights with few columns. */
 bool bm_cuda_narrow_takes(const bm_product *p);
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p);

@@ -7,13 +7,14 @@
  * Lanes make bf16 of f16, and of quants, which come with the scales of their blocks, each rounded once: the bits of a bf16 copy
  * (widen.cu).
  * Weights that are known to be wanted are brought while the kernel before still works.
+ * Where a norm follows, blocks leave sums of squares, and the next product's outputs are divided by the root of their mean.
  * Where there are few tiles, the blocks of a cluster share a tile's k and send what they have to each other, to be added in the
  * order of their ranks.  Which block sums which k depends on the shape of the weights alone: an output has the same bits whatever
  * rows are beside it. */
 #include "cuda/hopper.cuh"
 #include <cuda_fp16.h>
 
-enum { TALL = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TALL + 4 };
+enum { MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TALL + 4 };
 
 /* COLS columns of outputs, turned round PIECE rows at a time.  Two blocks of ROOM fit a multiprocessor: one that works, one that
  * makes ready, or two that work. */
@@ -132,13 +133,37 @@ bring_rows(const bm_product &p, const ring &r, const place &w, int box, const CU
 
 /* ---- multiplying --------------------------------------------------------------------------------------- */
 
-/* Four columns of row i of the groups. */
+/* What each row's outputs are multiplied by, where rows come without their norm. */
+__device__ static float *scales() {
+    __shared__ float scale[FEW];
+    return scale;
+}
+__device__ static void find_scales(const bm_product &p, const ending &end) {
+    float sum = 0;
+    if ((int)threadIdx.x >= p.M) return;
+#pragma unroll 8
+    for (int t = 0; t < p.K / TALL; t++) sum += end.of[t * FEW + threadIdx.x];
+    scales()[threadIdx.x] = norm_scale(sum / (float)p.K, end.eps);
+}
+
+/* Four columns of row i of the groups, before a norm: of sum, whose squares are summed over sixteen lanes. */
+__device__ static void put_sum(const bm_product &p, const ending &end, int row, int n, float4 v) {
+    const size_t at = (size_t)row * p.N + n;
+    const float4 r = *(const float4 *)(end.residual + at), w = *(const float4 *)(end.weight + n);
+    v = make_float4(v.x + r.x, v.y + r.y, v.z + r.z, v.w + r.w);
+    *(float4 *)(end.sum + at) = v;
+    *(uint2 *)(end.copy + at) = halves(make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w));
+    float square = norm_squares(v);
+    for (int d = 8; d; d /= 2) square += __shfl_xor_sync(0xffffu << threadIdx.x % 32 / 16 * 16, square, d);
+    if (threadIdx.x % 16 == 0) end.squares[n / TALL * FEW + row] = square;
+}
 __device__ static void put(const bm_product &p, const ending &end, int e, int i, int n, float4 v) {
     const int row = p.to ? p.to[i] : i;
-    const float scale = p.scale ? p.scale[row] : 1;
+    const float scale = end.of ? scales()[row] : p.scale ? p.scale[row] : 1;
     const float2 a = biased(p, e, n, v.x, v.y, scale), b = biased(p, e, n + 2, v.z, v.w, scale);
     float *y = p.y + (size_t)row * p.ldy + n;
     v = make_float4(a.x, a.y, b.x, b.y);
+    if (end.sum) return put_sum(p, end, row, n, v);
     if (!p.accumulate && n + 4 <= p.N && (uintptr_t)y % 16 == 0) *(float4 *)y = v;
     else put_four(p, y, n, v);
     if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + n) = halves(v);
@@ -274,6 +299,7 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
     tile at = { -1 };
     float *apart = (float *)(r.stage + S::STAGES * S::BYTES);
     turn now = { 0, 0 };
+    if (END == PLAIN && end.of) find_scales(p, end);
     for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
         int last = 0;
         for (int k = w.begin; k < w.end; k++, last = now.stage, go_on<S::STAGES>(&now)) {

@@ -102,13 +102,29 @@ bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     return false;
 }
 
-/* How many operations from o on, of n, one kernel did; 0: none. */
+/* Whether an operation before the next norm reads x. */
+static bool is_read(const bm_cuda_op *o, int n, const float *x) {
+    for (int i = 0; i < n && o[i].kind != BM_CUDA_NORM; i++)
+        if ((o[i].kind == BM_CUDA_LINEAR && o[i].linear.x == x) || (o[i].kind == BM_CUDA_EXPERTS && o[i].experts.x == x)) return true;
+    return false;
+}
+/* A product, a norm, a product of its rows; false: not these. */
+static bool norm_between(bm_backend *b, const bm_cuda_op *o) {
+    const bm_product p = bm_cuda_product_of(&o[0].linear);
+    if (!bm_cuda_norm_follows(cuda_of(b), &p, &o[1].norm, &o[2].linear)) return false;
+    bm_cuda_product_norm(cuda_of(b), &p, &o[1].norm);
+    bm_cuda_normed_product(cuda_of(b), &o[1].norm, &o[2].linear);
+    return true;
+}
+/* How many operations from o on, of n, fewer kernels did than there are; 0: none. */
 static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
     bm_cuda_kind kind[3];
     for (int i = 0; i < 3; i++) kind[i] = i < n ? o[i].kind : BM_CUDA_EMBED;
     const bool norms = kind[0] == BM_CUDA_NORM, routes = kind[norms] == BM_CUDA_LINEAR && kind[1 + norms] == BM_CUDA_ROUTE;
     const bool convolves = kind[0] == BM_CUDA_CONV && kind[1] == BM_CUDA_LINEAR;
     const bool scans = kind[0] == BM_CUDA_LINEAR && kind[1] == BM_CUDA_SCAN && kind[2] == BM_CUDA_LINEAR;
+    const bool norm_next = kind[0] == BM_CUDA_LINEAR && kind[1] == BM_CUDA_NORM && kind[2] == BM_CUDA_LINEAR;
+    if (norm_next && !is_read(o + 3, n - 3, o[1].norm.y) && norm_between(b, o)) return 3;
     if (routes && bm_cuda_router(b, norms ? &o[0].norm : NULL, &o[norms].linear, &o[1 + norms].route)) return 2 + norms;
     if (convolves && bm_cuda_conv_x(b, &o[0].conv, &o[1].linear)) return 2;
     return scans && bm_cuda_dt_scan(b, &o[0].linear, &o[1].scan, &o[2].linear) ? 2 : 0;

@@ -10,9 +10,14 @@ enum { DEPTH = 64, LINE = 128 };            /* columns of k in a stage, and thei
 enum { SCALES = 8, STEPS = 4 };             /* scales of quants brought at once, the least that can be; steps that they are for */
 
 /* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up.
- * copy: f32 outputs as bf16 too, rows of N; or NULL. */
-enum { PLAIN, ACT, GATED };
-typedef struct ending { uint16_t *act, *copy; const float *gate_bias; bool is_gelu, apart; } ending;
+ * copy: f32 outputs as bf16 too, rows of N; or NULL.
+ * few.cu, RMSNorm of outputs and the residual r: instead of y, sum = y + r and copy = sum weight; squares (N/TALL,FEW): sums over
+ * TALL columns of a row.  Outputs of such a copy: by rows 1 / sqrt(mean of `of`, the squares, + eps) times. */
+enum { PLAIN, ACT, GATED, TALL = 64 };
+typedef struct ending {
+    uint16_t *act, *copy; const float *gate_bias; bool is_gelu, apart;
+    float *sum, *squares; const float *residual, *weight, *of; float eps;
+} ending;
 
 /* A product on its way: activations as bf16, rows of ldx; row i of the groups is row from[i] of them, or i. */
 typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; size_t ldx; const int32_t *from; } job;

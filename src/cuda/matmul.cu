@@ -12,8 +12,10 @@ enum { PAPER = 16 * 40 * 4 };                   /* bytes in which a warp turns i
 
 struct bm_cuda_wide {
     PFN_cuTensorMapEncodeTiled_v12000 encode;
-    uint16_t *half; size_t room;                /* activations as bf16, and how many fit */
+    void *memory; size_t bytes;                 /* what follows lies in it */
+    float *squares; uint16_t *normed;           /* of FEW rows between a product and the next: a norm's sums, rows times its weights */
     uint16_t *narrow; int rows;                 /* those that a product with few columns left, rows of up to NARROWEST */
+    uint16_t *half; size_t room;                /* activations as bf16, and how many fit */
     const float *of; int cols;                  /* whose rows are there, until a product has read them; else NULL */
     const uint16_t *there;
 };
@@ -351,6 +353,26 @@ void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
     if (copied) j.end.copy = w->narrow, w->there = w->narrow, w->of = p->y, w->cols = p->N;
     run(c, &j);
 }
+bool bm_cuda_norm_follows(const bm_cuda *c, const bm_product *p, const bm_op_norm *n, const bm_op_linear *next) {
+    const bm_product in = bm_cuda_product_of(next);
+    const uintptr_t all = (uintptr_t)n->sum | (uintptr_t)n->residual | (uintptr_t)n->weight;
+    if (!bm_cuda_wide_takes(c, p) || !bm_cuda_wide_takes(c, &in) || p->M > FEW || in.M != p->M || n->M != p->M) return false;
+    if (n->x != p->y || n->D != p->N || p->N % TALL || p->ldy != (size_t)p->N || p->accumulate || n->centered || n->bias) return false;
+    if (next->x != n->y || next->ldx != n->D || next->bias || next->accumulate) return false;
+    return n->sum && n->residual && all % 16 == 0;
+}
+void bm_cuda_product_norm(bm_cuda *c, const bm_product *p, const bm_op_norm *n) {
+    job j = { .p = p };
+    j.end = { .copy = c->wide->normed, .sum = n->sum, .squares = c->wide->squares, .residual = n->residual, .weight = n->weight };
+    find_activations(c, &j);
+    run(c, &j);
+}
+void bm_cuda_normed_product(bm_cuda *c, const bm_op_norm *n, const bm_op_linear *a) {
+    const bm_product p = bm_cuda_product_of(a);
+    const job j = { .p = &p, .end = { .of = c->wide->squares, .eps = n->eps }, .x = c->wide->normed, .ldx = (size_t)p.K };
+    c->wide->of = NULL;
+    run(c, &j);
+}
 void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *up, bool is_gelu, uint16_t *act) {
     job j = { .p = up, .gate = gate };
     j.end = { .act = act, .gate_bias = gate ? gate->bias : NULL, .is_gelu = is_gelu, .apart = up->M >= APART * up->X };
@@ -440,10 +462,14 @@ static bm_cuda_wide *opened(bm_cuda *c) {
     return c->wide;
 }
 
-static size_t bytes_of(size_t room, int rows) { return sizeof(uint16_t) * (room + (size_t)rows * NARROWEST); }
+/* Floats of squares; halves of all that follows. */
+static size_t squares_of(int cols) { return FEW * ((size_t)cols / TALL + 1); }
+static size_t bytes_of(int rows, int cols) {
+    return sizeof(float) * squares_of(cols) + sizeof(uint16_t) * ((size_t)(FEW + rows) * cols + (size_t)rows * NARROWEST);
+}
 
 size_t bm_cuda_reserving(bm_backend *b, int rows, int cols) {
-    return rows >= LEAST && opened(cuda_of(b)) ? bytes_of((size_t)rows * (size_t)cols, rows) : 0;
+    return rows >= LEAST && opened(cuda_of(b)) ? bytes_of(rows, cols) : 0;
 }
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
     bm_cuda *c = cuda_of(b);
@@ -451,11 +477,15 @@ bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
     const size_t room = (size_t)rows * (size_t)cols;
     void *all;
     if (!w || (room <= w->room && rows <= w->rows)) return BM_OK;
-    const bm_status s = b->alloc(b, &all, bytes_of(room, rows), "activations as bf16");
+    const bm_status s = b->alloc(b, &all, bytes_of(rows, cols), "activations as bf16");
     if (s) return s;
     bm_cuda_forget(b, NULL);        /* what was recorded writes to the old ones */
-    if (w->narrow) b->release(b, w->narrow);
-    w->narrow = (uint16_t *)all;
+    if (w->memory) b->release(b, w->memory);
+    w->memory = all;
+    w->bytes = bytes_of(rows, cols);
+    w->squares = (float *)all;
+    w->normed = (uint16_t *)(w->squares + squares_of(cols));
+    w->narrow = w->normed + FEW * (size_t)cols;
     w->half = w->narrow + (size_t)rows * NARROWEST;
     w->room = room;
     w->rows = rows;
@@ -464,10 +494,10 @@ bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
 }
 size_t bm_cuda_reserved(bm_backend *b) {
     const bm_cuda_wide *w = cuda_of(b)->wide;
-    return w && w->room ? bytes_of(w->room, w->rows) : 0;
+    return w ? w->bytes : 0;
 }
 
 void bm_cuda_wide_close(bm_cuda *c) {
-    if (c->wide) cudaFree(c->wide->narrow);
+    if (c->wide) cudaFree(c->wide->memory);
     free(c->wide);
 }

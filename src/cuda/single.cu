@@ -7,7 +7,7 @@
  * of texts at a time (wgmma). */
 #include "cuda/hopper.cuh"
 
-enum { TALL = 64, TILE = TALL * LINE, TEXTS = 8, N16 = SCAN_STATES };
+enum { TILE = TALL * LINE, TEXTS = 8, N16 = SCAN_STATES };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* Where element k of a row lies as the copy engine would put it: in rows of 128 bytes, `rows` to each 64 k, swizzled. */
