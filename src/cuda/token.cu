@@ -520,8 +520,10 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
     } else if (tid() < p.M) out->expert[tid()] = 0;
     meet();
     const unsigned all = __reduce_or_sync(~0u, lane < p.M ? 1u << out->expert[lane] : 0);
-    if (tid() == 0) r->chosen = all;
-    if (lane == 0) barrier_arrive(&r->decided);     /* each warp: it has read this router */
+    if (tid() == 0) {
+        r->chosen = all;
+        barrier_arrive(&r->decided);
+    }
     if (tid() < p.M) {      /* while the weights are on their way */
         const float *l = logit[tid()], top = l[out->expert[tid()]];
         float sum = 0;
@@ -716,7 +718,7 @@ template <int TYPE> __global__ void __launch_bounds__(THREADS + 32, 1) token_ker
     if (tid() < RING_TILES) {
         barrier_make(&r.full[tid()], 1);
         barrier_make(&r.empty[tid()], WARPS);
-        if (tid() == 0) barrier_make(&r.decided, WARPS);
+        if (tid() == 0) barrier_make(&r.decided, 1);
         if (tid() == 0) barrier_make(&r.routed, 1);
         if (tid() == 0) barrier_make(&r.foreseen, 1);
         barriers_made();
