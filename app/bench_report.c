@@ -25,6 +25,11 @@ static double roof(const bench_result *r, const bench_line *l) {
     return tokens(l) / bench_roof_seconds(l, bench_summarize(&r->bandwidth).median, bench_summarize(&r->peak).median);
 }
 
+/* Of what its roof allows: of each round's on a CPU, whose memory is slower in some minutes; a GPU's is not. */
+static double share(const bench_result *r, const bench_line *l) {
+    return r->machine.gpu ? bench_summarize(&l->rate).median / roof(r, l) : bench_summarize(&l->fraction).median;
+}
+
 static double experts(const bench_line *l) {
     return l->times.moe_layers ? (double)l->times.experts / (double)l->times.moe_layers : 0;
 }
@@ -99,7 +104,7 @@ void bench_print(const bench_result *r) {
         const double bytes = l->bytes / tokens(l), ops = l->ops / tokens(l);
         line_name(name, l);
         printf("%-14s %9.1f %9.1f %9.1f %9.2f %8.2f %9.1f %9.1f %5.0f%%", name, s.median, s.min, s.max, 1e-6 * bytes,
-               1e-9 * bytes * s.median, 1e-9 * ops * s.median, roof(r, l), 100 * bench_summarize(&l->fraction).median);
+               1e-9 * bytes * s.median, 1e-9 * ops * s.median, roof(r, l), 100 * share(r, l));
         if (l->times.moe_layers) printf(" %8.2f\n", experts(l));
         else printf(" %8s\n", "-");
     }
@@ -167,11 +172,11 @@ static int json_write(json_t *object, const char *path) {
 }
 
 /* The keys of one line, each name behind `prefix`. */
-static void json_rate(json_t *to, const char *prefix, const bench_line *l) {
+static void json_rate(json_t *to, const char *prefix, const bench_result *r, const bench_line *l) {
     const bench_summary s = bench_summarize(&l->rate);
     const struct { const char *name; double x; } key[] = {
         {"tok_s", s.median}, {"tok_s_min", s.min}, {"tok_s_max", s.max},
-        {"fraction", bench_summarize(&l->fraction).median},
+        {"fraction", share(r, l)},
     };
     for (size_t i = 0; i < sizeof key / sizeof *key; i++) {
         char name[64];
@@ -194,7 +199,7 @@ static json_t *json_line(const bench_result *r, const bench_line *l) {
     json_t *o = json_pack("{s:i, s:o, s:o, s:o, s:o, s:o}", "n", l->kind == BENCH_BATCH ? l->n : l->steps, "roof_tok_s",
                           app_json_real(roof(r, l)), "experts_per_layer", app_json_real(experts(l)), "experts_by_layer",
                           json_experts(l), "bytes_per_token", app_json_real(l->bytes / tokens(l)), "stages", json_stages(l));
-    if (o) json_rate(o, "", l);
+    if (o) json_rate(o, "", r, l);
     return o;
 }
 
@@ -231,8 +236,8 @@ int bench_json(const bench_result *r, const char *path) {
         json_stages(decode), "prefill", json_stages(prefill)), "peak_memory_bytes", app_json_real(r->peak_memory),
         "anonymous_memory_bytes", app_json_real(r->anonymous_memory));
     if (o) {
-        json_rate(o, "decode_", decode);
-        json_rate(o, "prefill_", prefill);
+        json_rate(o, "decode_", r, decode);
+        json_rate(o, "prefill_", r, prefill);
         json_long(o, r, prefill);
         json_object_set_new(o, "session_bytes", json_integer((json_int_t)r->session_bytes));
         if (r->pages.pages)
@@ -305,7 +310,7 @@ static int csv_gpu(const bench_result *r, const char *path) {
         const bool prefill = l->kind == BENCH_PREFILL;
         csv_text(f, r->model);
         fprintf(f, ",%s,%s,%d,%.1f,%.1f,%.4f", bm_dtype_name(r->type), prefill ? "prefill" : "decode", prefill ? l->steps : l->n,
-                bench_summarize(&l->rate).median, roof(r, l), bench_summarize(&l->fraction).median);
+                bench_summarize(&l->rate).median, roof(r, l), share(r, l));
         fprintf(f, ",%.1f,%.1f,%s,%s,%s\n", 1e-9 * bench_summarize(&r->bandwidth).median,
                 1e-12 * bench_summarize(&r->peak).median, BENCH_COMMIT, r->machine.driver, r->machine.cuda);
     }

@@ -427,6 +427,24 @@ static void test_few_experts(void **state) {
         }
 }
 
+/* A gated layer without experts whose tiles, of half the columns, are more than there are blocks at once. */
+static void test_few_dense(void **state) {
+    enum { M_DENSE = 40, D = 768, F = 3072 };
+    pair m[3] = { make_pair(BM_BF16, F, D), make_pair(BM_BF16, F, D), make_pair(BM_BF16, D, F) };
+    twin x = random_twin(M_DENSE * D, 1), y = empty_twin(M_DENSE * D), hidden = empty_twin(M_DENSE * 2 * F);
+    (void)state;
+    for (int side = 0; side < 2; side++) {
+        const bm_tensor w[3] = { side ? m[0].at : m[0].host, side ? m[1].at : m[1].host, side ? m[2].at : m[2].host };
+        (side ? gpu : cpu)->experts(side ? gpu : cpu, &(bm_op_experts){ .M = M_DENSE, .D = D, .F = F, .X = 1, .activation = BM_SILU,
+            .arith = BM_ARITH_NATIVE, .gate = &w[0], .up = &w[1], .down = &w[2], .x = side ? x.at : x.host,
+            .hidden = side ? hidden.at : hidden.host, .y = side ? y.at : y.host });
+        if (side) OK(gpu->sync(gpu));
+    }
+    agree(&y, 2e-3, "a dense layer");
+    for (int i = 0; i < 3; i++) end_pair(&m[i]);
+    end(&x); end(&y); end(&hidden);
+}
+
 static void test_rows(void **state) {
     (void)state;
     for (int D = 1; D < 1300; D = D * 3 + 1)
@@ -602,7 +620,8 @@ static void norm_case(int T, int alone, bool in_place) {
     assert_memory_equal(s[1], s[0], past.n * sizeof **s);
     assert_memory_equal(s[2] + own, s[0] + own, (past.n - own) * sizeof **s);
     assert_memory_equal(got[2] + row, got[1] + row, (z[0].n - row) * sizeof **s);
-    assert_true(memcmp(got[1], got[0], z[0].n * sizeof **s) != 0);      /* or it was not recorded so */
+    if (gpu->reserving(gpu, T, D))      /* else there are no such kernels */
+        assert_true(memcmp(got[1], got[0], z[0].n * sizeof **s) != 0);
     double peak = 0;
     for (size_t i = 0; i < z[0].n; i++) peak = fmax(peak, fabs((double)got[0][i]));
     /* two roundings by 2^-9 of 192 elements each */
@@ -716,8 +735,8 @@ static void test_told(void **state) {
 }
 
 /* A whole token by one kernel (token.cu): the same bits alone and beside others, near what the same text gives at once, and
- * the best token is that of the logits. */
-enum { TEXTS = 5, LENGTH = 20 };
+ * the best token is that of the logits.  Where few.cu runs it takes 6 texts and more. */
+enum { TEXTS = 8, LENGTH = 20 };
 static void in_step(bm_session *s, int from, int n, bm_token ids[TEXTS][LENGTH], bm_want want) {
     bm_input in[TEXTS];
     for (int t = 0; t < LENGTH; t++) {
@@ -750,7 +769,8 @@ static void token_of(bm_dtype type) {
         in_step(s, i, 1, ids, BM_WANT_LAST);
         memcpy(alone + (size_t)i * V, bm_logits(s, i), V * sizeof *alone);
     }
-    for (int n = 1; n <= TEXTS; n++) {
+    const int most = gpu->reserving(gpu, TEXTS, c.d_model) ? 5 : TEXTS;
+    for (int n = 1; n <= most; n++) {
         for (int i = 0; i < n; i++) OK(bm_state_set(s, i, NULL));
         in_step(s, 0, n, ids, BM_WANT_LAST);
         for (int i = 0; i < n; i++) assert_memory_equal(bm_logits(s, i), alone + (size_t)i * V, V * sizeof *alone);
@@ -791,7 +811,7 @@ int main(int argc, char **argv) {
                                        cmocka_unit_test(test_wide), cmocka_unit_test(test_wide_experts), cmocka_unit_test(test_rows),
                                        cmocka_unit_test(test_best), cmocka_unit_test(test_attention), cmocka_unit_test(test_memory),
                                        cmocka_unit_test(test_told), cmocka_unit_test(test_token), cmocka_unit_test(test_few),
-                                       cmocka_unit_test(test_alone), cmocka_unit_test(test_few_experts),
+                                       cmocka_unit_test(test_alone), cmocka_unit_test(test_few_experts), cmocka_unit_test(test_few_dense),
                                        cmocka_unit_test(test_router), cmocka_unit_test(test_narrow), cmocka_unit_test(test_between),
                                        cmocka_unit_test(test_norm_between) };
     const bm_status s = bm_backend_open_cuda(&gpu, 0);

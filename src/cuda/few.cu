@@ -385,7 +385,7 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int blocks = bm_cuda_sharing(c, &p), all = c->chip.multiProcessorCount;
     const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, S::COLS);
-    const int clusters = tiles * blocks <= 2 * all ? tiles : (p.first ? 2 : 1) * all / blocks;
+    const int clusters = blocks > 1 || tiles <= 2 * all ? tiles : (p.first ? 2 : 1) * all;      /* put_shared: one tile each */
     p.from = j->from;
     return bm_cuda_start_clusters(c, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box,
                                   !p.made && (!p.first || p.half), m);

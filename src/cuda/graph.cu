@@ -102,7 +102,7 @@ bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     return false;
 }
 
-/* Whether an operation before the next norm reads x. */
+/* Whether an operation before the next norm reads x, of those that model/forward.c lets read a norm's rows. */
 static bool is_read(const bm_cuda_op *o, int n, const float *x) {
     for (int i = 0; i < n && o[i].kind != BM_CUDA_NORM; i++)
         if ((o[i].kind == BM_CUDA_LINEAR && o[i].linear.x == x) || (o[i].kind == BM_CUDA_EXPERTS && o[i].experts.x == x)) return true;

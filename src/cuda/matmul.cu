@@ -14,8 +14,9 @@ struct bm_cuda_wide {
     PFN_cuTensorMapEncodeTiled_v12000 encode;
     void *memory; size_t bytes;                 /* what follows lies in it */
     float *squares; uint16_t *normed;           /* of FEW rows between a product and the next: a norm's sums, rows times its weights */
-    uint16_t *narrow; int rows;                 /* those that a product with few columns left, rows of up to NARROWEST */
-    uint16_t *half; size_t room;                /* activations as bf16, and how many fit */
+    uint16_t *narrow;                           /* those that a product with few columns left, up to NARROWEST each */
+    uint16_t *half; size_t room;                /* activations as bf16, and how many fit: rows by widest */
+    int rows, widest;
     const float *of; int cols;                  /* whose rows are there, until a product has read them; else NULL */
     const uint16_t *there;
 };
@@ -468,15 +469,17 @@ static size_t bytes_of(int rows, int cols) {
     return sizeof(float) * squares_of(cols) + sizeof(uint16_t) * ((size_t)(FEW + rows) * cols + (size_t)rows * NARROWEST);
 }
 
+static int most(int a, int b) { return a > b ? a : b; }
 size_t bm_cuda_reserving(bm_backend *b, int rows, int cols) {
-    return rows >= LEAST && opened(cuda_of(b)) ? bytes_of(rows, cols) : 0;
+    const bm_cuda_wide *w = rows >= LEAST ? opened(cuda_of(b)) : NULL;
+    return w ? bytes_of(most(rows, w->rows), most(cols, w->widest)) : 0;
 }
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
     bm_cuda *c = cuda_of(b);
     bm_cuda_wide *w = rows >= LEAST ? opened(c) : NULL;
-    const size_t room = (size_t)rows * (size_t)cols;
     void *all;
-    if (!w || (room <= w->room && rows <= w->rows)) return BM_OK;
+    if (!w || (rows <= w->rows && cols <= w->widest)) return BM_OK;
+    rows = most(rows, w->rows), cols = most(cols, w->widest);       /* what was promised before stays */
     const bm_status s = b->alloc(b, &all, bytes_of(rows, cols), "activations as bf16");
     if (s) return s;
     bm_cuda_forget(b, NULL);        /* what was recorded writes to the old ones */
@@ -487,8 +490,8 @@ bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols) {
     w->normed = (uint16_t *)(w->squares + squares_of(cols));
     w->narrow = w->normed + FEW * (size_t)cols;
     w->half = w->narrow + (size_t)rows * NARROWEST;
-    w->room = room;
-    w->rows = rows;
+    w->room = (size_t)rows * (size_t)cols;
+    w->rows = rows, w->widest = cols;
     w->of = NULL;
     return BM_OK;
 }

@@ -96,7 +96,7 @@ bm_status bm_cuda_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out
     work w = {};
     double seconds = 0;
     w.c = cuda_of(b);
-    w.half = arith == BM_ARITH_NATIVE && type == BM_BF16;
+    w.half = arith == BM_ARITH_NATIVE && type != BM_F32;
     bm_status s = b->alloc(b, &w.out, sizeof(float), "measuring products");
     if (s) return s;
     s = timed(&w, multiply_once, RUNS, &seconds);

@@ -214,7 +214,7 @@ bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, c
     const int K = l->w->cols;
     uintptr_t all = (uintptr_t)l->x | (uintptr_t)l->w->data | (uintptr_t)(4 * l->ldx);
     if (n) all |= (uintptr_t)n->x | (uintptr_t)n->residual | (uintptr_t)n->weight | (uintptr_t)n->sum;
-    if (l->w->type != BM_F32 || l->y != a->logits || l->accumulate) return false;
+    if (c->failed || l->w->type != BM_F32 || l->y != a->logits || l->accumulate) return false;
     if (a->k != 1 || a->X > ROUTED || a->M > 32 * a->X) return false;
     if (K % 8 || K > 256 * EIGHTS || all % 16) return false;
     if (n && (n->y != l->x || n->D != K || l->ldx != K || n->M != a->M || n->centered || n->bias || norm_threads(K) > 32 * a->X))

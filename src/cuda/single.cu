@@ -1,4 +1,4 @@
-/* single.cu - a Mamba layer between its two large products, for 9 to 128 sequences with one row each: convolution and x by one
+/* single.cu - a Mamba layer between its two large products, for 6 to 128 sequences with one row each: convolution and x by one
  * kernel, dt and scan by another.  Room: cuda.
  *
  * In: those operations as they were noted (graph.cu), weights of bf16.  Out: the bits of one after the other: x and dt are summed
@@ -113,6 +113,7 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
         for (int k = 0; k < 3; k++) x[i][k] = *(const float4 *)(state[i] + (size_t)k * a.I);
     }
     next_may_start();
+    __syncwarp();               /* whose first lane was away */
     cluster_meet();
     previous_done();
 #pragma unroll
