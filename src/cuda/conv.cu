@@ -20,9 +20,6 @@ __global__ void __launch_bounds__(THREADS) rows(bm_op_conv a) {
     a.y[(size_t)row * a.I + c] = silu(s);
 }
 
-__device__ static float4 step4(float4 s, float4 w, float4 x) {
-    return make_float4(conv_step(s.x, w.x, x.x), conv_step(s.y, w.y, x.y), conv_step(s.z, w.z, x.z), conv_step(s.w, w.w, x.w));
-}
 /* half: y as bf16, or NULL.  A row that begins a sequence, or the thread's first, finds its past anew. */
 __global__ void __launch_bounds__(THREADS) rows4(bm_op_conv a, uint16_t *half) {
     after_previous();
@@ -46,7 +43,7 @@ __global__ void __launch_bounds__(THREADS) rows4(bm_op_conv a, uint16_t *half) {
         x[3] = *(const float4 *)(input(a, q, t) + c);
         float4 s = bias;
 #pragma unroll
-        for (int k = 0; k < 4; k++) s = step4(s, w[k], x[k]);
+        for (int k = 0; k < 4; k++) s = conv_step(s, w[k], x[k]);
         s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));
         *(float4 *)(a.y + (size_t)row * a.I + c) = s;
         if (half) *(uint2 *)(half + (size_t)row * a.I + c) = halves(s);
@@ -67,7 +64,7 @@ __global__ void __launch_bounds__(THREADS) single4(bm_op_conv a, uint16_t *half)
 #pragma unroll
     for (int k = 0; k < 4; k++) x[k] = *(const float4 *)(k < 3 ? state + (size_t)k * a.I : a.x + (size_t)q * a.ldx + c);
 #pragma unroll
-    for (int k = 0; k < 4; k++) s = step4(s, w[k], x[k]);
+    for (int k = 0; k < 4; k++) s = conv_step(s, w[k], x[k]);
 #pragma unroll
     for (int k = 0; k < 3; k++) *(float4 *)(state + (size_t)k * a.I) = x[k + 1];
     s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));

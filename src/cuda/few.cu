@@ -18,8 +18,9 @@ enum { MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TA
 
 /* COLS columns of outputs, turned round PIECE rows at a time.  Two blocks of ROOM fit a multiprocessor: one that works, one that
  * makes ready, or two that work. */
+template <int SLOTS, int END> struct outputs { enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32 }; };
 template <int TYPE, int SLOTS, int END> struct shape {
-    enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32, PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4 };
+    enum { COLS = outputs<SLOTS, END>::COLS, PIECE = outputs<SLOTS, END>::PIECE, PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4 };
     /* of a step, bytes of a row of weights, its columns in its map, bytes of its scales */
     enum { PLAIN_ROWS = TYPE == BM_BF16 || TYPE == BM_F16, ROW = PLAIN_ROWS ? LINE : TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2,
            STRIDE = PLAIN_ROWS ? DEPTH : ROW, SCALED = PLAIN_ROWS ? 0 : 2 * SCALES };
@@ -43,10 +44,6 @@ __device__ static place place_of(int K) {
     return w;
 }
 
-__device__ static void expect(const CUtensorMap *map, int k, int row, int e) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
-                 :: "l"(map), "r"(k), "r"(row), "r"(e) : "memory");
-}
 __device__ static void look_up(const CUtensorMap *map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
 
 /* ---- bringing ------------------------------------------------------------------------------------------ */
@@ -193,7 +190,7 @@ template <int COUNT, int ALL> __device__ static void lay(const float (&c)[ALL], 
 
 template <int SLOTS, int END> __device__ static void
 put_alone(const bm_product &p, const ending &end, const tile &at, const float (&c)[SLOTS / 2], float *paper) {
-    enum { PIECE = SLOTS < 32 ? SLOTS : 32, COLS = END == GATED ? TALL / 2 : TALL, FOURS = COLS / 4 };
+    enum { PIECE = outputs<SLOTS, END>::PIECE, COLS = outputs<SLOTS, END>::COLS, FOURS = COLS / 4 };
     const int col = threadIdx.x % FOURS * 4, rows = rows_of(at, SLOTS);
 #pragma unroll
     for (int piece = 0; piece < SLOTS; piece += PIECE) {
@@ -228,7 +225,7 @@ __device__ static float4 sum_over(const float *v, int blocks, int apart) {
 template <int SLOTS, int END> __device__ static void
 put_shared(const bm_product &p, const ending &end, const place &w, const tile &at, const float (&c)[SLOTS / 2], float *paper,
            float *desk, uint64_t *sent) {
-    enum { COLS = END == GATED ? TALL / 2 : TALL, FOURS = COLS / 4 };
+    enum { COLS = outputs<SLOTS, END>::COLS, FOURS = COLS / 4 };
     const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = SLOTS / w.blocks * TALL;
     meet_of<MULTIPLIERS>();
     lay<SLOTS>(c, 0, paper);

@@ -130,6 +130,11 @@ INLINE void bring(void *to, const CUtensorMap *map, uint64_t *b, int k, int row,
                  "[%0], [%1, {%2, %3, %4}], [%5];"
                  :: "r"(address(to)), "l"(map), "r"(k), "r"(row), "r"(e), "r"(address(b)) : "memory");
 }
+/* The same into the second cache alone. */
+INLINE void expect(const CUtensorMap *map, int k, int row, int e) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
+                 :: "l"(map), "r"(k), "r"(row), "r"(e) : "memory");
+}
 INLINE int rank_in_cluster() {
     int r;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));

@@ -34,12 +34,6 @@ INLINE uint8_t *aligned(uint8_t *p) { return p + (1024 - address(p) % 1024) % 10
 INLINE void written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
-/* Whether few.cu or matmul.cu would make it. */
-static bool is_wide(const bm_cuda *c, const bm_op_linear *a) {
-    const bm_product p = bm_cuda_product_of(a);
-    return bm_cuda_wide_takes(c, &p);
-}
-
 /* ---- convolution and x ---------------------------------------------------------------------------------------------- */
 
 /* The blocks of a cluster share k: each makes u of its channels, which are its k, and sends what they give of x to the blocks that
@@ -52,14 +46,6 @@ INLINE void send_one(float *to, float v, uint64_t *b, int rank) {
     asm volatile("{.reg .b32 t, r; mapa.shared::cluster.u32 t, %0, %3; mapa.shared::cluster.u32 r, %1, %3;"
                  "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [t], %2, [r];}"
                  :: "r"(address(to)), "r"(address(b)), "f"(v), "r"(rank) : "memory");
-}
-/* Into the second cache. */
-INLINE void expect(const CUtensorMap *map, int k, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
-                 :: "l"(map), "r"(k), "r"(row), "r"(0) : "memory");
-}
-INLINE float4 step4(float4 s, float4 w, float4 x) {
-    return make_float4(conv_step(s.x, w.x, x.x), conv_step(s.y, w.y, x.y), conv_step(s.z, w.z, x.z), conv_step(s.w, w.w, x.w));
 }
 #endif
 
@@ -90,7 +76,7 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
         for (int n = 0; n < steps * w.tiles; n++) {
             const int k = (begin + n / w.tiles) * DEPTH, row = n % w.tiles * TALL;
             if (n >= w.stages) {
-                expect(&weights, k, row);
+                expect(&weights, k, row, 0);
                 continue;
             }
             barrier_expect(&full[n], TILE);
@@ -125,7 +111,7 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
         if (!state[i]) continue;
         float4 s = bias;
 #pragma unroll
-        for (int k = 0; k < 4; k++) s = step4(s, filter[k], x[i][k]);
+        for (int k = 0; k < 4; k++) s = conv_step(s, filter[k], x[i][k]);
 #pragma unroll
         for (int k = 0; k < 3; k++) *(float4 *)(state[i] + (size_t)k * a.I) = x[i][k + 1];
         s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));
@@ -169,12 +155,12 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
 bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l) {
     bm_cuda *c = cuda_of(b);
     const int I = a->I, X = l->w->rows, tiles = blocks_of((size_t)X, TALL), steps = I / DEPTH, most = blocks_of((size_t)steps, RANKS);
+    const bm_product p = bm_cuda_product_of(l);
     const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->weight | (uintptr_t)a->bias | (uintptr_t)a->y | (uintptr_t)a->state |
                           4 * (uintptr_t)a->ldx | (uintptr_t)(4 * a->stride);
-    if (c->failed || a->M != a->Q || a->M > CLUSTERS * TEXTS || l->w->type != BM_BF16 || !is_wide(c, l)) return false;
+    if (c->failed || a->M != a->Q || a->M > CLUSTERS * TEXTS || p.type != BM_BF16 || !bm_cuda_wide_takes(c, &p)) return false;
     if (l->x != a->y || l->ldx != I || l->bias || l->accumulate) return false;
     if (a->K != 4 || I % DEPTH || I > RANKS * MOST_C || tiles > GROUPS || all % 16) return false;
-    const bm_product p = bm_cuda_product_of(l);
     if (bm_cuda_sharing(c, &p) != RANKS) return false;
     share w = { X, tiles, tiles * (most < MOST_STAGES / tiles ? most : MOST_STAGES / tiles) };
     w.at = w.stages * TILE + most * TEXTS * LINE;
@@ -273,6 +259,12 @@ launch(bm_cuda *c, const bm_op_linear *l, const bm_op_scan *a, int steps, uint16
     cudaFuncSetAttribute(dt_scan<MANY>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     bm_cuda_start(c, dt_scan<MANY>, dim3(a->I / TALL, blocks_of((size_t)a->Q, MANY)), SCAN_THREADS, shared, *a,
                   (const uint16_t *)l->w->data, l->x, l->w->cols, half, whole);
+}
+
+/* Whether few.cu or matmul.cu would make it. */
+static bool is_wide(const bm_cuda *c, const bm_op_linear *a) {
+    const bm_product p = bm_cuda_product_of(a);
+    return bm_cuda_wide_takes(c, &p);
 }
 
 bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out) {

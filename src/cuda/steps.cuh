@@ -47,6 +47,9 @@ __host__ __device__ inline int norm_threads(int D) { return (D + 32 * 4 * NORM_H
 /* ---- convolution: s = bias, then K of these, the oldest input first; y = silu(s) --------------- */
 
 __device__ inline float conv_step(float s, float weight, float x) { return fmaf(weight, x, s); }
+__device__ inline float4 conv_step(float4 s, float4 w, float4 x) {
+    return make_float4(conv_step(s.x, w.x, x.x), conv_step(s.y, w.y, x.y), conv_step(s.z, w.z, x.z), conv_step(s.w, w.w, x.w));
+}
 
 /* ---- scan (arXiv 2312.00752, equation 2): d = softplus(dt + dt_bias), du = d u ----------------- */
 
