@@ -117,7 +117,7 @@ check: deps
 .PHONY: check-cuda
 check-cuda:
 	@$(MAKE) $(JOBS) tests
-	@tools/check $B test_cuda test_cuda.sh cuda:test_golden cuda:test_laws cuda:test_stream
+	@tools/check $B test_cuda test_cuda_recorded test_cuda.sh cuda:test_golden cuda:test_laws cuda:test_stream
 
 # Sanitizers: everything under ASan and UBSan (a test of failing allocations brings its own
 # allocator, another is linked by nvcc: not those), what uses threads under TSan.
@@ -131,7 +131,7 @@ check-san: deps
 
 # ---- other processors under qemu: aarch64 with NEON, x86-64 without AVX and without AVX-512 --------
 ARM := build-arm64
-QEMU_TESTS := $(patsubst tests/%.c,%,$(shell grep -l lib_kernels.h tests/test_*.c)) test_golden
+QEMU_TESTS := $(patsubst tests/%.c,%,$(shell grep -l "lib_kernels.h\|lib_cuda.h" tests/test_*.c)) test_golden
 .PHONY: check-qemu qemu-programs
 check-qemu:
 	@tools/deps.sh qemu
