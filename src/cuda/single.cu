@@ -34,6 +34,12 @@ INLINE uint8_t *aligned(uint8_t *p) { return p + (1024 - address(p) % 1024) % 10
 INLINE void written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
+/* Whether few.cu or matmul.cu would make it. */
+static bool is_wide(const bm_cuda *c, const bm_op_linear *a) {
+    const bm_product p = bm_cuda_product_of(a);
+    return bm_cuda_wide_takes(c, &p);
+}
+
 /* ---- convolution and x ---------------------------------------------------------------------------------------------- */
 
 /* The blocks of a cluster share k: each makes u of its channels, which are its k, and sends what they give of x to the blocks that
@@ -53,18 +59,103 @@ INLINE void send_one(float *to, float v, uint64_t *b, int rank) {
  * at: bytes up to the desk, the same in all blocks. */
 typedef struct share { int X, tiles, stages, at; } share;
 
+/* A block of a cluster: its steps of 64 k, the first text and how many. */
+typedef struct part { int rank, begin, steps, q0, texts; } part;
+/* Of a thread: texts set, set + sets, ... of `part`, MOST at most, four channels from c on; what the convolution needs of them.  State
+ * NULL: no text. */
+enum { MOST = 2 };
+typedef struct own { int set, sets, at, c; float4 x[MOST][4], filter[4], bias; float *state[MOST]; } own;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* By one thread: x's weights, as many steps as there are stages; the rest into the second cache. */
+INLINE void begin_weights(const CUtensorMap *weights, const share &w, const part &here, uint8_t *stage, uint64_t *full) {
+    for (int n = 0; n < here.steps * w.tiles; n++) {
+        const int k = (here.begin + n / w.tiles) * DEPTH, row = n % w.tiles * TALL;
+        if (n >= w.stages) {
+            expect(weights, k, row, 0);
+            continue;
+        }
+        barrier_expect(&full[n], TILE);
+        bring(stage + n * TILE, weights, &full[n], k, row, 0);
+    }
+}
+/* What was there before the kernel before: nobody has written to states since the token before. */
+INLINE void ask(const bm_op_conv &a, const part &here, own &o) {
+    const int fours = here.steps * DEPTH / 4;
+    o.sets = CONV_THREADS / fours, o.set = threadIdx.x / fours, o.at = threadIdx.x % fours * 4;
+    o.c = here.begin * DEPTH + o.at;
+    o.bias = make_float4(0, 0, 0, 0);
+    if (o.set < o.sets) {
+        if (a.bias) o.bias = *(const float4 *)(a.bias + o.c);
+#pragma unroll
+        for (int k = 0; k < 4; k++) o.filter[k] = *(const float4 *)(a.weight + (size_t)k * a.I + o.c);
+    }
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        const int t = o.set + i * o.sets;
+        o.state[i] = NULL;
+        if (o.set >= o.sets || t >= here.texts) continue;
+        o.state[i] = a.state + (size_t)a.slot[here.q0 + t] * a.stride + o.c;
+#pragma unroll
+        for (int k = 0; k < 3; k++) o.x[i][k] = *(const float4 *)(o.state[i] + (size_t)k * a.I);
+    }
+}
+/* u, also as bf16 where wgmma reads it; states move on. */
+INLINE void convolve(const bm_op_conv &a, const part &here, own &o, uint8_t *half) {
+#pragma unroll
+    for (int i = 0; i < MOST; i++)
+        if (o.state[i]) o.x[i][3] = *(const float4 *)(a.x + (size_t)(here.q0 + o.set + i * o.sets) * a.ldx + o.c);
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        const int t = o.set + i * o.sets;
+        if (!o.state[i]) continue;
+        float4 s = o.bias;
+#pragma unroll
+        for (int k = 0; k < 4; k++) s = conv_step(s, o.filter[k], o.x[i][k]);
+#pragma unroll
+        for (int k = 0; k < 3; k++) *(float4 *)(o.state[i] + (size_t)k * a.I) = o.x[i][k + 1];
+        s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));
+        *(float4 *)(a.y + (size_t)(here.q0 + t) * a.I + o.c) = s;
+        *(uint2 *)(half + place_of(TEXTS, t, o.at)) = halves(s);
+    }
+}
+/* A warpgroup's 64 rows of x by the block's k, sent to the blocks of their texts. */
+INLINE void multiply_x(const CUtensorMap *weights, const share &w, const part &here, uint8_t *stage, const uint8_t *half, uint64_t *full,
+                       uint64_t *empty, float *desk, uint64_t *sent) {
+    const int group = threadIdx.x / 128, lane = threadIdx.x % 32, all = here.steps * w.tiles;
+    float sum[4];
+    for (int k = 0; k < here.steps; k++) {
+        const int n = k * w.tiles + group, s = n % w.stages, odd = n / w.stages % 2;
+        barrier_wait(&full[s], odd);
+        multiply_line(sum, stage + s * TILE, half + k * TEXTS * LINE, k);
+        multiplied();
+        if (n + w.stages >= all) continue;
+        if (lane == 0) barrier_arrive(&empty[s]);
+        if (threadIdx.x % 128 == 0) {
+            barrier_wait(&empty[s], odd);
+            barrier_expect(&full[s], TILE);
+            bring(stage + s * TILE, weights, &full[s], (here.begin + (n + w.stages) / w.tiles) * DEPTH, group * TALL, 0);
+        }
+        __syncwarp();
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int j = group * TALL + threadIdx.x % 128 / 32 * 16 + lane / 4 + i / 2 * 8;
+        if (j < w.X) send_one(desk + here.rank * w.X + j, sum[i], sent, lane % 4 * 2 + i % 2);
+    }
+}
+#endif
+
 __global__ void __launch_bounds__(CONV_THREADS)
 conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap weights, const share w, float *xdbl) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    enum { MOST = 2 };          /* texts of a thread */
     extern __shared__ uint8_t memory[];
     __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES], sent;
     uint8_t *stage = aligned(memory), *half = stage + w.stages * TILE;
     float *desk = (float *)(stage + w.at);                  /* (RANKS,X) of text `rank` */
-    const int rank = rank_in_cluster(), all = a.I / DEPTH, begin = all * rank / RANKS, steps = all * (rank + 1) / RANKS - begin;
-    const int q0 = (int)blockIdx.x / RANKS * TEXTS, texts = a.Q - q0 < TEXTS ? a.Q - q0 : TEXTS;
-    const int fours = steps * DEPTH / 4, sets = CONV_THREADS / fours, set = threadIdx.x / fours, own = threadIdx.x % fours * 4;
-    const int c = begin * DEPTH + own;
+    const int rank = rank_in_cluster(), all = a.I / DEPTH, begin = all * rank / RANKS, q0 = (int)blockIdx.x / RANKS * TEXTS;
+    const part here = { rank, begin, all * (rank + 1) / RANKS - begin, q0, a.Q - q0 < TEXTS ? a.Q - q0 : TEXTS };
+    own o;
     if (!threadIdx.x) {
         for (int s = 0; s < w.stages; s++) {
             barrier_make(&full[s], 1);
@@ -73,78 +164,19 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
         barrier_make(&sent, 1);
         barriers_made();
         barrier_expect(&sent, 4 * RANKS * w.X);
-        for (int n = 0; n < steps * w.tiles; n++) {
-            const int k = (begin + n / w.tiles) * DEPTH, row = n % w.tiles * TALL;
-            if (n >= w.stages) {
-                expect(&weights, k, row, 0);
-                continue;
-            }
-            barrier_expect(&full[n], TILE);
-            bring(stage + n * TILE, &weights, &full[n], k, row, 0);
-        }
+        begin_weights(&weights, w, here, stage, full);
     }
-    float4 x[MOST][4], filter[4], bias = make_float4(0, 0, 0, 0);
-    float *state[MOST] = {};
-    if (set < sets) {
-        if (a.bias) bias = *(const float4 *)(a.bias + c);
-#pragma unroll
-        for (int k = 0; k < 4; k++) filter[k] = *(const float4 *)(a.weight + (size_t)k * a.I + c);
-    }
-#pragma unroll
-    for (int i = 0; i < MOST; i++) {        /* nobody has written to states since the token before */
-        const int t = set + i * sets;
-        if (set >= sets || t >= texts) continue;
-        state[i] = a.state + (size_t)a.slot[q0 + t] * a.stride + c;
-#pragma unroll
-        for (int k = 0; k < 3; k++) x[i][k] = *(const float4 *)(state[i] + (size_t)k * a.I);
-    }
+    ask(a, here, o);
     next_may_start();
     __syncwarp();               /* whose first lane was away */
     cluster_meet();
     previous_done();
-#pragma unroll
-    for (int i = 0; i < MOST; i++)
-        if (state[i]) x[i][3] = *(const float4 *)(a.x + (size_t)(q0 + set + i * sets) * a.ldx + c);
-#pragma unroll
-    for (int i = 0; i < MOST; i++) {
-        const int t = set + i * sets;
-        if (!state[i]) continue;
-        float4 s = bias;
-#pragma unroll
-        for (int k = 0; k < 4; k++) s = conv_step(s, filter[k], x[i][k]);
-#pragma unroll
-        for (int k = 0; k < 3; k++) *(float4 *)(state[i] + (size_t)k * a.I) = x[i][k + 1];
-        s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));
-        *(float4 *)(a.y + (size_t)(q0 + t) * a.I + c) = s;
-        *(uint2 *)(half + place_of(TEXTS, t, own)) = halves(s);
-    }
+    convolve(a, here, o, half);
     written();
     __syncthreads();
-    const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-    if (group < w.tiles) {
-        float sum[4];
-        for (int k = 0; k < steps; k++) {
-            const int n = k * w.tiles + group, s = n % w.stages, odd = n / w.stages % 2;
-            barrier_wait(&full[s], odd);
-            multiply_line(sum, stage + s * TILE, half + k * TEXTS * LINE, k);
-            multiplied();
-            if (n + w.stages >= steps * w.tiles) continue;
-            if (lane == 0) barrier_arrive(&empty[s]);
-            if (threadIdx.x % 128 == 0) {
-                barrier_wait(&empty[s], odd);
-                barrier_expect(&full[s], TILE);
-                bring(stage + s * TILE, &weights, &full[s], (begin + (n + w.stages) / w.tiles) * DEPTH, group * TALL, 0);
-            }
-            __syncwarp();
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int j = group * TALL + threadIdx.x % 128 / 32 * 16 + lane / 4 + i / 2 * 8;
-            if (j < w.X) send_one(desk + rank * w.X + j, sum[i], &sent, lane % 4 * 2 + i % 2);
-        }
-    }
+    if ((int)threadIdx.x / 128 < w.tiles) multiply_x(&weights, w, here, stage, half, full, empty, desk, &sent);
     barrier_wait(&sent, 0);
-    for (int j = threadIdx.x; j < w.X && rank < texts; j += CONV_THREADS) {
+    for (int j = threadIdx.x; j < w.X && rank < here.texts; j += CONV_THREADS) {
         float v = desk[j];
         for (int k = 1; k < RANKS; k++) v += desk[k * w.X + j];
         xdbl[(size_t)(q0 + rank) * w.X + j] = v;
@@ -179,17 +211,10 @@ bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l) {
 enum { SETS = 8, SCAN_THREADS = SETS * TALL, PER = 2 };        /* PER: blocks of a multiprocessor */
 template <int MANY> struct memory { float h[MANY][N16][TALL], dt[MANY][TALL], b[MANY][N16], c[MANY][N16]; };
 
-template <int MANY> __global__ void __launch_bounds__(SCAN_THREADS, PER)
-dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const float *xdbl, int R, uint16_t *half, bool whole) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    enum { EACH = MANY / SETS };
-    extern __shared__ uint8_t bytes[];
-    const int steps = (R + DEPTH - 1) / DEPTH, c0 = (int)blockIdx.x * TALL, q0 = (int)blockIdx.y * MANY;
-    const int texts = a.Q - q0 < MANY ? a.Q - q0 : MANY, own = threadIdx.x % TALL, set = threadIdx.x / TALL, c = c0 + own;
-    uint8_t *w = aligned(bytes), *x = w + steps * TILE;
-    memory<MANY> &m = *(memory<MANY> *)(x + steps * MANY * LINE);
-    float rate[N16], u[EACH], z[EACH];
-    next_may_start();
+/* On their way: states of the block's texts and channels; rows of dt's weights, where wgmma reads them. */
+template <int MANY> INLINE void
+ask(const bm_op_scan &a, const uint16_t *weights, int R, int steps, int c0, int q0, int texts, memory<MANY> &m, uint8_t *w) {
     for (int i = threadIdx.x; i < texts * a.N * (TALL / 4); i += SCAN_THREADS) {
         const int k = i % (TALL / 4) * 4, n = i / (TALL / 4) % a.N, t = i / (TALL / 4) / a.N;
         copy_four((float4 *)&m.h[t][n][k],
@@ -201,15 +226,10 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
         if (k < R) copy_four((float4 *)to, (const float4 *)(weights + (size_t)(c0 + row) * R + k));
         else *(float4 *)to = make_float4(0, 0, 0, 0);
     }
-#pragma unroll
-    for (int n = 0; n < N16; n++) rate[n] = n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
-    const float bias = a.dt_bias[c], D = a.D[c];
-    previous_done();
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const int q = q0 + set + i * SETS;
-        u[i] = q < a.Q ? a.u[(size_t)q * a.I + c] : 0, z[i] = q < a.Q ? a.z[(size_t)q * a.ldz + c] : 0;
-    }
+}
+/* What x left: dt's activations as bf16, B and C. */
+template <int MANY> INLINE void
+read_x(const bm_op_scan &a, const float *xdbl, int R, int steps, int q0, int texts, memory<MANY> &m, uint8_t *x) {
     for (int i = threadIdx.x; i < MANY * steps * DEPTH / 2; i += SCAN_THREADS) {
         const int t = i / (steps * DEPTH / 2), k = i % (steps * DEPTH / 2) * 2;
         const float *row = xdbl + (size_t)(q0 + t) * a.ldbc + k;
@@ -221,6 +241,31 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
         const size_t at = (size_t)(q0 + t) * a.ldbc + n;
         m.b[t][n] = there ? a.B[at] : 0, m.c[t][n] = there ? a.C[at] : 0;
     }
+}
+#endif
+
+template <int MANY> __global__ void __launch_bounds__(SCAN_THREADS, PER)
+dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const float *xdbl, int R, uint16_t *half, bool whole) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    enum { EACH = MANY / SETS };
+    extern __shared__ uint8_t bytes[];
+    const int steps = (R + DEPTH - 1) / DEPTH, c0 = (int)blockIdx.x * TALL, q0 = (int)blockIdx.y * MANY;
+    const int texts = a.Q - q0 < MANY ? a.Q - q0 : MANY, own = threadIdx.x % TALL, set = threadIdx.x / TALL, c = c0 + own;
+    uint8_t *w = aligned(bytes), *x = w + steps * TILE;
+    memory<MANY> &m = *(memory<MANY> *)(x + steps * MANY * LINE);
+    float rate[N16], u[EACH], z[EACH];
+    next_may_start();
+    ask<MANY>(a, weights, R, steps, c0, q0, texts, m, w);
+#pragma unroll
+    for (int n = 0; n < N16; n++) rate[n] = n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
+    const float bias = a.dt_bias[c], D = a.D[c];
+    previous_done();
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int q = q0 + set + i * SETS;
+        u[i] = q < a.Q ? a.u[(size_t)q * a.I + c] : 0, z[i] = q < a.Q ? a.z[(size_t)q * a.ldz + c] : 0;
+    }
+    read_x<MANY>(a, xdbl, R, steps, q0, texts, m, x);
     asm volatile("cp.async.wait_all;" ::: "memory");
     written();
     __syncthreads();
@@ -259,12 +304,6 @@ launch(bm_cuda *c, const bm_op_linear *l, const bm_op_scan *a, int steps, uint16
     cudaFuncSetAttribute(dt_scan<MANY>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     bm_cuda_start(c, dt_scan<MANY>, dim3(a->I / TALL, blocks_of((size_t)a->Q, MANY)), SCAN_THREADS, shared, *a,
                   (const uint16_t *)l->w->data, l->x, l->w->cols, half, whole);
-}
-
-/* Whether few.cu or matmul.cu would make it. */
-static bool is_wide(const bm_cuda *c, const bm_op_linear *a) {
-    const bm_product p = bm_cuda_product_of(a);
-    return bm_cuda_wide_takes(c, &p);
 }
 
 bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out) {
