@@ -4,7 +4,8 @@
 #include "lib_scratch.h"
 #include <unistd.h>
 
-/* A recorded router, which is one kernel for few rows, gives the bits of a product and a choice; or of those and a norm before. */
+/* A recorded router, which is one kernel for few rows, gives the bits of a product and a choice; or of those and a norm before, which
+ * any rows have. */
 static void router_case(int T, int X, int K, bool norms) {
     pair w = make_pair(BM_F32, X, K);
     const size_t rows = (size_t)T, n[3] = { rows, rows, (size_t)(X + 1) };
@@ -55,8 +56,8 @@ static void router_case(int T, int X, int K, bool norms) {
 }
 static void test_router(void **state) {
     (void)state;
-    for (int i = 0; i < 4; i++) {
-        const int rows = (int[]){ 9, 40, 128, 257 }[i];
+    for (int i = 0; i < 5; i++) {
+        const int rows = (int[]){ 9, 40, 128, 257, 1030 }[i];
         for (int norms = 0; norms < 2; norms++) {
             router_case(rows, 8, 1160, norms);
             router_case(rows, 3, 64, norms);
@@ -179,6 +180,41 @@ static void test_norm_between(void **state) {
     for (int i = 0; i < 5; i++) for (int k = 0; k < 4; k++) norm_case(rows[i][0], rows[i][1], k % 2 ? 64 : 264, k / 2);
 }
 
+/* A norm whose rows one product alone reads, done once: the bits of both operations; the rows are there as bf16 only. */
+static void rounded_case(int T) {
+    enum { D = 264, N = 200 };
+    static const float mark = 1234;
+    pair w = make_pair(BM_BF16, N, D);
+    twin x = random_twin((size_t)(T * D), 1), past = random_twin(x.n, 1), weight = random_twin(D, 1), normed = empty_twin(x.n);
+    twin sum[2] = { empty_twin(x.n), empty_twin(x.n) }, z[2] = { empty_twin((size_t)(T * N)), empty_twin((size_t)(T * N)) };
+    for (int r = 0; r < 2; r++) {
+        gpu->put(gpu, normed.at, &mark, sizeof mark);
+        OK(gpu->sync(gpu));
+        if (r) assert_false(gpu->replay(gpu, NULL, T));
+        gpu->norm(gpu, &(bm_op_norm){ .M = T, .D = D, .eps = 1e-5f, .x = x.at, .residual = past.at, .weight = weight.at, .sum = sum[r].at,
+                                      .y = normed.at });
+        gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = D, .w = &w.at, .x = normed.at, .y = z[r].at, .arith = BM_ARITH_NATIVE });
+        if (r) gpu->recorded(gpu);
+        float *left = fetched(&normed);
+        const bool alone = r && T >= 6 && gpu->reserving(gpu, T, D);        /* else there are no such kernels */
+        assert_true((left[0] == mark) == alone);
+        drop(left);
+    }
+    for (int i = 0; i < 2; i++) {
+        const twin *of = i ? sum : z;
+        float *want = fetched(&of[0]), *got = fetched(&of[1]);
+        assert_memory_equal(got, want, of->n * sizeof *got);
+        drop(want);
+        drop(got);
+    }
+    for (int r = 0; r < 2; r++) end(&sum[r]), end(&z[r]);
+    end(&x); end(&past); end(&weight); end(&normed); end_pair(&w);
+}
+static void test_rounded(void **state) {
+    (void)state;
+    for (int i = 0; i < 4; i++) rounded_case((int[]){ 3, 7, 128, 300 }[i]);
+}
+
 /* A whole token by one kernel (token.cu): the same bits alone and beside others, near what the same text gives at once, and
  * the best token is that of the logits.  Where few.cu runs it takes 6 texts and more. */
 enum { TEXTS = 8, LENGTH = 20 };
@@ -254,7 +290,7 @@ static void test_token(void **state) {
 int main(int argc, char **argv) {
     const struct CMUnitTest test[] = {
         cmocka_unit_test(test_token), cmocka_unit_test(test_router), cmocka_unit_test(test_between),
-        cmocka_unit_test(test_norm_between),
+        cmocka_unit_test(test_norm_between), cmocka_unit_test(test_rounded),
     };
     return run_cuda("cuda, recorded", test, sizeof test / sizeof *test, argc, argv);
 }

@@ -59,8 +59,11 @@ void bm_cuda_conv(bm_backend *b, const bm_op_conv *a);
 void bm_cuda_scan(bm_backend *b, const bm_op_scan *a);
 void bm_cuda_route(bm_backend *b, const bm_op_route *a);
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a);
-/* Few rows' logits and what bm_cuda_route makes of them, the norm before if n is not NULL, by one kernel; false: not these. */
+/* Logits of few rows and what bm_cuda_route makes of them, the norm before if n is not NULL, by one kernel; of many, which must have
+ * that norm, all but the groups by one; false: not these. */
 bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a);
+/* Rows as bf16 alone, where `next`, which reads them, takes those; false: it does not. */
+bool bm_cuda_norm_rounded(bm_backend *b, const bm_op_norm *a, const bm_op_linear *next);
 /* Of few rows with a sequence each, by one kernel: convolution and x; dt and scan, for `out`, which reads y; false: not these. */
 bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l);
 bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out);

@@ -8,7 +8,7 @@
 enum { MOST = 64 };         /* recordings kept; the one not used for longest makes room */
 typedef struct recording { const void *owner; int M; cudaGraphExec_t graph; bm_cuda_token *token; uint64_t used; } recording;
 struct bm_cuda_graphs {
-    recording r[MOST], *now;
+    recording r[MOST], once, *now;          /* once: not kept */
     uint64_t clock;
     bm_backend door;        /* as it was before operations were noted */
     bm_cuda_op *op; int n, room;
@@ -89,7 +89,7 @@ bool bm_cuda_replay(bm_backend *b, const void *owner, int M) {
     if (!c->graphs) c->graphs = (bm_cuda_graphs *)calloc(1, sizeof *c->graphs);
     bm_cuda_graphs *g = c->graphs;
     if (!g) return false;
-    recording *r = place_for(g, owner, M);
+    recording *r = owner ? place_for(g, owner, M) : &g->once;
     r->used = ++g->clock;
     if (made(r)) return launch(c, r);
     g->now = r;
@@ -116,29 +116,34 @@ static bool norm_between(bm_backend *b, const bm_cuda_op *o) {
     bm_cuda_normed_product(cuda_of(b), &o[1].norm, &o[2].linear);
     return true;
 }
-/* How many operations from o on, of n, fewer kernels did than there are; 0: none. */
+/* How many operations from o on, of n, were done by fewer kernels, or one by less; 0: none. */
 static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
     bm_cuda_kind kind[3];
     for (int i = 0; i < 3; i++) kind[i] = i < n ? o[i].kind : BM_CUDA_EMBED;
     const bool norms = kind[0] == BM_CUDA_NORM, routes = kind[norms] == BM_CUDA_LINEAR && kind[1 + norms] == BM_CUDA_ROUTE;
     const bool convolves = kind[0] == BM_CUDA_CONV && kind[1] == BM_CUDA_LINEAR;
     const bool scans = kind[0] == BM_CUDA_LINEAR && kind[1] == BM_CUDA_SCAN && kind[2] == BM_CUDA_LINEAR;
+    const bool rounds = norms && kind[1] == BM_CUDA_LINEAR;
     const bool norm_next = kind[0] == BM_CUDA_LINEAR && kind[1] == BM_CUDA_NORM && kind[2] == BM_CUDA_LINEAR;
     if (norm_next && !is_read(o + 3, n - 3, o[1].norm.y) && norm_between(b, o)) return 3;
+    if (rounds && !is_read(o + 2, n - 2, o[0].norm.y) && bm_cuda_norm_rounded(b, &o[0].norm, &o[1].linear)) return 1;
     if (routes && bm_cuda_router(b, norms ? &o[0].norm : NULL, &o[norms].linear, &o[1 + norms].route)) return 2 + norms;
     if (convolves && bm_cuda_conv_x(b, &o[0].conv, &o[1].linear)) return 2;
     return scans && bm_cuda_dt_scan(b, &o[0].linear, &o[1].scan, &o[2].linear) ? 2 : 0;
 }
 
+static void issue_all(bm_backend *b) {
+    const bm_cuda_graphs *g = cuda_of(b)->graphs;
+    for (int i = 0, n; i < g->n; i += n ? n : 1) {
+        n = joined(b, &g->op[i], g->n - i);
+        if (!n) issue(b, &g->op[i]);
+    }
+}
 static void capture(bm_backend *b, recording *r) {
     bm_cuda *c = cuda_of(b);
     cudaGraph_t graph = NULL;
     if (!bm_cuda_check(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording")) return;
-    for (int i = 0, n; i < c->graphs->n; i += n ? n : 1) {
-        bm_cuda_op *o = &c->graphs->op[i];
-        n = joined(b, o, c->graphs->n - i);
-        if (!n) issue(b, o);
-    }
+    issue_all(b);
     if (bm_cuda_check(c, cudaStreamEndCapture(c->stream, &graph), "recording"))
         bm_cuda_check(c, cudaGraphInstantiate(&r->graph, graph, 0), "recording");
     if (graph) cudaGraphDestroy(graph);
@@ -152,6 +157,7 @@ void bm_cuda_recorded(bm_backend *b) {
     g->now = NULL;
     *b = g->door;
     if (c->failed) return;
+    if (r == &g->once) return issue_all(b);
     r->token = bm_cuda_token_make(c, g->op, g->n);
     if (!r->token) capture(b, r);
     if (c->failed) drop(r);         /* part of it may be missing */

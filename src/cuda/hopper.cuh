@@ -47,11 +47,6 @@ bm_cuda_start_clusters(bm_cuda *c, void (*kernel)(P...), int blocks, int ctas, i
     return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, a...), "a matrix product");
 }
 
-/* Sixteen bytes into shared memory; there after cp.async.wait_all. */
-INLINE void copy_four(float4 *to, const float4 *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from));
-}
-
 /* ---- how outputs leave ------------------------------------------------------------------------------- */
 
 /* x/2 erfc(-x / sqrt 2) to 1.5e-7 |x|, far below a bf16: Abramowitz and Stegun, 7.1.26. */
@@ -154,6 +149,7 @@ INLINE uint64_t matrix(const void *p) {
 #define D32 D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define D48 D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define D64 D48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define D72 D64 ",%64,%65,%66,%67,%68,%69,%70,%71"
 #define D96 D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
                 "%92,%93,%94,%95"
 /* c (64,N) = x (64,16) w (N,16)^T, added to c or not; x in shared memory, or a lane's part of it. */
@@ -173,6 +169,7 @@ MULTIPLY(32, 16, D16, "%16", "%17", "%18", F16(0))
 MULTIPLY(64, 32, D32, "%32", "%33", "%34", F16(0), F16(16))
 MULTIPLY(96, 48, D48, "%48", "%49", "%50", F16(0), F16(16), F16(32))
 MULTIPLY(128, 64, D64, "%64", "%65", "%66", F16(0), F16(16), F16(32), F16(48))
+MULTIPLY(144, 72, D72, "%72", "%73", "%74", F16(0), F16(16), F16(32), F16(48), F4(64), F4(68))
 MULTIPLY(192, 96, D96, "%96", "%97", "%98", F16(0), F16(16), F16(32), F16(48), F16(64), F16(80))
 MULTIPLY_HELD(16, 8, D8, "%8,%9,%10,%11", "%12", "%13", F4(0), F4(4))
 MULTIPLY_HELD(32, 16, D16, "%16,%17,%18,%19", "%20", "%21", F16(0))

@@ -6,6 +6,7 @@
  * products is the second cache.  An output sums its k in order, 16 at a time, whatever rows are beside it.
  * Up to 128 rows: few.cu; other chips, types and fewer rows: gemm.cu. */
 #include "cuda/hopper.cuh"
+#include <limits.h>
 #include <stdlib.h>
 
 enum { PAPER = 16 * 40 * 4 };                   /* bytes in which a warp turns its outputs round */
@@ -79,9 +80,10 @@ put_rows(const bm_product &p, uint16_t *copy, const tile &at, int row0, int col0
     }
 #pragma unroll
     for (int j = 0; j < BN / 8; j += 4) {
+        const int eights = BN / 8 - j < 4 ? BN / 8 - j : 4;
         __syncwarp();
 #pragma unroll
-        for (int k = 0; k < 4; k++)
+        for (int k = 0; k < eights; k++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const float *v = c + 4 * (j + k) + 2 * h;
@@ -93,7 +95,7 @@ put_rows(const bm_product &p, uint16_t *copy, const tile &at, int row0, int col0
         for (int r = 0; r < 4; r++) {
             const float4 v = *(const float4 *)(paper + (lane / 8 + 4 * r) * LD + far);
             const int n = col0 + 8 * j + far;
-            if (!y[r]) continue;
+            if (!y[r] || far >= 8 * eights) continue;
             if (whole) *(float4 *)(y[r] + 8 * j) = v;
             else put_four(p, y[r] + 8 * j, n, v);
             if (copy && n < p.N) *(uint2 *)(copy + (size_t)(row0 + lane / 8 + 4 * r) * p.N + n) = halves(v);
@@ -289,18 +291,31 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     const int clusters = most < all ? most : all;
     return bm_cuda_start_clusters(c, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, x, w, gate);
 }
-/* What rounds of tiles of 64 groups rows by cols columns cost, all blocks at once; smaller tiles read more.  Groups of rows end
- * anywhere in a tile. */
-static int cost(const bm_cuda *c, const bm_product *p, int groups, int cols, int each) {
-    const int tall = p->M / (64 * groups) + (p->X > 1 ? p->X / 2 : p->M % (64 * groups) > 0);
-    return blocks_of((size_t)tall * blocks_of((size_t)p->N, 2 * (size_t)cols), c->chip.multiProcessorCount / 2) * each;
+/* Tiles of 64 groups rows by cols columns, of which a gated one has half of each; what one costs.  Smaller ones read more. */
+typedef struct size { int groups, cols, each; } size;
+static const size sizes[] = { { 3, 192, 30 }, { 2, 192, 22 }, { 3, 144, 23 }, { 2, 144, 17 }, { 2, 96, 13 } };
+
+/* The first of n sizes whose rounds cost least, all blocks at once.  Groups of rows end anywhere in a tile. */
+static int cheapest(const bm_cuda *c, const bm_product *p, bool gated, int n) {
+    int best = 0, least = INT_MAX;
+    for (int i = 0; i < n; i++) {
+        const int rows = 64 * sizes[i].groups, cols = sizes[i].cols * (gated ? 1 : 2);
+        const int tiles = (p->M / rows + (p->X > 1 ? p->X / 2 : p->M % rows > 0)) * blocks_of((size_t)p->N, (size_t)cols);
+        const int cost = blocks_of((size_t)tiles, c->chip.multiProcessorCount / 2) * sizes[i].each;
+        if (cost < least) best = i, least = cost;
+    }
+    return best;
 }
 template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
-    if (j->p->X > 1 && j->p->M <= SMALL * j->p->X) return launch<END == PLAIN ? 96 : 192, 3, 2, END>(c, j);
-    const int cols = END == GATED ? 96 : 192, three = cost(c, j->p, 3, cols, 30), two = cost(c, j->p, 2, cols, 22);
-    const bool narrow = END == PLAIN && j->p->X == 1 && cost(c, j->p, 2, 96, 13) < (two < three ? two : three);
-    if (narrow) return launch<96, 2, 2, PLAIN>(c, j);
-    return two < three ? launch<192, 2, 2, END>(c, j) : launch<192, 3, 2, END>(c, j);
+    const bool groups = j->p->X > 1;
+    if (groups && j->p->M <= SMALL * j->p->X) return launch<END == PLAIN ? 96 : 192, 3, 2, END>(c, j);
+    switch (cheapest(c, j->p, END == GATED, END != PLAIN ? 2 : groups ? 4 : 5)) {
+    case 0: return launch<192, 3, 2, END>(c, j);
+    case 1: return launch<192, 2, 2, END>(c, j);
+    case 2: return launch<144, 3, 2, PLAIN>(c, j);
+    case 3: return launch<144, 2, 2, PLAIN>(c, j);
+    default: return launch<96, 2, 2, PLAIN>(c, j);
+    }
 }
 static bool launch_any(bm_cuda *c, const job *j) {
     if (j->p->M <= FEW) return bm_cuda_few(c, j);
@@ -404,7 +419,7 @@ template <int PER_WARP> __global__ void __launch_bounds__(32 * WARPS) narrow(con
         for (int k = lane; k < 2 * eights; k += 32) copy_four(own + k, x[0] + k);
         x[0] = own;
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    words_wait();
     __syncthreads();
     if (row0 >= p.M) return;
 #pragma unroll 3

@@ -60,21 +60,32 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
         const float4 b = four(a.bias, k, a.D, aligned);
         const float4 y = make_float4(norm_out(s[i].x, scale, w[i].x, b.x), norm_out(s[i].y, scale, w[i].y, b.y),
                                      norm_out(s[i].z, scale, w[i].z, b.z), norm_out(s[i].w, scale, w[i].w, b.w));
-        put_four(a.y + at, k, a.D, aligned, y);
+        if (a.y) put_four(a.y + at, k, a.D, aligned, y);
         if (half) *(uint2 *)(half + at + k) = halves(y);
     }
 }
 
-void bm_cuda_norm(bm_backend *b, const bm_op_norm *a) {
-    bm_cuda *c = cuda_of(b);
-    if (c->failed || !a->M) return;
+/* half: y as bf16 too, or NULL. */
+static void norm(bm_cuda *c, const bm_op_norm *a, uint16_t *half) {
     const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->residual | (uintptr_t)a->weight | (uintptr_t)a->bias |
                           (uintptr_t)a->sum | (uintptr_t)a->y;
     const bool aligned = a->D % 4 == 0 && all % 16 == 0;
-    uint16_t *half = a->D % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->D) : NULL;
     if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<NORM_HELD>, a->M, norm_threads(a->D), 0, *a, aligned, half);
     else bm_cuda_start(c, norm_rows<16>, a->M, WIDEST, 0, *a, aligned, half);      /* D up to 65536 */
     bm_cuda_check(c, cudaGetLastError(), "norm");
+}
+void bm_cuda_norm(bm_backend *b, const bm_op_norm *a) {
+    bm_cuda *c = cuda_of(b);
+    if (!c->failed && a->M) norm(c, a, a->D % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->D) : NULL);
+}
+bool bm_cuda_norm_rounded(bm_backend *b, const bm_op_norm *a, const bm_op_linear *next) {
+    bm_cuda *c = cuda_of(b);
+    const bm_product p = bm_cuda_product_of(next);
+    if (c->failed || !a->M || !bm_cuda_wide_takes(c, &p) || next->x != a->y || next->ldx != a->D || next->M != a->M) return false;
+    bm_op_norm rounded = *a;
+    rounded.y = NULL;
+    norm(c, &rounded, bm_cuda_rounded(c, a->y, a->M, a->D));
+    return true;
 }
 
 /* Over a block, in f64 or the largest; every thread gets it. */

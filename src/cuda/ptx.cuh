@@ -33,6 +33,12 @@ INLINE void multiply_bf16(float *c, const quad &a, uint32_t b0, uint32_t b1) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
 }
 
+/* Sixteen bytes into shared memory; there after words_wait(). */
+INLINE void copy_four(float4 *to, const float4 *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from));
+}
+INLINE void words_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
 /* a - b of two bf16 each. */
 INLINE uint32_t minus_bf16(uint32_t a, uint32_t b) {
@@ -81,7 +87,6 @@ INLINE void copy_row(uint8_t *to, const uint8_t *from, int bytes, uint64_t *b) {
 INLINE void copy_word(uint64_t *to, const uint64_t *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(address(to)), "l"(from));
 }
-INLINE void words_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* ---- words of a value and a number, seen by all blocks -------------------------------------------------------------- */
 

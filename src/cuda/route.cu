@@ -3,7 +3,7 @@
 #include "cuda/steps.cuh"
 
 enum { THREADS = 128, SORTERS = 1024 };
-enum { ROUTED = 8, EIGHTS = 8 };        /* experts; eights of a row that a lane holds, where a row is routed at once */
+enum { ROUTED = 8, EIGHTS = 8 };        /* experts; eights of a row that a lane holds, where norm or logits are made too */
 
 /* a is a better choice than b: NaN never wins. */
 __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !isnan(a)); }
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(THREADS) choose(bm_op_route a) {
     if (i < a.M) choose_row(a, a.logits + (size_t)i * a.X, i, 0);
 }
 
-/* Up to 32 experts, choice `choice`, by a block: a warp counts and places a run of rows, lane e for expert e.  own: the expert of
- * a thread's row where each has one at most. */
+/* Up to 32 experts, choice `choice`, by a block: a warp counts and places a run of rows, the first lane of an expert for it.  own: the
+ * expert of a thread's row where each has one at most. */
 __device__ static void group_rows(const bm_op_route &a, int choice, int own) {
     __shared__ int count[SORTERS / 32][32];
     const int32_t *expert = a.expert + (size_t)choice * a.M;
@@ -51,16 +51,16 @@ __device__ static void group_rows(const bm_op_route &a, int choice, int own) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = (a.M + SORTERS - 1) / SORTERS * 32;
     const int begin = warp * run, end = begin + run < a.M ? begin + run : a.M;
     const int warps = (a.M + run - 1) / run;
-    int n = 0;
+    const unsigned below = (1u << lane) - 1;
     const bool at_once = a.M <= SORTERS;
+    count[warp][lane] = 0;
+    __syncwarp();
     for (int i = begin + lane; i - lane < end; i += 32) {
         const int mine = at_once ? own : i < end ? expert[i] : -1;
-        for (int e = 0; e < a.X; e++) {
-            const unsigned all = __ballot_sync(~0u, mine == e);
-            if (lane == e) n += __popc(all);
-        }
+        const unsigned same = __match_any_sync(~0u, mine);
+        if (mine >= 0 && !(same & below)) count[warp][mine] += __popc(same);
+        __syncwarp();
     }
-    count[warp][lane] = n;
     __syncthreads();
     if (!warp) {                /* where each warp's rows of each expert begin */
         int total = 0, before = 0;
@@ -78,18 +78,13 @@ __device__ static void group_rows(const bm_op_route &a, int choice, int own) {
         }
     }
     __syncthreads();
-    int at = count[warp][lane];
     for (int i = begin + lane; i - lane < end; i += 32) {
         const int mine = at_once ? own : i < end ? expert[i] : -1;
-        int to = 0, taken = 0;
-        for (int e = 0; e < a.X; e++) {
-            const unsigned all = __ballot_sync(~0u, mine == e);
-            const int from = __shfl_sync(~0u, at, e);
-            if (mine == e) to = from + __popc(all & ((1u << lane) - 1));
-            if (lane == e) taken = __popc(all);
-        }
-        if (mine >= 0) order[to] = i;
-        at += taken;
+        const unsigned same = __match_any_sync(~0u, mine);
+        if (mine >= 0) order[count[warp][mine] + __popc(same & below)] = i;
+        __syncwarp();
+        if (mine >= 0 && !(same & below)) count[warp][mine] += __popc(same);
+        __syncwarp();
     }
 }
 /* Up to SORTERS rows are chosen for by their threads before. */
@@ -128,6 +123,49 @@ __device__ static void norm_row(const bm_op_norm &a, int i, uint16_t *half, floa
     __syncthreads();
 }
 
+/* The same by a warp for WARPS of them, y into shared memory alone beside what leaves. */
+template <int WARPS> __device__ static void norm_by_warp(const bm_op_norm &a, int i, uint16_t *half, float4 *y) {
+    const size_t at = (size_t)i * a.D;
+    const int lane = threadIdx.x % 32;
+    float4 s[WARPS][NORM_HELD];
+    float square[4] = {};
+#pragma unroll
+    for (int v = 0; v < WARPS; v++)
+#pragma unroll
+        for (int j = 0; j < NORM_HELD; j++) {
+            const int k = 4 * (lane + 32 * v + 32 * WARPS * j);
+            const float4 x = a.x ? four_of(a.x + at, k, a.D) : make_float4(0, 0, 0, 0);
+            const float4 r = a.residual ? four_of(a.residual + at, k, a.D) : make_float4(0, 0, 0, 0);
+            s[v][j] = make_float4(x.x + r.x, x.y + r.y, x.z + r.z, x.w + r.w);
+        }
+#pragma unroll
+    for (int v = 0; v < WARPS; v++) {
+#pragma unroll
+        for (int j = 0; j < NORM_HELD; j++) {
+            const int k = 4 * (lane + 32 * v + 32 * WARPS * j);
+            square[v] += norm_squares(s[v][j]);
+            if (a.sum && k < a.D) *(float4 *)(a.sum + at + k) = s[v][j];
+        }
+        square[v] = warp_sum(square[v]);
+    }
+    const float scale = norm_scale(((square[0] + square[2]) + (square[1] + square[3])) / (float)a.D, a.eps);    /* as block_sum adds */
+#pragma unroll
+    for (int v = 0; v < WARPS; v++)
+#pragma unroll
+        for (int j = 0; j < NORM_HELD; j++) {
+            const int k = 4 * (lane + 32 * v + 32 * WARPS * j);
+            if (k >= a.D) continue;
+            const float4 w = *(const float4 *)(a.weight + k), u = s[v][j];
+            const float4 out = make_float4(norm_out(u.x, scale, w.x, 0), norm_out(u.y, scale, w.y, 0), norm_out(u.z, scale, w.z, 0),
+                                           norm_out(u.w, scale, w.w, 0));
+            *(float4 *)(a.y + at + k) = y[k / 4] = out;
+            if (half) *(uint2 *)(half + at + k) = halves(out);
+        }
+}
+__device__ static float dot_four(float4 a, float4 b, float sum) {
+    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
 /* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is
  * summed as by `dots` (gemm.cu).  NORMS: of the row that it norms before. */
 template <bool NORMS> __global__ void __launch_bounds__(32 * ROUTED)
@@ -150,12 +188,7 @@ route_rows(bm_op_norm n, uint16_t *half, bm_op_linear l, const float *w, int K, 
         for (int h = 0; h < 2; h++) u[s][h] = four_of(x, 8 * (lane + 32 * s) + 4 * h, K);
 #pragma unroll
     for (int s = 0; s < EIGHTS; s++)
-        for (int h = 0; h < 2; h++) {
-            sum = fmaf(v[s][h].x, u[s][h].x, sum);
-            sum = fmaf(v[s][h].y, u[s][h].y, sum);
-            sum = fmaf(v[s][h].z, u[s][h].z, sum);
-            sum = fmaf(v[s][h].w, u[s][h].w, sum);
-        }
+        for (int h = 0; h < 2; h++) sum = dot_four(v[s][h], u[s][h], sum);
     sum = warp_sum(sum);
     if (!lane) l.y[(size_t)i * a.X + e] = logit[e] = sum + (l.bias ? l.bias[e] : 0);
     __syncthreads();
@@ -169,6 +202,44 @@ route_rows(bm_op_norm n, uint16_t *half, bm_op_linear l, const float *w, int K, 
     __threadfence();
     if (!threadIdx.x) *ended = 0;
     group_rows(a, 0, (int)threadIdx.x < a.M ? __ldcg(a.expert + threadIdx.x) : -1);
+}
+
+/* Many rows, a warp one after another: norm and logits, each as by route_rows; then the choice, if wanted, a lane a row.  Weights lie
+ * in shared memory by expert, half of eight k, and k / 8, behind them the row of each warp.  WARPS: of norm_threads. */
+enum { AT_ONCE = 8 };
+template <int WARPS> __global__ void __launch_bounds__(32 * AT_ONCE, 2)
+norm_routes(const bm_op_norm n, uint16_t *half, const bm_op_linear l, const float4 *w, const bm_op_route a, bool chooses) {
+    extern __shared__ float4 memory[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, eights = n.D / 8, X = a.X, apart = (int)gridDim.x * AT_ONCE;
+    const int first = (int)blockIdx.x * AT_ONCE + warp;
+    float4 *row = memory + (X + warp) * 2 * eights;
+    next_may_start();
+    for (int i = threadIdx.x; i < X * 2 * eights; i += 32 * AT_ONCE) {
+        const int e = i / (2 * eights), k = i % (2 * eights);
+        copy_four(&memory[(2 * e + k % 2) * eights + k / 2], w + i);
+    }
+    words_wait();
+    __syncthreads();
+    previous_done();
+    for (int i = first; i < a.M; i += apart) {
+        norm_by_warp<WARPS>(n, i, half, row);
+        __syncwarp();
+        float sum[ROUTED] = {};
+        for (int k = lane; k < eights; k += 32) {
+            const float4 v[2] = { row[2 * k], row[2 * k + 1] };
+#pragma unroll
+            for (int e = 0; e < ROUTED; e++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) sum[e] = dot_four(memory[(2 * (e < X ? e : 0) + h) * eights + k], v[h], sum[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < ROUTED; e++) {
+            const float v = warp_sum(sum[e]);
+            if (lane == e && e < X) l.y[(size_t)i * X + e] = v + (l.bias ? l.bias[e] : 0);
+        }
+        __syncwarp();
+    }
+    for (int i = first + lane * apart; chooses && i < a.M; i += 32 * apart) choose_row(a, l.y + (size_t)i * X, i, 0);
 }
 
 /* Any number: a warp counts and places the rows of an expert, in order. */
@@ -199,14 +270,25 @@ __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
     }
 }
 
-void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
-    bm_cuda *c = cuda_of(b);
-    if (c->failed || !a->M) return;
+/* Choice, if there is none yet, and groups. */
+static void route(bm_cuda *c, const bm_op_route *a, bool chosen) {
     const bool few = a->X <= 32, at_once = few && a->M <= SORTERS;
-    if (!at_once) bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
+    if (!at_once && !chosen) bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
     if (few) bm_cuda_start(c, group_few, a->k, at_once ? 32 * blocks_of((size_t)a->M, 32) : SORTERS, 0, *a);
     else bm_cuda_start(c, group, a->k, SORTERS, 0, *a);
     bm_cuda_check(c, cudaGetLastError(), "routing");
+}
+void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
+    bm_cuda *c = cuda_of(b);
+    if (!c->failed && a->M) route(c, a, false);
+}
+
+template <int WARPS> static void
+launch_routes(bm_cuda *c, const bm_op_norm *n, uint16_t *half, const bm_op_linear *l, const bm_op_route *a, size_t shared) {
+    const int blocks = blocks_of((size_t)a->M, AT_ONCE), most = 2 * c->chip.multiProcessorCount;
+    cudaFuncSetAttribute(norm_routes<WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    bm_cuda_start(c, norm_routes<WARPS>, blocks < most ? blocks : most, 32 * AT_ONCE, shared, *n, half, *l,
+                  (const float4 *)l->w->data, *a, a->M > SORTERS);
 }
 
 bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a) {
@@ -215,11 +297,20 @@ bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, c
     uintptr_t all = (uintptr_t)l->x | (uintptr_t)l->w->data | (uintptr_t)(4 * l->ldx);
     if (n) all |= (uintptr_t)n->x | (uintptr_t)n->residual | (uintptr_t)n->weight | (uintptr_t)n->sum;
     if (c->failed || l->w->type != BM_F32 || l->y != a->logits || l->accumulate) return false;
-    if (a->k != 1 || a->X > ROUTED || a->M > 32 * a->X) return false;
+    const bool few = a->M <= 32 * a->X;
+    const size_t shared = sizeof(float) * (size_t)(a->X + AT_ONCE) * K;
+    if (a->k != 1 || a->X > ROUTED || (!few && (!n || shared > c->chip.sharedMemPerBlockOptin))) return false;
     if (K % 8 || K > 256 * EIGHTS || all % 16) return false;
-    if (n && (n->y != l->x || n->D != K || l->ldx != K || n->M != a->M || n->centered || n->bias || norm_threads(K) > 32 * a->X))
+    if (n && (n->y != l->x || n->D != K || l->ldx != K || n->M != a->M || n->centered || n->bias || (few && norm_threads(K) > 32 * a->X)))
         return false;
     uint16_t *half = n ? bm_cuda_rounded(c, n->y, n->M, K) : NULL;
+    if (!few) {
+        const int warps = norm_threads(K) / 32;
+        const auto launch = warps == 1 ? launch_routes<1> : warps == 2 ? launch_routes<2> : warps == 3 ? launch_routes<3> : launch_routes<4>;
+        launch(c, n, half, l, a, shared);
+        route(c, a, true);
+        return true;
+    }
     bm_cuda_start(c, n ? route_rows<true> : route_rows<false>, a->M, 32 * a->X, n ? 4 * (size_t)K : 0, n ? *n : (bm_op_norm){}, half,
                   *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
     return bm_cuda_check(c, cudaGetLastError(), "routing");

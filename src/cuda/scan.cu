@@ -1,13 +1,13 @@
 /* scan.cu - the selective scan (arXiv 2312.00752, equation 2), one step after another.  Room: cuda.
- * long_rows, N <= 16: eight lanes a channel, states 2 m and 2 m + 1 in lane m.  A second warp makes d and d u of each 16 steps
- *   before, a third sums C h after, by way of shared memory.
+ * long_rows, N <= 16: eight lanes a channel, a pair of states each.  A second warp makes d and d u of each 16 steps before, a third
+ *   sums C h after, by way of shared memory.
  * single_rows, N <= 16, one row a sequence: a thread for each channel, the same arithmetic and so the same bits.
  * wide_rows, N > 16: a thread for each channel, states where they are kept, sums over N in order. */
 #include "cuda/steps.cuh"
 
 enum { N16 = SCAN_STATES, LANES = N16 / 2, SETS = 5, CHANNELS = SETS * 32 / LANES, GROUP = 16, TILE = 2 * GROUP };
 enum { ROLE = 32 * SETS, THREADS = 3 * ROLE };         /* a block of d_inner 2304 for nearly each of 132 processors */
-enum { AHEAD = 4, PAD = 12 };                           /* tiles in memory; a stride that meets no bank twice */
+enum { AHEAD = 4, PAD = 12, HELD = 2 };                 /* tiles in memory; a stride that meets no bank twice; pairs of steps held */
 enum { WIDTH = 128 };                                   /* threads of a block where each has a channel */
 
 __device__ static float *state_of(const bm_op_scan &a, int q) { return a.state + (size_t)a.slot[q] * a.stride; }
@@ -28,7 +28,7 @@ __device__ static void copy16_async(float *to, const float *from, int left, bool
 typedef struct tile { float b[TILE][N16], c[TILE][N16], row[3][TILE][CHANNELS]; } tile;
 typedef struct memory {
     tile tiles[AHEAD];
-    float2 step[2][CHANNELS][GROUP + 2];
+    float2 step[3][CHANNELS][GROUP + 2];
     float part[2][CHANNELS][GROUP * PAD + LANES], out[3][TILE][CHANNELS];
 } memory;
 
@@ -58,33 +58,37 @@ __device__ static void put_rows(const float (*out)[CHANNELS], const bm_op_scan &
     if (p.half) *(uint2 *)(p.half + at) = halves(*(const float4 *)v);
 }
 
-/* Sixteen steps of two states: d, du of the channel, two steps at a time; B, C of the states; the sum of both C h by step. */
-__device__ static void sixteen(float2 *h, float2 rate, const float4 *step, const float *b, const float *c, float *part) {
-    float4 x[GROUP / 2];
-    float2 B[GROUP], C[GROUP];
+/* What two steps of a lane take: d, du of its channel, B and C of its states. */
+typedef struct two { float4 x; float2 B[2], C[2]; } two;
+__device__ static two read_two(const float4 *step, const tile &w, int t, int m) {
+    two v = { *step };
 #pragma unroll
-    for (int s = 0; s < GROUP / 2; s++) x[s] = step[s];
+    for (int r = 0; r < 2; r++) v.B[r] = *(const float2 *)&w.b[t + r][2 * m], v.C[r] = *(const float2 *)&w.c[t + r][2 * m];
+    return v;
+}
+/* Two steps of two states; the sum of both C h by step. */
+__device__ static void two_steps(float2 *h, float2 rate, const two &v, float *part) {
 #pragma unroll
-    for (int s = 0; s < GROUP; s++) B[s] = *(const float2 *)(b + s * N16), C[s] = *(const float2 *)(c + s * N16);
-#pragma unroll
-    for (int s = 0; s < GROUP; s++) {
-        const float d = s % 2 ? x[s / 2].z : x[s / 2].x, du = s % 2 ? x[s / 2].w : x[s / 2].y;
-        h->x = scan_state(h->x, d, rate.x, du, B[s].x);
-        h->y = scan_state(h->y, d, rate.y, du, B[s].y);
-        C[s].x = scan_pair(C[s].x, h->x, C[s].y, h->y);
+    for (int r = 0; r < 2; r++) {
+        const float d = r ? v.x.z : v.x.x, du = r ? v.x.w : v.x.y;
+        h->x = scan_state(h->x, d, rate.x, du, v.B[r].x);
+        h->y = scan_state(h->y, d, rate.y, du, v.B[r].y);
+        part[r * PAD] = scan_pair(v.C[r].x, h->x, v.C[r].y, h->y);
     }
-#pragma unroll
-    for (int s = 0; s < GROUP; s++) part[s * PAD] = C[s].x;
 }
 
 /* d and du of a lane's two steps of a group; `left` rows from the tile's first on. */
 __device__ static void prepare(const tile &w, float2 *step, int g, int m, int own, int left, float bias) {
+    float dt[2], u[2];          /* all reads first: the compiler moves none before a write */
+#pragma unroll
+    for (int r = 0; r < 2; r++) dt[r] = w.row[0][g + m + r * LANES][own], u[r] = w.row[1][g + m + r * LANES][own];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const int s = m + r * LANES, t = g + s;
-        const float made = softplus(w.row[0][t][own] + bias), d = t < left ? made : 0;      /* 0: h stays what it is */
-        step[s] = make_float2(d, d * w.row[1][t][own]);
+        const float made = softplus(dt[r] + bias);
+        dt[r] = g + m + r * LANES < left ? made : 0;        /* 0: h stays what it is */
     }
+#pragma unroll
+    for (int r = 0; r < 2; r++) step[m + r * LANES] = make_float2(dt[r], dt[r] * u[r]);
 }
 /* D u and silu(z) of a lane's two steps of a group; the outputs. */
 typedef struct gates { float u[2], z[2]; } gates;
@@ -95,13 +99,13 @@ __device__ static gates read_gates(const tile &w, int g, int m, int own) {
     return v;
 }
 __device__ static void finish(const float *part, const gates &v, float D, int m, int own, float (*out)[CHANNELS]) {
+    float p[2][LANES];
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float p[LANES];
+    for (int r = 0; r < 2; r++)
 #pragma unroll
-        for (int k = 0; k < LANES; k += 4) *(float4 *)(p + k) = *(const float4 *)(part + (m + r * LANES) * PAD + k);
-        out[m + r * LANES][own] = scan_gate(scan_sum(p), D, v.u[r], v.z[r]);
-    }
+        for (int k = 0; k < LANES; k += 4) *(float4 *)(p[r] + k) = *(const float4 *)(part + (m + r * LANES) * PAD + k);
+#pragma unroll
+    for (int r = 0; r < 2; r++) out[m + r * LANES][own] = scan_gate(scan_sum(p[r]), D, v.u[r], v.z[r]);
 }
 
 /* All warps meet between tiles, the three of four channels between groups.  Barrier 0 is for threads at one place of the code. */
@@ -111,20 +115,33 @@ __device__ static void meet(int g, int set) {
     else meet_all();
 }
 
-/* In a round one warp goes through group R, one prepares R + 1, one finishes R - 1; so T rows take a round more. */
+/* In a round one warp goes through group R, one prepares R + 2, one finishes R - 1; so T rows take a round more.  Lanes 2 i and 2 i + 1
+ * read the same B and C: shared memory gives such to both halves of a warp at once. */
 __device__ static void step_rounds(memory &w, const bm_op_scan &a, int q, int c0, int T, int set) {
-    const int lane = threadIdx.x % 32, m = lane % LANES, own = set * 4 + lane / LANES, here = c0 + own < a.I ? a.N - 2 * m : 0;
+    const int lane = threadIdx.x % 32, m = lane / 2 % 2 + lane / 8 * 2, own = set * 4 + lane % 2 + lane / 4 % 2 * 2;
+    const int here = c0 + own < a.I ? a.N - 2 * m : 0;
     const size_t at = (size_t)(2 * m) * a.I + c0 + own;
     float *state = state_of(a, q) + at;
     float2 h = make_float2(here > 0 ? state[0] : 0, here > 1 ? state[a.I] : 0);
     const float2 rate = make_float2(here > 0 ? scan_rate(a.A[at]) : 0, here > 1 ? scan_rate(a.A[at + a.I]) : 0);
-    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
-        const tile &now = w.tiles[i % AHEAD];
+    two next[HELD];
+    for (int t0 = 0, i = 0, round = 0; t0 < T + GROUP; t0 += TILE, i++) {
 #pragma unroll
-        for (int g = 0; g < TILE / GROUP; g++) {
+        for (int g = 0; g < TILE / GROUP; g++, round++) {
+            const float4 *step = (const float4 *)w.step[round % 3][own], *then = (const float4 *)w.step[(round + 1) % 3][own];
+            const tile &now = w.tiles[i % AHEAD], &after = w.tiles[(i + g) % AHEAD];
             meet(g, set);
-            const float *b = &now.b[g * GROUP][2 * m], *c = &now.c[g * GROUP][2 * m];
-            sixteen(&h, rate, (const float4 *)w.step[g][own], b, c, &w.part[g][own][m]);
+            if (!round)
+#pragma unroll
+                for (int s = 0; s < HELD; s++) next[s] = read_two(step + s, now, 2 * s, m);
+#pragma unroll
+            for (int s = 0; s < GROUP / 2; s++) {
+                const int ahead = s + HELD, k = ahead % (GROUP / 2);
+                const two v = next[s % HELD];
+                next[s % HELD] = ahead < GROUP / 2 ? read_two(step + k, now, g * GROUP + 2 * k, m)
+                                                   : read_two(then + k, after, (g ^ 1) * GROUP + 2 * k, m);
+                two_steps(&h, rate, v, &w.part[g][own][2 * s * PAD + m]);
+            }
         }
     }
     if (here > 0) state[0] = h.x;
@@ -134,12 +151,13 @@ __device__ static void prepare_rounds(memory &w, const bm_op_scan &a, const plac
     const int m = p.id % LANES, own = set * 4 + p.id % 32 / LANES, c = c0 + own;
     const float bias = c < a.I ? a.dt_bias[c] : 0;
     prepare(w.tiles[0], w.step[0][own], 0, m, own, T, bias);
-    for (int t0 = 0, i = 0; t0 < T + GROUP; t0 += TILE, i++) {
+    prepare(w.tiles[0], w.step[1][own], GROUP, m, own, T, bias);
+    for (int t0 = 0, i = 0, round = 0; t0 < T + GROUP; t0 += TILE, i++) {
         asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 3));      /* this tile and the next are there */
 #pragma unroll
-        for (int g = 0; g < TILE / GROUP; g++) {
+        for (int g = 0; g < TILE / GROUP; g++, round++) {
             meet(g, set);
-            prepare(w.tiles[(i + g) % AHEAD], w.step[g ^ 1][own], g ? 0 : GROUP, m, own, T - t0 - g * TILE, bias);
+            prepare(w.tiles[(i + 1) % AHEAD], w.step[(round + 2) % 3][own], g * GROUP, m, own, T - t0 - TILE, bias);
             if (g == 0) fetch(&w.tiles[(i + AHEAD - 1) % AHEAD], a, p, begin + t0 + (AHEAD - 1) * TILE);
         }
     }

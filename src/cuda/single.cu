@@ -266,7 +266,7 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
         u[i] = q < a.Q ? a.u[(size_t)q * a.I + c] : 0, z[i] = q < a.Q ? a.z[(size_t)q * a.ldz + c] : 0;
     }
     read_x<MANY>(a, xdbl, R, steps, q0, texts, m, x);
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    words_wait();
     written();
     __syncthreads();
     if (threadIdx.x < 128) {

@@ -185,8 +185,9 @@ struct bm_backend {
     double (*waited)(bm_backend *b, bool on);
 
     /* Operations that come again with the same arguments, for `owner` and of M rows each of a sequence of its own.
-     * replay: does them as they were recorded, or says false and records what follows up to recorded().  forget: before
-     * the owner's memory goes.  All NULL where a backend gains nothing by it. */
+     * replay: does them as they were recorded, or says false and records what follows up to recorded(); owner NULL: any rows,
+     * which that call does once, some together, and keeps nothing.  forget: before the owner's memory goes.  All NULL where a
+     * backend gains nothing by it. */
     bool (*replay)  (bm_backend *b, const void *owner, int M);
     void (*recorded)(bm_backend *b);
     void (*forget)  (bm_backend *b, const void *owner);

@@ -272,7 +272,9 @@ static bm_status compute(bm_session *s, int W) {
         step(s, s, p->token, s->head_best[0]);
         return hand_out(s, w, W);
     }
+    if (recordable(s)) be->replay(be, NULL, p->M);
     bm_forward_layers(p);
+    if (recordable(s)) be->recorded(be);
     BM_TRY(bm_pages_failed(s->m->pages));
     for (int at = 0, n; at < W; at += n) {
         bool best = false;
