@@ -60,10 +60,13 @@ void bm_cuda_scan(bm_backend *b, const bm_op_scan *a);
 void bm_cuda_route(bm_backend *b, const bm_op_route *a);
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a);
 /* Logits of few rows and what bm_cuda_route makes of them, the norm before if n is not NULL, by one kernel; of many, which must have
- * that norm, all but the groups by one; false: not these. */
-bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a);
+ * that norm, all but the groups by one; false: not these.  e: experts that alone read the norm's rows besides, or NULL. */
+bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a, const bm_op_experts *e);
+/* Whether experts take rows that are there as bf16 alone. */
+bool bm_cuda_experts_gather(const bm_cuda *c, const bm_op_experts *a);
 /* Rows as bf16 alone, where `next`, which reads them, takes those; false: it does not. */
 bool bm_cuda_norm_rounded(bm_backend *b, const bm_op_norm *a, const bm_op_linear *next);
+bool bm_cuda_scan_rounded(bm_backend *b, const bm_op_scan *a, const bm_op_linear *next);
 /* Of few rows with a sequence each, by one kernel: convolution and x; dt and scan, for `out`, which reads y; false: not these. */
 bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l);
 bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out);
@@ -118,6 +121,9 @@ bool bm_cuda_narrow_takes(const bm_product *p);
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p);
 /* Where a kernel that writes x (M,cols) puts it as bf16 too, for the product that reads x next; NULL: not wanted. */
 uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols);
+/* Whether that product takes those; whether rows it gathers fit behind them. */
+bool bm_cuda_takes_rounded(const bm_cuda *c, const bm_op_linear *next, const float *x, int M, int cols);
+bool bm_cuda_gathers(const bm_cuda *c, const bm_product *p);
 size_t bm_cuda_reserving(bm_backend *b, int rows, int cols);
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols);
 size_t bm_cuda_reserved(bm_backend *b);

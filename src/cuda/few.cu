@@ -166,6 +166,10 @@ __device__ static void put(const bm_product &p, const ending &end, int e, int i,
     if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + n) = halves(v);
 }
 
+template <int END, bool GELU> __device__ static uint2 hidden_four(const bm_product &p, const ending &end, int e, int n, float4 v, float4 up) {
+    return make_uint2(hidden<END, GELU>(p, end, e, n, make_float2(v.x, v.y), make_float2(up.x, up.y)),
+                      hidden<END, GELU>(p, end, e, n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w)));
+}
 /* The same of row i of a tile, with what becomes of hidden columns. */
 template <int END> __device__ static void
 put_either(const bm_product &p, const ending &end, const tile &at, int i, int col, float4 v, float4 up) {
@@ -173,9 +177,8 @@ put_either(const bm_product &p, const ending &end, const tile &at, int i, int co
     if (n >= p.N) return;
     if constexpr (END == PLAIN) put(p, end, at.e, row, n, v);
     else {
-        const uint32_t a = hidden<END>(p, end, at.e, n, make_float2(v.x, v.y), make_float2(up.x, up.y));
-        const uint32_t b = hidden<END>(p, end, at.e, n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w));
-        *(uint2 *)(end.act + (size_t)row * p.N + n) = make_uint2(a, b);
+        uint2 *to = (uint2 *)(end.act + (size_t)row * p.N + n);
+        *to = end.is_gelu ? hidden_four<END, true>(p, end, at.e, n, v, up) : hidden_four<END, false>(p, end, at.e, n, v, up);
     }
 }
 

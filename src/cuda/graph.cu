@@ -68,7 +68,6 @@ static void issue(bm_backend *b, bm_cuda_op *o) {
     switch (o->kind) {
     BM_CUDA_PLAIN_OPS(ISSUE)
     case BM_CUDA_EXPERTS:
-        if (o->experts.route) o->experts.route = &o->of;
         bm_cuda_experts(b, &o->experts);
         break;
     }
@@ -127,13 +126,18 @@ static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
     const bool norm_next = kind[0] == BM_CUDA_LINEAR && kind[1] == BM_CUDA_NORM && kind[2] == BM_CUDA_LINEAR;
     if (norm_next && !is_read(o + 3, n - 3, o[1].norm.y) && norm_between(b, o)) return 3;
     if (rounds && !is_read(o + 2, n - 2, o[0].norm.y) && bm_cuda_norm_rounded(b, &o[0].norm, &o[1].linear)) return 1;
-    if (routes && bm_cuda_router(b, norms ? &o[0].norm : NULL, &o[norms].linear, &o[1 + norms].route)) return 2 + norms;
+    const bool alone = routes && norms && n > 3 && o[3].kind == BM_CUDA_EXPERTS && !is_read(o + 4, n - 4, o[0].norm.y);
+    const bm_op_experts *e = alone ? &o[3].experts : NULL;
+    if (routes && bm_cuda_router(b, norms ? &o[0].norm : NULL, &o[norms].linear, &o[1 + norms].route, e)) return 2 + norms;
     if (convolves && bm_cuda_conv_x(b, &o[0].conv, &o[1].linear)) return 2;
+    if (kind[0] == BM_CUDA_SCAN && kind[1] == BM_CUDA_LINEAR && bm_cuda_scan_rounded(b, &o[0].scan, &o[1].linear)) return 1;
     return scans && bm_cuda_dt_scan(b, &o[0].linear, &o[1].scan, &o[2].linear) ? 2 : 0;
 }
 
 static void issue_all(bm_backend *b) {
     const bm_cuda_graphs *g = cuda_of(b)->graphs;
+    for (int i = 0; i < g->n; i++)      /* all are noted: they move no more */
+        if (g->op[i].kind == BM_CUDA_EXPERTS && g->op[i].experts.route) g->op[i].experts.route = &g->op[i].of;
     for (int i = 0, n; i < g->n; i += n ? n : 1) {
         n = joined(b, &g->op[i], g->n - i);
         if (!n) issue(b, &g->op[i]);

@@ -56,7 +56,7 @@ INLINE float gelu_fast(float x) {
     const float tail = s * k * exp2_fast(-0.721347520f * x * x);
     return x * (x > 0 ? 1 - tail : tail);
 }
-INLINE float activate(float x, bool is_gelu) { return is_gelu ? gelu_fast(x) : silu(x); }
+template <bool GELU> INLINE float activate(float x) { return GELU ? gelu_fast(x) : silu(x); }
 
 /* Four outputs that may end at an edge, lie anywhere, or be added. */
 INLINE void put_four(const bm_product &p, float *y, int n, float4 v) {
@@ -71,14 +71,15 @@ INLINE float2 biased(const bm_product &p, int e, int n, float x, float y, float 
     }
     return make_float2(x * scale, y * scale);
 }
-/* act(gate) up of two columns, or act(gate), gate then being up itself. */
-template <int END> INLINE uint32_t hidden(const bm_product &p, const ending &end, int e, int n, float2 gate, float2 up) {
+/* act(gate) up of two columns, or act(gate), gate then being up itself.  What is known of all of them is decided outside: a branch at
+ * each element keeps one from being made beside the other. */
+template <int END, bool GELU> INLINE uint32_t hidden(const bm_product &p, const ending &end, int e, int n, float2 gate, float2 up) {
     const size_t b = (size_t)e * p.bias_stride + n;
     const float *bias = n < p.N ? END == GATED ? end.gate_bias : p.bias : NULL;
     if (bias) gate.x += bias[b], gate.y += bias[b + 1];
     if (END == GATED && p.bias && n < p.N) up.x += p.bias[b], up.y += p.bias[b + 1];
     if (END != GATED) up = make_float2(1, 1);
-    return halves(activate(gate.x, end.is_gelu) * up.x, activate(gate.y, end.is_gelu) * up.y);
+    return halves(activate<GELU>(gate.x) * up.x, activate<GELU>(gate.y) * up.y);
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -103,7 +103,7 @@ put_rows(const bm_product &p, uint16_t *copy, const tile &at, int row0, int col0
     }
 }
 /* The same of hidden columns, of which there are whole eights. */
-template <int BN, int END> __device__ static void
+template <int BN, int END, bool GELU> __device__ static void
 put_hidden(const bm_product &p, const ending &end, const tile &at, int row0, int col0, const float (&c)[BN / 2],
            uint32_t *paper) {
     enum { COLS = END == GATED ? BN / 2 : BN, LD = 20 };
@@ -117,8 +117,8 @@ put_hidden(const bm_product &p, const ending &end, const tile &at, int row0, int
             for (int h = 0; h < 2; h++)
             {
                 const float *v = c + 4 * (j + k) + 2 * h, *up = END == GATED ? v + BN / 4 : v;
-                paper[(own + 8 * h) * LD + 4 * k + pair] = hidden<END>(p, end, at.e, col0 + 8 * (j + k) + 2 * pair,
-                                                                       make_float2(v[0], v[1]), make_float2(up[0], up[1]));
+                paper[(own + 8 * h) * LD + 4 * k + pair] = hidden<END, GELU>(p, end, at.e, col0 + 8 * (j + k) + 2 * pair,
+                                                                             make_float2(v[0], v[1]), make_float2(up[0], up[1]));
             }
         __syncwarp();
 #pragma unroll
@@ -159,7 +159,8 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
         if (!any) continue;
         const int row = at.row + 16 * (threadIdx.x / 32), col = at.col + rank * COLS;
         if constexpr (END == PLAIN) put_rows<BN>(p, end.copy, at, row, col, c, paper);
-        else put_hidden<BN, END>(p, end, at, row, col, c, (uint32_t *)paper);
+        else if (end.is_gelu) put_hidden<BN, END, true>(p, end, at, row, col, c, (uint32_t *)paper);
+        else put_hidden<BN, END, false>(p, end, at, row, col, c, (uint32_t *)paper);
     }
 }
 #endif
@@ -199,17 +200,23 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
 
 enum { ROUNDERS = 256, APIECE = 8 };
 
-/* Rows from[0], from[1], ... of x, to the last of the groups: a thread rounds eight elements. */
-__global__ void __launch_bounds__(ROUNDERS) round_rows(const bm_product p, bool aligned, uint16_t *half) {
+/* Rows from[0], from[1], ... of x, to the last of the groups: a thread rounds eight elements, or copies what is there of them. */
+__global__ void __launch_bounds__(ROUNDERS) round_rows(const bm_product p, bool aligned, const uint16_t *there, uint16_t *half) {
     after_previous();
-    const int at = (int)(blockIdx.x * ROUNDERS + threadIdx.x), i = at / (p.K / 8), k = at % (p.K / 8) * 8;
+    const int eight = (int)(blockIdx.x * ROUNDERS + threadIdx.x), i = eight / (p.K / 8), k = eight % (p.K / 8) * 8;
     if (i >= (p.first ? p.first[p.X] : p.M)) return;
-    const float *in = p.x + (size_t)(p.from ? p.from[i] : i) * p.ldx + k;
+    const size_t at = (size_t)(p.from ? p.from[i] : i) * p.ldx + k;
+    uint4 *to = (uint4 *)(half + (size_t)i * p.K + k);
+    if (there) {
+        *to = *(const uint4 *)(there + at);
+        return;
+    }
+    const float *in = p.x + at;
     float4 v[2];
     if (aligned) v[0] = *(const float4 *)in, v[1] = *(const float4 *)(in + 4);
     else v[0] = make_float4(in[0], in[1], in[2], in[3]), v[1] = make_float4(in[4], in[5], in[6], in[7]);
     const uint2 a = halves(v[0]), b = halves(v[1]);
-    *(uint4 *)(half + (size_t)i * p.K + k) = make_uint4(a.x, a.y, b.x, b.y);
+    *to = make_uint4(a.x, a.y, b.x, b.y);
 }
 
 uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols) {
@@ -229,16 +236,21 @@ static void find_activations(bm_cuda *c, job *j) {
     j->x = p->half, j->ldx = (size_t)p->K;
     if (p->half) return;
     const bool near = !p->from || (p->M <= FEW && p->M <= APIECE * p->X);       /* else gathering them first is faster */
-    const bool there = w->of == p->x && p->ldx == (size_t)w->cols && near;
+    const bool there = w->of == p->x && p->ldx == (size_t)w->cols;
     w->of = NULL;
-    if (there) {
+    if (there && near) {
         j->x = w->there, j->ldx = p->ldx, j->from = p->from;
         return;
     }
     const bool aligned = ((uintptr_t)p->x | 4 * p->ldx) % 16 == 0;
     const int blocks = blocks_of((size_t)p->M * (p->K / 8), ROUNDERS);
-    bm_cuda_start(c, round_rows, blocks, ROUNDERS, 0, *p, aligned, w->half);
-    j->x = w->half;
+    const bool gathers = there && w->there == w->half && bm_cuda_gathers(c, p);
+    uint16_t *to = w->half + (gathers ? (size_t)p->M * p->K : 0);
+    bm_cuda_start(c, round_rows, blocks, ROUNDERS, 0, *p, aligned, gathers ? w->half : NULL, to);
+    j->x = to;
+}
+bool bm_cuda_gathers(const bm_cuda *c, const bm_product *p) {
+    return p->from && p->M > FEW && 2 * (size_t)p->M * p->K <= c->wide->room;
 }
 
 /* ---- launches ------------------------------------------------------------------------------ */
@@ -368,6 +380,10 @@ void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
     find_activations(c, &j);
     if (copied) j.end.copy = w->narrow, w->there = w->narrow, w->of = p->y, w->cols = p->N;
     run(c, &j);
+}
+bool bm_cuda_takes_rounded(const bm_cuda *c, const bm_op_linear *next, const float *x, int M, int cols) {
+    const bm_product p = bm_cuda_product_of(next);
+    return bm_cuda_wide_takes(c, &p) && next->x == x && next->M == M && next->ldx == cols && next->w->cols == cols;
 }
 bool bm_cuda_norm_follows(const bm_cuda *c, const bm_product *p, const bm_op_norm *n, const bm_op_linear *next) {
     const bm_product in = bm_cuda_product_of(next);

@@ -80,8 +80,7 @@ void bm_cuda_norm(bm_backend *b, const bm_op_norm *a) {
 }
 bool bm_cuda_norm_rounded(bm_backend *b, const bm_op_norm *a, const bm_op_linear *next) {
     bm_cuda *c = cuda_of(b);
-    const bm_product p = bm_cuda_product_of(next);
-    if (c->failed || !a->M || !bm_cuda_wide_takes(c, &p) || next->x != a->y || next->ldx != a->D || next->M != a->M) return false;
+    if (c->failed || !a->M || !bm_cuda_takes_rounded(c, next, a->y, a->M, a->D)) return false;
     bm_op_norm rounded = *a;
     rounded.y = NULL;
     norm(c, &rounded, bm_cuda_rounded(c, a->y, a->M, a->D));

@@ -123,8 +123,9 @@ __device__ static void norm_row(const bm_op_norm &a, int i, uint16_t *half, floa
     __syncthreads();
 }
 
-/* The same by a warp for WARPS of them, y into shared memory alone beside what leaves. */
-template <int WARPS> __device__ static void norm_by_warp(const bm_op_norm &a, int i, uint16_t *half, float4 *y) {
+/* The same by a warp for WARPS of them; weight, y: in shared memory; a.y may be NULL. */
+template <int WARPS> __device__ static void
+norm_by_warp(const bm_op_norm &a, const float4 *weight, int i, uint16_t *half, float4 *y) {
     const size_t at = (size_t)i * a.D;
     const int lane = threadIdx.x % 32;
     float4 s[WARPS][NORM_HELD];
@@ -155,10 +156,11 @@ template <int WARPS> __device__ static void norm_by_warp(const bm_op_norm &a, in
         for (int j = 0; j < NORM_HELD; j++) {
             const int k = 4 * (lane + 32 * v + 32 * WARPS * j);
             if (k >= a.D) continue;
-            const float4 w = *(const float4 *)(a.weight + k), u = s[v][j];
+            const float4 w = weight[k / 4], u = s[v][j];
             const float4 out = make_float4(norm_out(u.x, scale, w.x, 0), norm_out(u.y, scale, w.y, 0), norm_out(u.z, scale, w.z, 0),
                                            norm_out(u.w, scale, w.w, 0));
-            *(float4 *)(a.y + at + k) = y[k / 4] = out;
+            y[k / 4] = out;
+            if (a.y) *(float4 *)(a.y + at + k) = out;
             if (half) *(uint2 *)(half + at + k) = halves(out);
         }
 }
@@ -205,24 +207,26 @@ route_rows(bm_op_norm n, uint16_t *half, bm_op_linear l, const float *w, int K, 
 }
 
 /* Many rows, a warp one after another: norm and logits, each as by route_rows; then the choice, if wanted, a lane a row.  Weights lie
- * in shared memory by expert, half of eight k, and k / 8, behind them the row of each warp.  WARPS: of norm_threads. */
+ * in shared memory by expert, half of eight k, and k / 8, behind them the norm's and the row of each warp.  WARPS: of
+ * norm_threads. */
 enum { AT_ONCE = 8 };
 template <int WARPS> __global__ void __launch_bounds__(32 * AT_ONCE, 2)
 norm_routes(const bm_op_norm n, uint16_t *half, const bm_op_linear l, const float4 *w, const bm_op_route a, bool chooses) {
     extern __shared__ float4 memory[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, eights = n.D / 8, X = a.X, apart = (int)gridDim.x * AT_ONCE;
     const int first = (int)blockIdx.x * AT_ONCE + warp;
-    float4 *row = memory + (X + warp) * 2 * eights;
+    float4 *weight = memory + X * 2 * eights, *row = weight + (1 + warp) * 2 * eights;
     next_may_start();
     for (int i = threadIdx.x; i < X * 2 * eights; i += 32 * AT_ONCE) {
         const int e = i / (2 * eights), k = i % (2 * eights);
         copy_four(&memory[(2 * e + k % 2) * eights + k / 2], w + i);
     }
+    for (int k = threadIdx.x; k < 2 * eights; k += 32 * AT_ONCE) copy_four(weight + k, (const float4 *)n.weight + k);
     words_wait();
     __syncthreads();
     previous_done();
     for (int i = first; i < a.M; i += apart) {
-        norm_by_warp<WARPS>(n, i, half, row);
+        norm_by_warp<WARPS>(n, weight, i, half, row);
         __syncwarp();
         float sum[ROUTED] = {};
         for (int k = lane; k < eights; k += 32) {
@@ -291,14 +295,14 @@ launch_routes(bm_cuda *c, const bm_op_norm *n, uint16_t *half, const bm_op_linea
                   (const float4 *)l->w->data, *a, a->M > SORTERS);
 }
 
-bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a) {
+bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a, const bm_op_experts *e) {
     bm_cuda *c = cuda_of(b);
     const int K = l->w->cols;
     uintptr_t all = (uintptr_t)l->x | (uintptr_t)l->w->data | (uintptr_t)(4 * l->ldx);
     if (n) all |= (uintptr_t)n->x | (uintptr_t)n->residual | (uintptr_t)n->weight | (uintptr_t)n->sum;
     if (c->failed || l->w->type != BM_F32 || l->y != a->logits || l->accumulate) return false;
     const bool few = a->M <= 32 * a->X;
-    const size_t shared = sizeof(float) * (size_t)(a->X + AT_ONCE) * K;
+    const size_t shared = sizeof(float) * (size_t)(a->X + 1 + AT_ONCE) * K;
     if (a->k != 1 || a->X > ROUTED || (!few && (!n || shared > c->chip.sharedMemPerBlockOptin))) return false;
     if (K % 8 || K > 256 * EIGHTS || all % 16) return false;
     if (n && (n->y != l->x || n->D != K || l->ldx != K || n->M != a->M || n->centered || n->bias || (few && norm_threads(K) > 32 * a->X)))
@@ -307,7 +311,9 @@ bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, c
     if (!few) {
         const int warps = norm_threads(K) / 32;
         const auto launch = warps == 1 ? launch_routes<1> : warps == 2 ? launch_routes<2> : warps == 3 ? launch_routes<3> : launch_routes<4>;
-        launch(c, n, half, l, a, shared);
+        bm_op_norm rounded = *n;
+        if (e && e->x == n->y && bm_cuda_experts_gather(c, e)) rounded.y = NULL;
+        launch(c, &rounded, half, l, a, shared);
         route(c, a, true);
         return true;
     }

@@ -53,8 +53,8 @@ __device__ static void put_rows(const float (*out)[CHANNELS], const bm_op_scan &
     if (t0 + p.t >= p.end || p.c >= a.I) return;
     const float *v = &out[p.t][p.id % (CHANNELS / 4) * 4];
     const size_t at = (size_t)(t0 + p.t) * a.I + p.c;
-    if (p.aligned) *(float4 *)(a.y + at) = *(const float4 *)v;
-    else for (int i = 0; i < 4 && p.c + i < a.I; i++) a.y[at + i] = v[i];
+    if (a.y && p.aligned) *(float4 *)(a.y + at) = *(const float4 *)v;
+    else for (int i = 0; a.y && i < 4 && p.c + i < a.I; i++) a.y[at + i] = v[i];
     if (p.half) *(uint2 *)(p.half + at) = halves(*(const float4 *)v);
 }
 
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int 
 #pragma unroll
         for (int n = 0; n < N16; n += 2) p[n / 2] = scan_pair(w[n], h[n], w[n + 1], h[n + 1]);
         const float y = scan_out(scan_sum(p), D, u, z);
-        a.y[at] = y;
+        if (a.y) a.y[at] = y;
         if (half) half[at] = (uint16_t)halves(y, 0);
     }
 }
@@ -259,15 +259,13 @@ __global__ void __launch_bounds__(WIDTH) wide_rows(bm_op_scan a) {
     }
 }
 
-void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
-    bm_cuda *c = cuda_of(b);
+/* half: y as bf16 too, or NULL. */
+static void scan(bm_cuda *c, const bm_op_scan *a, uint16_t *half) {
     const bool wide = a->N > N16, single = a->M == a->Q;
     const uintptr_t of_rows = (uintptr_t)a->dt | (uintptr_t)a->u | (uintptr_t)a->z | (uintptr_t)a->y;
     const bool rows = of_rows % 16 == 0 && (a->I | a->ldz) % 4 == 0;
     const bool states = ((uintptr_t)a->B | (uintptr_t)a->C) % 16 == 0 && (a->N | a->ldbc) % 4 == 0;
     const int blocks = blocks_of((size_t)a->I, WIDTH), some = a->Q <= FEW ? 1 : SOME;
-    if (c->failed || !a->M) return;
-    uint16_t *half = !wide && a->I % 8 == 0 ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL;
     if (wide) bm_cuda_start(c, wide_rows, dim3(blocks, a->Q), WIDTH, 0, *a);
     else if (single) bm_cuda_start(c, single_rows, dim3(blocks, blocks_of((size_t)a->Q, some)), WIDTH, 0, *a, some, half);
     else {
@@ -277,4 +275,17 @@ void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
         bm_cuda_start(c, long_rows, dim3(blocks_of((size_t)a->I, CHANNELS), a->Q), THREADS, shared, *a, states, rows, half);
     }
     bm_cuda_check(c, cudaGetLastError(), "scan");
+}
+static bool rounds(const bm_op_scan *a) { return a->N <= N16 && a->I % 8 == 0; }
+void bm_cuda_scan(bm_backend *b, const bm_op_scan *a) {
+    bm_cuda *c = cuda_of(b);
+    if (!c->failed && a->M) scan(c, a, rounds(a) ? bm_cuda_rounded(c, a->y, a->M, a->I) : NULL);
+}
+bool bm_cuda_scan_rounded(bm_backend *b, const bm_op_scan *a, const bm_op_linear *next) {
+    bm_cuda *c = cuda_of(b);
+    if (c->failed || !a->M || !rounds(a) || !bm_cuda_takes_rounded(c, next, a->y, a->M, a->I)) return false;
+    bm_op_scan rounded = *a;
+    rounded.y = NULL;
+    scan(c, &rounded, bm_cuda_rounded(c, a->y, a->M, a->I));
+    return true;
 }
