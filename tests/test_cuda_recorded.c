@@ -133,6 +133,7 @@ static void test_between(void **state) {
     between_case(17, 4096, 128, 16);
     between_case(64, 4096, 128, 16);
     between_case(100, 2304, 72, 16);
+    between_case(128, 2304, 72, 16);
 }
 
 /* A product, a norm and a product of its rows, recorded: two kernels, whose activations are rounded before they are divided by the

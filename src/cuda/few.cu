@@ -26,6 +26,8 @@ template <int TYPE, int SLOTS, int END> struct shape {
            STRIDE = PLAIN_ROWS ? DEPTH : ROW, SCALED = PLAIN_ROWS ? 0 : 2 * SCALES };
     enum { APART = PAPER > DESK ? PAPER : DESK, WEIGHTS = TALL * (ROW + SCALED), BYTES = WEIGHTS + SLOTS * LINE,
            STAGES = (ROOM - APART) / BYTES, SHARED = STAGES * BYTES + APART + 1024 };
+    /* steps behind them into the second cache while the kernel before works; of more rows, and of groups: slower */
+    enum { MORE = SLOTS <= 16 && END == PLAIN ? 8 : 0 };
 };
 /* What the copy engine reads; scales: of the blocks of w and of gate. */
 typedef struct maps { CUtensorMap x, w, gate, w_scales, gate_scales; } maps;
@@ -95,6 +97,8 @@ bring_weights(const bm_product &p, const ring &r, const place &w, int box, bool 
         for (int k = w.begin; k < w.end; k++, go_on<S::STAGES>(&now)) {
             uint8_t *to = r.stage + now.stage * S::BYTES;
             uint64_t *full = &r.full[now.stage];
+            if (S::MORE && known && !p.first && t == w.cluster && k == w.begin + S::STAGES)
+                for (int j = k; j < w.end && j < k + S::MORE; j++) expect(&m.w, j * S::STRIDE, at.col, at.e);
             barrier_wait(&r.empty[now.stage], now.odd);
             barrier_expect(full, bytes);
             if (END == GATED) bring_matrix<S>(to, 0, &m.gate, &m.gate_scales, full, k, at, policy);

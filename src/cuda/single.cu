@@ -3,11 +3,11 @@
  *
  * In: those operations as they were noted (graph.cu), weights of bf16.  Out: the bits of one after the other: x and dt are summed
  * as few.cu does it.  The way from one kernel to the next takes longer than the small ones of them, and memory rests then.  Here
- * states and weights are on their way while the kernel before still works.  64 rows of weights are multiplied by eight or sixteen
- * of texts at a time (wgmma). */
+ * states and weights are on their way while the kernel before still works.  64 rows of weights are multiplied by eight to
+ * twenty-four of texts at a time (wgmma). */
 #include "cuda/hopper.cuh"
 
-enum { TILE = TALL * LINE, TEXTS = 8, N16 = SCAN_STATES };
+enum { TILE = TALL * LINE, N16 = SCAN_STATES };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* Where element k of a row lies as the copy engine would put it: in rows of 128 bytes, `rows` to each 64 k, swizzled. */
@@ -19,7 +19,7 @@ INLINE void multiply(float (&c)[4], uint64_t w, uint64_t x, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;}" : F4(0) : "l"(w), "l"(x), "r"(add));
 }
-/* 64 k more of c (64, 8 or 16). */
+/* 64 k more of c (64, 8, 16 or 24). */
 template <int ALL> INLINE void multiply_line(float (&c)[ALL], const uint8_t *w, const uint8_t *x, int add) {
     const uint64_t weights = matrix(w), rows = matrix(x);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -43,8 +43,9 @@ static bool is_wide(const bm_cuda *c, const bm_op_linear *a) {
 /* ---- convolution and x ---------------------------------------------------------------------------------------------- */
 
 /* The blocks of a cluster share k: each makes u of its channels, which are its k, and sends what they give of x to the blocks that
- * add it up, one for each text.  A warpgroup has 64 rows of x's weights.  A block has more than half of a multiprocessor's
- * registers: two clusters side by side were slower.  So an H100 has room for CLUSTERS at once. */
+ * add it up, one for each text of eight.  A warpgroup has 64 rows of x's weights.  A block has more than half of a multiprocessor's
+ * registers: two clusters side by side were slower.  So an H100 has room for CLUSTERS at once; where eight texts each are too few,
+ * they have sixteen. */
 enum { RANKS = 8, CLUSTERS = 15, GROUPS = 4, CONV_THREADS = 128 * GROUPS, MOST_STAGES = 12, MOST_C = 512 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -63,8 +64,7 @@ typedef struct share { int X, tiles, stages, at; } share;
 typedef struct part { int rank, begin, steps, q0, texts; } part;
 /* Of a thread: texts set, set + sets, ... of `part`, MOST at most, four channels from c on; what the convolution needs of them.  State
  * NULL: no text. */
-enum { MOST = 2 };
-typedef struct own { int set, sets, at, c; float4 x[MOST][4], filter[4], bias; float *state[MOST]; } own;
+template <int MOST> struct own { int set, sets, at, c; float4 x[MOST][4], filter[4], bias; float *state[MOST]; };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* By one thread: x's weights, as many steps as there are stages; the rest into the second cache. */
@@ -80,7 +80,7 @@ INLINE void begin_weights(const CUtensorMap *weights, const share &w, const part
     }
 }
 /* What was there before the kernel before: nobody has written to states since the token before. */
-INLINE void ask(const bm_op_conv &a, const part &here, own &o) {
+template <int MOST> INLINE void ask(const bm_op_conv &a, const part &here, own<MOST> &o) {
     const int fours = here.steps * DEPTH / 4;
     o.sets = CONV_THREADS / fours, o.set = threadIdx.x / fours, o.at = threadIdx.x % fours * 4;
     o.c = here.begin * DEPTH + o.at;
@@ -101,7 +101,7 @@ INLINE void ask(const bm_op_conv &a, const part &here, own &o) {
     }
 }
 /* u, also as bf16 where wgmma reads it; states move on. */
-INLINE void convolve(const bm_op_conv &a, const part &here, own &o, uint8_t *half) {
+template <int TEXTS, int MOST> INLINE void convolve(const bm_op_conv &a, const part &here, own<MOST> &o, uint8_t *half) {
 #pragma unroll
     for (int i = 0; i < MOST; i++)
         if (o.state[i]) o.x[i][3] = *(const float4 *)(a.x + (size_t)(here.q0 + o.set + i * o.sets) * a.ldx + o.c);
@@ -120,10 +120,11 @@ INLINE void convolve(const bm_op_conv &a, const part &here, own &o, uint8_t *hal
     }
 }
 /* A warpgroup's 64 rows of x by the block's k, sent to the blocks of their texts. */
-INLINE void multiply_x(const CUtensorMap *weights, const share &w, const part &here, uint8_t *stage, const uint8_t *half, uint64_t *full,
-                       uint64_t *empty, float *desk, uint64_t *sent) {
+template <int TEXTS> INLINE void
+multiply_x(const CUtensorMap *weights, const share &w, const part &here, uint8_t *stage, const uint8_t *half, uint64_t *full,
+           uint64_t *empty, float *desk, uint64_t *sent) {
     const int group = threadIdx.x / 128, lane = threadIdx.x % 32, all = here.steps * w.tiles;
-    float sum[4];
+    float sum[TEXTS / 2];
     for (int k = 0; k < here.steps; k++) {
         const int n = k * w.tiles + group, s = n % w.stages, odd = n / w.stages % 2;
         barrier_wait(&full[s], odd);
@@ -139,23 +140,23 @@ INLINE void multiply_x(const CUtensorMap *weights, const share &w, const part &h
         __syncwarp();
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int j = group * TALL + threadIdx.x % 128 / 32 * 16 + lane / 4 + i / 2 * 8;
-        if (j < w.X) send_one(desk + here.rank * w.X + j, sum[i], sent, lane % 4 * 2 + i % 2);
+    for (int i = 0; i < TEXTS / 2; i++) {
+        const int j = group * TALL + threadIdx.x % 128 / 32 * 16 + lane / 4 + i / 2 % 2 * 8;
+        if (j < w.X) send_one(desk + (i / 4 * RANKS + here.rank) * w.X + j, sum[i], sent, lane % 4 * 2 + i % 2);
     }
 }
 #endif
 
-__global__ void __launch_bounds__(CONV_THREADS)
+template <int TEXTS> __global__ void __launch_bounds__(CONV_THREADS)
 conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap weights, const share w, float *xdbl) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint8_t memory[];
     __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES], sent;
     uint8_t *stage = aligned(memory), *half = stage + w.stages * TILE;
-    float *desk = (float *)(stage + w.at);                  /* (RANKS,X) of text `rank` */
+    float *desk = (float *)(stage + w.at);                  /* (TEXTS/RANKS,RANKS,X) of texts rank, rank + RANKS, ... */
     const int rank = rank_in_cluster(), all = a.I / DEPTH, begin = all * rank / RANKS, q0 = (int)blockIdx.x / RANKS * TEXTS;
     const part here = { rank, begin, all * (rank + 1) / RANKS - begin, q0, a.Q - q0 < TEXTS ? a.Q - q0 : TEXTS };
-    own o;
+    own<TEXTS / 4> o;
     if (!threadIdx.x) {
         for (int s = 0; s < w.stages; s++) {
             barrier_make(&full[s], 1);
@@ -163,7 +164,7 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
         }
         barrier_make(&sent, 1);
         barriers_made();
-        barrier_expect(&sent, 4 * RANKS * w.X);
+        barrier_expect(&sent, 4 * TEXTS * w.X);
         begin_weights(&weights, w, here, stage, full);
     }
     ask(a, here, o);
@@ -171,16 +172,17 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
     __syncwarp();               /* whose first lane was away */
     cluster_meet();
     previous_done();
-    convolve(a, here, o, half);
+    convolve<TEXTS>(a, here, o, half);
     written();
     __syncthreads();
-    if ((int)threadIdx.x / 128 < w.tiles) multiply_x(&weights, w, here, stage, half, full, empty, desk, &sent);
+    if ((int)threadIdx.x / 128 < w.tiles) multiply_x<TEXTS>(&weights, w, here, stage, half, full, empty, desk, &sent);
     barrier_wait(&sent, 0);
-    for (int j = threadIdx.x; j < w.X && rank < here.texts; j += CONV_THREADS) {
-        float v = desk[j];
-        for (int k = 1; k < RANKS; k++) v += desk[k * w.X + j];
-        xdbl[(size_t)(q0 + rank) * w.X + j] = v;
-    }
+    for (int t = rank; t < here.texts; t += RANKS, desk += RANKS * w.X)
+        for (int j = threadIdx.x; j < w.X; j += CONV_THREADS) {
+            float v = desk[j];
+            for (int k = 1; k < RANKS; k++) v += desk[k * w.X + j];
+            xdbl[(size_t)(q0 + t) * w.X + j] = v;
+        }
 #endif
 }
 
@@ -190,26 +192,30 @@ bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l) {
     const bm_product p = bm_cuda_product_of(l);
     const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->weight | (uintptr_t)a->bias | (uintptr_t)a->y | (uintptr_t)a->state |
                           4 * (uintptr_t)a->ldx | (uintptr_t)(4 * a->stride);
-    if (c->failed || a->M != a->Q || a->M > CLUSTERS * TEXTS || p.type != BM_BF16 || !bm_cuda_wide_takes(c, &p)) return false;
+    if (c->failed || a->M != a->Q || a->M > FEW || p.type != BM_BF16 || !bm_cuda_wide_takes(c, &p)) return false;
     if (l->x != a->y || l->ldx != I || l->bias || l->accumulate) return false;
     if (a->K != 4 || I % DEPTH || I > RANKS * MOST_C || tiles > GROUPS || all % 16) return false;
     if (bm_cuda_sharing(c, &p) != RANKS) return false;
     share w = { X, tiles, tiles * (most < MOST_STAGES / tiles ? most : MOST_STAGES / tiles) };
-    w.at = w.stages * TILE + most * TEXTS * LINE;
-    const int shared = w.at + 4 * RANKS * X + 1024;
+    const int texts = a->M <= CLUSTERS * RANKS ? RANKS : 2 * RANKS;
+    w.at = w.stages * TILE + most * texts * LINE;
+    const int shared = w.at + 4 * texts * X + 1024;
     CUtensorMap map;
     if (!bm_cuda_describe_weights(c, &map, &p, TALL, CU_TENSOR_MAP_L2_PROMOTION_L2_128B)) return false;
     bm_cuda_rounded(c, NULL, 0, 0);
-    return bm_cuda_start_clusters(c, conv_x, RANKS * blocks_of((size_t)a->Q, TEXTS), RANKS, CONV_THREADS, shared, *a, map, w,
-                                  l->y);
+    return bm_cuda_start_clusters(c, texts == RANKS ? conv_x<RANKS> : conv_x<2 * RANKS>, RANKS * blocks_of((size_t)a->Q, (size_t)texts),
+                                  RANKS, CONV_THREADS, shared, *a, map, w, l->y);
 }
 
 /* ---- dt and scan ------------------------------------------------------------------------------------------------------ */
 
 /* A block makes 64 channels of its texts: dt, then as single_rows (scan.cu), a thread a channel of some texts.  States and weights
  * are on their way while the kernel before ends. */
-enum { SETS = 8, SCAN_THREADS = SETS * TALL, PER = 2 };        /* PER: blocks of a multiprocessor */
-template <int MANY> struct memory { float h[MANY][N16][TALL], dt[MANY][TALL], b[MANY][N16], c[MANY][N16]; };
+enum { SETS = 8, SCAN_THREADS = SETS * TALL, PER = 2, WIDEST = 20 };   /* blocks of a multiprocessor; the most texts of one then */
+template <int MANY> struct memory {
+    enum { ROWS = (MANY + 7) / 8 * 8 };     /* of wgmma */
+    float h[MANY][N16][TALL], dt[ROWS][TALL], b[MANY][N16], c[MANY][N16];
+};
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* On their way: states of the block's texts and channels; rows of dt's weights, where wgmma reads them. */
@@ -230,10 +236,10 @@ ask(const bm_op_scan &a, const uint16_t *weights, int R, int steps, int c0, int 
 /* What x left: dt's activations as bf16, B and C. */
 template <int MANY> INLINE void
 read_x(const bm_op_scan &a, const float *xdbl, int R, int steps, int q0, int texts, memory<MANY> &m, uint8_t *x) {
-    for (int i = threadIdx.x; i < MANY * steps * DEPTH / 2; i += SCAN_THREADS) {
+    for (int i = threadIdx.x; i < m.ROWS * steps * DEPTH / 2; i += SCAN_THREADS) {
         const int t = i / (steps * DEPTH / 2), k = i % (steps * DEPTH / 2) * 2;
         const float *row = xdbl + (size_t)(q0 + t) * a.ldbc + k;
-        *(uint32_t *)(x + place_of(MANY, t, k)) = t < texts && k < R ? halves(row[0], row[1]) : 0;
+        *(uint32_t *)(x + place_of(m.ROWS, t, k)) = t < texts && k < R ? halves(row[0], row[1]) : 0;
     }
     if (threadIdx.x < MANY * N16) {
         const int t = threadIdx.x / N16, n = threadIdx.x % N16;
@@ -247,12 +253,12 @@ read_x(const bm_op_scan &a, const float *xdbl, int R, int steps, int q0, int tex
 template <int MANY> __global__ void __launch_bounds__(SCAN_THREADS, PER)
 dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const float *xdbl, int R, uint16_t *half, bool whole) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    enum { EACH = MANY / SETS };
+    enum { EACH = (MANY + SETS - 1) / SETS, ROWS = memory<MANY>::ROWS };
     extern __shared__ uint8_t bytes[];
     const int steps = (R + DEPTH - 1) / DEPTH, c0 = (int)blockIdx.x * TALL, q0 = (int)blockIdx.y * MANY;
     const int texts = a.Q - q0 < MANY ? a.Q - q0 : MANY, own = threadIdx.x % TALL, set = threadIdx.x / TALL, c = c0 + own;
     uint8_t *w = aligned(bytes), *x = w + steps * TILE;
-    memory<MANY> &m = *(memory<MANY> *)(x + steps * MANY * LINE);
+    memory<MANY> &m = *(memory<MANY> *)(x + steps * ROWS * LINE);
     float rate[N16], u[EACH], z[EACH];
     next_may_start();
     ask<MANY>(a, weights, R, steps, c0, q0, texts, m, w);
@@ -262,8 +268,9 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
     previous_done();
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        const int q = q0 + set + i * SETS;
-        u[i] = q < a.Q ? a.u[(size_t)q * a.I + c] : 0, z[i] = q < a.Q ? a.z[(size_t)q * a.ldz + c] : 0;
+        const int t = set + i * SETS;
+        const size_t q = (size_t)(q0 + t);
+        u[i] = t < texts ? a.u[q * a.I + c] : 0, z[i] = t < texts ? a.z[q * a.ldz + c] : 0;
     }
     read_x<MANY>(a, xdbl, R, steps, q0, texts, m, x);
     words_wait();
@@ -271,11 +278,11 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
     __syncthreads();
     if (threadIdx.x < 128) {
         const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4 * 2;
-        float d[MANY / 2];
-        for (int k = 0; k < steps; k++) multiply_line(d, w + k * TILE, x + k * MANY * LINE, k);
+        float d[ROWS / 2];
+        for (int k = 0; k < steps; k++) multiply_line(d, w + k * TILE, x + k * ROWS * LINE, k);
         multiplied();
 #pragma unroll
-        for (int i = 0; i < MANY / 2; i++) m.dt[i / 4 * 8 + t + i % 2][row + i / 2 % 2 * 8] = d[i];
+        for (int i = 0; i < ROWS / 2; i++) m.dt[i / 4 * 8 + t + i % 2][row + i / 2 % 2 * 8] = d[i];
     }
     __syncthreads();
 #pragma unroll
@@ -298,9 +305,12 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
 #endif
 }
 
+template <int MANY> static size_t shared_of(int steps) {
+    return (size_t)steps * (TILE + memory<MANY>::ROWS * LINE) + sizeof(memory<MANY>) + 1024;
+}
 template <int MANY> static void
 launch(bm_cuda *c, const bm_op_linear *l, const bm_op_scan *a, int steps, uint16_t *half, bool whole) {
-    const size_t shared = steps * (TILE + MANY * LINE) + sizeof(memory<MANY>) + 1024;
+    const size_t shared = shared_of<MANY>(steps);
     cudaFuncSetAttribute(dt_scan<MANY>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     bm_cuda_start(c, dt_scan<MANY>, dim3(a->I / TALL, blocks_of((size_t)a->Q, MANY)), SCAN_THREADS, shared, *a,
                   (const uint16_t *)l->w->data, l->x, l->w->cols, half, whole);
@@ -309,15 +319,18 @@ launch(bm_cuda *c, const bm_op_linear *l, const bm_op_scan *a, int steps, uint16
 bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out) {
     bm_cuda *c = cuda_of(b);
     const int steps = blocks_of((size_t)l->w->cols, DEPTH), room = PER * c->chip.multiProcessorCount;
-    const int tall = a->I / TALL, small = tall * blocks_of((size_t)a->Q, TEXTS), large = tall * blocks_of((size_t)a->Q, 2 * TEXTS);
+    const int tall = a->I / TALL, small = tall * blocks_of((size_t)a->Q, 8), large = tall * blocks_of((size_t)a->Q, 16);
+    const size_t of_block = shared_of<WIDEST>(steps) + 1024;        /* 1,024 are the system's */
+    const bool widest = tall * blocks_of((size_t)a->Q, WIDEST) <= room && PER * of_block <= c->chip.sharedMemPerMultiprocessor;
     const uintptr_t all = (uintptr_t)l->w->data | (uintptr_t)a->state | 4 * (uintptr_t)a->I | (uintptr_t)(4 * a->stride);
     if (c->failed || a->M != a->Q || a->M > FEW || l->w->type != BM_BF16 || !is_wide(c, l)) return false;
     if (l->y != a->dt || l->bias || l->accumulate || l->ldx != a->ldbc) return false;
     if (a->N > N16 || a->I % TALL || steps > 3 || all % 16) return false;       /* 3: no kernel shares k of so few steps */
-    if (large > room && (large - 1) % room < room / 2) return false;            /* most of the chip would wait for a few of them */
+    if (large > room && !widest && (large - 1) % room < room / 2) return false;         /* most of the chip would wait for a few */
     uint16_t *half = bm_cuda_rounded(c, a->y, a->M, a->I);
     const bool whole = !half || out->x != a->y || out->ldx != a->I || !is_wide(c, out);
-    if (small <= room) launch<TEXTS>(c, l, a, steps, half, whole);
-    else launch<2 * TEXTS>(c, l, a, steps, half, whole);
+    if (small <= room) launch<8>(c, l, a, steps, half, whole);
+    else if (large <= room || !widest) launch<16>(c, l, a, steps, half, whole);
+    else launch<WIDEST>(c, l, a, steps, half, whole);
     return bm_cuda_check(c, cudaGetLastError(), "scan");
 }
