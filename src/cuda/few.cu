@@ -50,13 +50,6 @@ __device__ static void look_up(const CUtensorMap *map) { asm volatile("prefetch.
 
 /* ---- bringing ------------------------------------------------------------------------------------------ */
 
-/* Where in the ring: the stage, and whether it is used for an odd time. */
-typedef struct turn { int stage; unsigned odd; } turn;
-template <int STAGES> __device__ static void go_on(turn *t) {
-    if (++t->stage < STAGES) return;
-    t->stage = 0;
-    t->odd ^= 1;
-}
 __device__ static int rows_of(const tile &at, int most) { return at.end - at.row < most ? at.end - at.row : most; }
 
 __device__ static void bring_once(void *to, const CUtensorMap *map, uint64_t *b, int column, const tile &at, uint64_t policy) {

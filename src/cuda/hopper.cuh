@@ -180,5 +180,12 @@ MULTIPLY_HELD(64, 32, D32, "%32,%33,%34,%35", "%36", "%37", F16(0), F16(16))
 MULTIPLY_HELD(128, 64, D64, "%64,%65,%66,%67", "%68", "%69", F16(0), F16(16), F16(32), F16(48))
 
 typedef struct ring { uint8_t *stage; uint64_t *full, *empty; } ring;
+/* Where in the ring: the stage, and whether it is used for an odd time. */
+typedef struct turn { int stage; unsigned odd; } turn;
+template <int STAGES> INLINE void go_on(turn *t) {
+    if (++t->stage < STAGES) return;
+    t->stage = 0;
+    t->odd ^= 1;
+}
 #endif
 #endif

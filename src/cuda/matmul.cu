@@ -36,26 +36,31 @@ __device__ static void bring_both(void *to, const CUtensorMap *map, uint64_t *b,
                  :: "r"(address(to)), "l"(map), "r"(k), "r"(row), "r"(0), "r"(address(b)), "h"((uint16_t)3) : "memory");
 }
 
-/* ---- one warp brings, the others multiply -------------------------------------------------- */
+/* ---- two threads bring, warpgroups multiply ------------------------------------------------ */
 
+/* By one thread: rows of x, or those of w. */
 template <int BN, int GROUPS, int CTAS, int END> __device__ static void
-bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, const CUtensorMap *x, const CUtensorMap *w,
+bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, bool rows, const CUtensorMap *x, const CUtensorMap *w,
             const CUtensorMap *gate) {
     typedef shape<BN, GROUPS, CTAS> S;
     enum { COLS = END == GATED ? BN / 2 : BN, SHARE = S::ROWS / CTAS };
     tile at = { -1 };
-    int n = 0;                  /* stages filled */
+    turn now = { 0, 1 };
     for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS)
-        for (int k = 0; k < p.K; k += DEPTH, n++) {
-            const int s = n % S::STAGES, col = at.col + rank * COLS;
-            uint8_t *to = r.stage + s * S::BYTES;
-            barrier_wait(&r.empty[s], n / S::STAGES % 2 ^ 1);
-            barrier_expect(&r.full[s], S::BYTES);
-            if (CTAS == 1) bring(to, x, &r.full[s], k, at.row, 0);
-            else bring_both(to + rank * SHARE * LINE, x, &r.full[s], k, at.row + rank * SHARE);
+        for (int k = 0; k < p.K; k += DEPTH, go_on<S::STAGES>(&now)) {
+            const int col = at.col + rank * COLS;
+            uint8_t *to = r.stage + now.stage * S::BYTES;
+            uint64_t *full = &r.full[now.stage];
+            barrier_wait(&r.empty[now.stage], now.odd);
+            if (rows) {
+                if (CTAS == 1) bring(to, x, full, k, at.row, 0);
+                else bring_both(to + rank * SHARE * LINE, x, full, k, at.row + rank * SHARE);
+                continue;
+            }
+            barrier_expect(full, S::BYTES);
             to += S::ROWS * LINE;
-            if (END == GATED) bring(to, gate, &r.full[s], k, col, at.e);
-            bring(to + (BN - COLS) * LINE, w, &r.full[s], k, col, at.e);
+            if (END == GATED) bring(to, gate, full, k, col, at.e);
+            bring(to + (BN - COLS) * LINE, w, full, k, col, at.e);
         }
     next_may_start();           /* earlier, its blocks would crowd where this kernel's end first */
 }
@@ -137,13 +142,13 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
     const int own = 64 * (threadIdx.x / 128), lane = threadIdx.x % 32, steps = (p.K + DEPTH - 1) / DEPTH;
     float *paper = (float *)(r.stage + S::STAGES * S::BYTES + threadIdx.x / 32 * PAPER), c[BN / 2];
     tile at = { -1 };
-    int n = 0;
+    turn now = { 0, 0 };
     for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS) {
         const bool any = at.row + own < at.end;     /* else the warpgroup's rows belong to nobody */
-        for (int k = 0; k < steps; k++, n++) {
-            const int s = n % S::STAGES;
-            const uint8_t *x = r.stage + s * S::BYTES, *w = x + S::ROWS * LINE;
-            barrier_wait(&r.full[s], n / S::STAGES % 2);
+        int last = 0;
+        for (int k = 0; k < steps; k++, last = now.stage, go_on<S::STAGES>(&now)) {
+            const uint8_t *x = r.stage + now.stage * S::BYTES, *w = x + S::ROWS * LINE;
+            barrier_wait(&r.full[now.stage], now.odd);
             if (any) {
                 const uint64_t mx = matrix(x + own * LINE), mw = matrix(w);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -152,10 +157,10 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             }
-            if (k && lane < CTAS) barrier_arrive(&r.empty[(n - 1) % S::STAGES], lane);
+            if (k && lane < CTAS) barrier_arrive(&r.empty[last], lane);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (lane < CTAS) barrier_arrive(&r.empty[(n - 1) % S::STAGES], lane);
+        if (lane < CTAS) barrier_arrive(&r.empty[last], lane);
         if (!any) continue;
         const int row = at.row + 16 * (threadIdx.x / 32), col = at.col + rank * COLS;
         if constexpr (END == PLAIN) put_rows<BN>(p, end.copy, at, row, col, c, paper);
@@ -186,7 +191,8 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
     previous_done();
     if (threadIdx.x >= 128 * GROUPS) {      /* registers go to where outputs are held */
         if (GROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 32 : 40));
-        if (threadIdx.x == 128 * GROUPS) bring_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank, &x, &w, &gate);
+        const int one = threadIdx.x - 128 * GROUPS;
+        if (one == 0 || one == 32) bring_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank, one == 0, &x, &w, &gate);
     } else {
         if (GROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 160 : 232));
         multiply_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank);
