@@ -123,46 +123,42 @@ __device__ static void norm_row(const bm_op_norm &a, int i, uint16_t *half, floa
     __syncthreads();
 }
 
-/* The same by a warp for WARPS of them; weight, y: in shared memory; a.y may be NULL. */
-template <int WARPS> __device__ static void
-norm_by_warp(const bm_op_norm &a, const float4 *weight, int i, uint16_t *half, float4 *y) {
+/* The same by a warp, in the same order: weight (D), x, residual and y (D) in shared memory; a.y may be NULL. */
+__device__ static void
+norm_by_warp(const bm_op_norm &a, int i, const float4 *weight, const float4 *x, const float4 *residual, uint16_t *half, float4 *y) {
     const size_t at = (size_t)i * a.D;
-    const int lane = threadIdx.x % 32;
-    float4 s[WARPS][NORM_HELD];
-    float square[4] = {};
-#pragma unroll
-    for (int v = 0; v < WARPS; v++)
-#pragma unroll
-        for (int j = 0; j < NORM_HELD; j++) {
-            const int k = 4 * (lane + 32 * v + 32 * WARPS * j);
-            const float4 x = a.x ? four_of(a.x + at, k, a.D) : make_float4(0, 0, 0, 0);
-            const float4 r = a.residual ? four_of(a.residual + at, k, a.D) : make_float4(0, 0, 0, 0);
-            s[v][j] = make_float4(x.x + r.x, x.y + r.y, x.z + r.z, x.w + r.w);
+    const int lane = threadIdx.x % 32, warps = norm_threads(a.D) / 32;
+    float even = 0, odd = 0;        /* as block_sum adds what four warps have */
+    for (int v = 0; v < warps; v++) {
+        float square = 0;
+        for (int k = lane + 32 * v; 4 * k < a.D; k += 32 * warps) {
+            const float4 u = x[k], r = residual[k], sum = make_float4(u.x + r.x, u.y + r.y, u.z + r.z, u.w + r.w);
+            y[k] = sum;
+            if (a.sum) ((float4 *)(a.sum + at))[k] = sum;
+            square += norm_squares(sum);
         }
-#pragma unroll
-    for (int v = 0; v < WARPS; v++) {
-#pragma unroll
-        for (int j = 0; j < NORM_HELD; j++) {
-            const int k = 4 * (lane + 32 * v + 32 * WARPS * j);
-            square[v] += norm_squares(s[v][j]);
-            if (a.sum && k < a.D) *(float4 *)(a.sum + at + k) = s[v][j];
-        }
-        square[v] = warp_sum(square[v]);
+        (v % 2 ? odd : even) += warp_sum(square);
     }
-    const float scale = norm_scale(((square[0] + square[2]) + (square[1] + square[3])) / (float)a.D, a.eps);    /* as block_sum adds */
-#pragma unroll
-    for (int v = 0; v < WARPS; v++)
-#pragma unroll
-        for (int j = 0; j < NORM_HELD; j++) {
-            const int k = 4 * (lane + 32 * v + 32 * WARPS * j);
-            if (k >= a.D) continue;
-            const float4 w = weight[k / 4], u = s[v][j];
-            const float4 out = make_float4(norm_out(u.x, scale, w.x, 0), norm_out(u.y, scale, w.y, 0), norm_out(u.z, scale, w.z, 0),
-                                           norm_out(u.w, scale, w.w, 0));
-            y[k / 4] = out;
-            if (a.y) *(float4 *)(a.y + at + k) = out;
-            if (half) *(uint2 *)(half + at + k) = halves(out);
-        }
+    const float scale = norm_scale((even + odd) / (float)a.D, a.eps);
+    __syncwarp();
+#pragma unroll 4
+    for (int k = lane; 4 * k < a.D; k += 32) {
+        const float4 v = y[k], w = weight[k];
+        const float4 out = make_float4(norm_out(v.x, scale, w.x, 0), norm_out(v.y, scale, w.y, 0), norm_out(v.z, scale, w.z, 0),
+                                       norm_out(v.w, scale, w.w, 0));
+        y[k] = out;
+        if (a.y) ((float4 *)(a.y + at))[k] = out;
+        if (half) ((uint2 *)(half + at))[k] = halves(out);
+    }
+    __syncwarp();
+}
+/* On its way, row i of M. */
+__device__ static void fetch_row(const bm_op_norm &a, int i, int M, float4 *x, float4 *residual) {
+    const size_t at = (size_t)i * a.D;
+    for (int k = threadIdx.x % 32; i < M && 4 * k < a.D; k += 32) {
+        if (a.x) copy_four(x + k, (const float4 *)(a.x + at) + k);
+        if (a.residual) copy_four(residual + k, (const float4 *)(a.residual + at) + k);
+    }
 }
 __device__ static float dot_four(float4 a, float4 b, float sum) {
     return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
@@ -206,31 +202,34 @@ route_rows(bm_op_norm n, uint16_t *half, bm_op_linear l, const float *w, int K, 
     group_rows(a, 0, (int)threadIdx.x < a.M ? __ldcg(a.expert + threadIdx.x) : -1);
 }
 
-/* Many rows, a warp one after another: norm and logits, each as by route_rows; then the choice, if wanted, a lane a row.  Weights lie
- * in shared memory by expert, half of eight k, and k / 8, behind them the norm's and the row of each warp.  WARPS: of
- * norm_threads. */
-enum { AT_ONCE = 8 };
-template <int WARPS> __global__ void __launch_bounds__(32 * AT_ONCE, 2)
+/* Many rows, a warp one after another: norm and logits, each as by route_rows; then the choice, if wanted, a lane a row.  Shared
+ * memory: weights by expert, half of eight k, and k / 8; the norm's; of each warp x and residual of the next row, and y of this. */
+enum { LEAST_WARPS = 4, MOST_WARPS = 12 };
+__global__ void __launch_bounds__(32 * MOST_WARPS, 1)
 norm_routes(const bm_op_norm n, uint16_t *half, const bm_op_linear l, const float4 *w, const bm_op_route a, bool chooses) {
     extern __shared__ float4 memory[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, eights = n.D / 8, X = a.X, apart = (int)gridDim.x * AT_ONCE;
-    const int first = (int)blockIdx.x * AT_ONCE + warp;
-    float4 *weight = memory + X * 2 * eights, *row = weight + (1 + warp) * 2 * eights;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = (int)blockDim.x / 32, eights = n.D / 8, fours = n.D / 4, X = a.X;
+    const int first = (int)blockIdx.x * warps + warp, apart = (int)gridDim.x * warps;
+    float4 *weight = memory + X * fours, *x = weight + (1 + 3 * warp) * fours, *residual = x + fours, *y = residual + fours;
     next_may_start();
-    for (int i = threadIdx.x; i < X * 2 * eights; i += 32 * AT_ONCE) {
-        const int e = i / (2 * eights), k = i % (2 * eights);
+    for (int i = threadIdx.x; i < X * fours; i += 32 * warps) {
+        const int e = i / fours, k = i % fours;
         copy_four(&memory[(2 * e + k % 2) * eights + k / 2], w + i);
     }
-    for (int k = threadIdx.x; k < 2 * eights; k += 32 * AT_ONCE) copy_four(weight + k, (const float4 *)n.weight + k);
+    for (int k = threadIdx.x; k < fours; k += 32 * warps) copy_four(weight + k, (const float4 *)n.weight + k);
+    for (int k = lane; k < fours; k += 32) x[k] = residual[k] = make_float4(0, 0, 0, 0);
     words_wait();
     __syncthreads();
     previous_done();
+    fetch_row(n, first, a.M, x, residual);
     for (int i = first; i < a.M; i += apart) {
-        norm_by_warp<WARPS>(n, weight, i, half, row);
+        words_wait();
         __syncwarp();
+        norm_by_warp(n, i, weight, x, residual, half, y);
+        fetch_row(n, i + apart, a.M, x, residual);
         float sum[ROUTED] = {};
         for (int k = lane; k < eights; k += 32) {
-            const float4 v[2] = { row[2 * k], row[2 * k + 1] };
+            const float4 v[2] = { y[2 * k], y[2 * k + 1] };
 #pragma unroll
             for (int e = 0; e < ROUTED; e++)
 #pragma unroll
@@ -287,14 +286,21 @@ void bm_cuda_route(bm_backend *b, const bm_op_route *a) {
     if (!c->failed && a->M) route(c, a, false);
 }
 
-template <int WARPS> static void
-launch_routes(bm_cuda *c, const bm_op_norm *n, uint16_t *half, const bm_op_linear *l, const bm_op_route *a, size_t shared) {
-    const int blocks = blocks_of((size_t)a->M, AT_ONCE), most = 2 * c->chip.multiProcessorCount;
-    cudaFuncSetAttribute(norm_routes<WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    bm_cuda_start(c, norm_routes<WARPS>, blocks < most ? blocks : most, 32 * AT_ONCE, shared, *n, half, *l,
-                  (const float4 *)l->w->data, *a, a->M > SORTERS);
+/* fit: warps whose rows there is shared memory for. */
+static bool route_many(bm_cuda *c, const bm_op_norm *n, uint16_t *half, const bm_op_linear *l, const bm_op_route *a, const bm_op_experts *e,
+                       int fit) {
+    const int blocks = c->chip.multiProcessorCount, share = blocks_of((size_t)a->M, (size_t)blocks);
+    const int most = fit < MOST_WARPS ? fit : MOST_WARPS, warps = share < LEAST_WARPS ? LEAST_WARPS : share < most ? share : most;
+    const int wanted = blocks_of((size_t)a->M, (size_t)warps);
+    const size_t shared = sizeof(float) * (size_t)(a->X + 1 + 3 * warps) * n->D;
+    bm_op_norm rounded = *n;
+    if (e && e->x == n->y && bm_cuda_experts_gather(c, e)) rounded.y = NULL;
+    cudaFuncSetAttribute(norm_routes, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    bm_cuda_start(c, norm_routes, wanted < blocks ? wanted : blocks, 32 * warps, shared, rounded, half, *l, (const float4 *)l->w->data, *a,
+                  a->M > SORTERS);
+    route(c, a, true);
+    return true;
 }
-
 bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a, const bm_op_experts *e) {
     bm_cuda *c = cuda_of(b);
     const int K = l->w->cols;
@@ -302,21 +308,13 @@ bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, c
     if (n) all |= (uintptr_t)n->x | (uintptr_t)n->residual | (uintptr_t)n->weight | (uintptr_t)n->sum;
     if (c->failed || l->w->type != BM_F32 || l->y != a->logits || l->accumulate) return false;
     const bool few = a->M <= 32 * a->X;
-    const size_t shared = sizeof(float) * (size_t)(a->X + 1 + AT_ONCE) * K;
-    if (a->k != 1 || a->X > ROUTED || (!few && (!n || shared > c->chip.sharedMemPerBlockOptin))) return false;
+    const int rows = (int)(c->chip.sharedMemPerBlockOptin / (sizeof(float) * (size_t)K)), fit = (rows - a->X - 1) / 3;
+    if (a->k != 1 || a->X > ROUTED || (!few && (!n || fit < LEAST_WARPS))) return false;
     if (K % 8 || K > 256 * EIGHTS || all % 16) return false;
     if (n && (n->y != l->x || n->D != K || l->ldx != K || n->M != a->M || n->centered || n->bias || (few && norm_threads(K) > 32 * a->X)))
         return false;
     uint16_t *half = n ? bm_cuda_rounded(c, n->y, n->M, K) : NULL;
-    if (!few) {
-        const int warps = norm_threads(K) / 32;
-        const auto launch = warps == 1 ? launch_routes<1> : warps == 2 ? launch_routes<2> : warps == 3 ? launch_routes<3> : launch_routes<4>;
-        bm_op_norm rounded = *n;
-        if (e && e->x == n->y && bm_cuda_experts_gather(c, e)) rounded.y = NULL;
-        launch(c, &rounded, half, l, a, shared);
-        route(c, a, true);
-        return true;
-    }
+    if (!few) return route_many(c, n, half, l, a, e, fit);
     bm_cuda_start(c, n ? route_rows<true> : route_rows<false>, a->M, 32 * a->X, n ? 4 * (size_t)K : 0, n ? *n : (bm_op_norm){}, half,
                   *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
     return bm_cuda_check(c, cudaGetLastError(), "routing");
