@@ -1,6 +1,7 @@
 /* graph.cu - operations recorded once and launched together from then on.  Room: cuda.
  * In: operations between replay() and recorded().  Out: for each owner and number of rows one kernel that does a whole
- * token (token.cu), or a CUDA graph of their kernels. */
+ * token (token.cu), or a CUDA graph of their kernels; without an owner their kernels, once.  Neighbours that one kernel
+ * makes are made by it. */
 #include "cuda/token.h"
 #include <stdlib.h>
 #include <string.h>

@@ -1,7 +1,7 @@
 /* matmul.cu - products of many rows with bf16 weights and activations on Hopper's tensor cores.  Room: cuda.
  *
- * Activations are rounded to bf16 first, gathered in the order of groups.  A block takes one tile of outputs after another: a
- * warp has the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
+ * Activations are rounded to bf16 first, gathered in the order of groups.  A block takes one tile of outputs after another: two
+ * threads have the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
  * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: what bounds large
  * products is the second cache.  An output sums its k in order, 16 at a time, whatever rows are beside it.
  * Up to 128 rows: few.cu; other chips, types and fewer rows: gemm.cu. */

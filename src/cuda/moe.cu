@@ -60,8 +60,9 @@ bool bm_cuda_experts_gather(const bm_cuda *c, const bm_op_experts *a) {
     if (!a->route || a->act || a->X > BM_CUDA_MATRICES) return false;
     const bm_product of = { .x = a->x, .ldx = (size_t)a->D, .from = a->route->order };
     const bm_product up = batch(a, a->up, a->up_bias, 0, of), down = batch(a, a->down, a->down_bias, 0, of);
-    if (a->gate && a->gate->type != up.type) return false;
-    return up.type == BM_BF16 && bm_cuda_wide_takes(c, &up) && bm_cuda_wide_takes(c, &down) && bm_cuda_gathers(c, &up);
+    const bm_product gate = a->gate ? batch(a, a->gate, a->gate_bias, 0, of) : up;
+    const bool all = bm_cuda_wide_takes(c, &gate) && bm_cuda_wide_takes(c, &up) && bm_cuda_wide_takes(c, &down);
+    return all && gate.type == up.type && bm_cuda_gathers(c, &up);
 }
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a) {
     bm_cuda *c = cuda_of(b);
