@@ -4,6 +4,26 @@
 #include "lib_scratch.h"
 #include <unistd.h>
 
+/* Both have the same bits. */
+static void same_bits(const twin of[2]) {
+    float *want = fetched(&of[0]), *got = fetched(&of[1]);
+    assert_memory_equal(got, want, of->n * sizeof *got);
+    drop(want);
+    drop(got);
+}
+/* A number that no operation makes, first in an array; whether it is still there. */
+static const float mark = 1234;
+static void put_mark(const twin *t) {
+    gpu->put(gpu, t->at, &mark, sizeof mark);
+    OK(gpu->sync(gpu));
+}
+static bool has_mark(const twin *t) {
+    float *got = fetched(t);
+    const bool has = got[0] == mark;
+    drop(got);
+    return has;
+}
+
 /* A recorded router, which is one kernel for few rows, gives the bits of a product and a choice; or of those and a norm before, which
  * any rows have. */
 static void router_case(int T, int X, int K, bool norms) {
@@ -31,15 +51,10 @@ static void router_case(int T, int X, int K, bool norms) {
         OK(gpu->sync(gpu));
     }
     gpu->forget(gpu, &w);
-    float *want[2] = { fetched(&logits[0]), fetched(&gate[0]) }, *got[2] = { fetched(&logits[1]), fetched(&gate[1]) };
-    assert_memory_equal(want[0], got[0], sizeof(float) * (size_t)(T * X));
-    assert_memory_equal(want[1], got[1], sizeof(float) * rows);
-    for (int i = 0; i < 2; i++) {
-        float *one = fetched(i ? &y[0] : &stream[0]), *other = fetched(i ? &y[1] : &stream[1]);
-        assert_memory_equal(one, other, sizeof(float) * x.n);
-        drop(one);
-        drop(other);
-    }
+    same_bits(logits);
+    same_bits(gate);
+    same_bits(stream);
+    same_bits(y);
     for (int i = 0; i < 3; i++) {
         gpu->get(gpu, host[i], at[0][i], n[i] * 4);
         OK(gpu->sync(gpu));
@@ -48,8 +63,6 @@ static void router_case(int T, int X, int K, bool norms) {
     }
     for (int r = 0; r < 2; r++) {
         for (int i = 0; i < 3; i++) gpu->release(gpu, at[r][i]);
-        drop(want[r]);
-        drop(got[r]);
         end(&logits[r]); end(&gate[r]); end(&stream[r]); end(&y[r]);
     }
     end(&x); end(&bias); end(&weight); end(&past); end_pair(&w);
@@ -71,7 +84,6 @@ static void test_router(void **state) {
  * one operation after the other, in what the next product makes and in the states. */
 static void between_case(int T, int I, int R, int N) {
     enum { K = 4, D = 72 };
-    static const float mark = 1234;     /* no dt */
     const int X = R + 2 * N;
     const size_t n = (size_t)T * (size_t)I, stride = (size_t)I * (size_t)(N + K - 1);
     pair wx = make_pair(BM_BF16, X, I), wd = make_pair(BM_BF16, I, R), wo = make_pair(BM_BF16, D, I);
@@ -86,8 +98,7 @@ static void between_case(int T, int I, int R, int N) {
         state[r] = made(floats(first.n), first.n);
         y[r] = empty_twin((size_t)(T * D));
         gpu->put(gpu, state[r].at, first.host, first.n * sizeof(float));
-        gpu->put(gpu, dt.at, &mark, sizeof mark);
-        OK(gpu->sync(gpu));
+        put_mark(&dt);
         for (int again = 0; again < 2; again++) {
             if (r && gpu->replay(gpu, &wx, T)) break;
             gpu->conv(gpu, &(bm_op_conv){ .M = T, .Q = T, .start = s, .slot = l, .I = I, .K = K, .ldx = 2 * I, .x = xz.at, .weight = conv.at,
@@ -101,11 +112,9 @@ static void between_case(int T, int I, int R, int N) {
             if (r) gpu->recorded(gpu);
         }
         OK(gpu->sync(gpu));
-        float *left = fetched(&dt);
         const bool joined = r && T <= 128 && gpu->reserving(gpu, T, I);     /* else there are no such kernels */
-        if (I <= 1088) assert_true((left[0] == mark) == joined);            /* of more channels a small chip takes none */
-        else assert_true(joined || left[0] != mark);
-        drop(left);
+        if (I <= 1088) assert_true(has_mark(&dt) == joined);                /* of more channels a small chip takes none */
+        else assert_true(joined || !has_mark(&dt));
     }
     gpu->forget(gpu, &wx);
     float *want[2] = { fetched(&y[0]), fetched(&state[0]) }, *got[2] = { fetched(&y[1]), fetched(&state[1]) };
@@ -185,30 +194,21 @@ static void test_norm_between(void **state) {
 /* A norm whose rows one product alone reads, done once: the bits of both operations; the rows are there as bf16 only. */
 static void rounded_case(int T) {
     enum { D = 264, N = 200 };
-    static const float mark = 1234;
     pair w = make_pair(BM_BF16, N, D);
     twin x = random_twin((size_t)(T * D), 1), past = random_twin(x.n, 1), weight = random_twin(D, 1), normed = empty_twin(x.n);
     twin sum[2] = { empty_twin(x.n), empty_twin(x.n) }, z[2] = { empty_twin((size_t)(T * N)), empty_twin((size_t)(T * N)) };
     for (int r = 0; r < 2; r++) {
-        gpu->put(gpu, normed.at, &mark, sizeof mark);
-        OK(gpu->sync(gpu));
+        put_mark(&normed);
         if (r) assert_false(gpu->replay(gpu, NULL, T));
         gpu->norm(gpu, &(bm_op_norm){ .M = T, .D = D, .eps = 1e-5f, .x = x.at, .residual = past.at, .weight = weight.at, .sum = sum[r].at,
                                       .y = normed.at });
         gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = D, .w = &w.at, .x = normed.at, .y = z[r].at, .arith = BM_ARITH_NATIVE });
         if (r) gpu->recorded(gpu);
-        float *left = fetched(&normed);
         const bool alone = r && T >= 6 && gpu->reserving(gpu, T, D);        /* else there are no such kernels */
-        assert_true((left[0] == mark) == alone);
-        drop(left);
+        assert_true(has_mark(&normed) == alone);
     }
-    for (int i = 0; i < 2; i++) {
-        const twin *of = i ? sum : z;
-        float *want = fetched(&of[0]), *got = fetched(&of[1]);
-        assert_memory_equal(got, want, of->n * sizeof *got);
-        drop(want);
-        drop(got);
-    }
+    same_bits(z);
+    same_bits(sum);
     for (int r = 0; r < 2; r++) end(&sum[r]), end(&z[r]);
     end(&x); end(&past); end(&weight); end(&normed); end_pair(&w);
 }
@@ -221,7 +221,6 @@ static void test_rounded(void **state) {
  * many rows those are there as bf16 only. */
 static void gathered_case(int T, bool gated) {
     enum { D = 264, F = 96, X = 4 };
-    static const float mark = 1234;
     pair router = make_pair(BM_F32, X, D), own[3 * X];
     bm_tensor w[3 * X];         /* gate, up, down of each expert */
     for (int i = 0; i < 3 * X; i++) own[i] = i < 2 * X ? make_pair(BM_BF16, F, D) : make_pair(BM_BF16, D, F), w[i] = own[i].at;
@@ -233,8 +232,7 @@ static void gathered_case(int T, bool gated) {
     const bm_op_route route = { .M = T, .X = X, .k = 1, .rule = BM_ROUTE_SIGMOID, .logits = logits.at, .expert = at[0], .order = at[1],
                                 .first = at[2], .gate = gate.at };
     for (int r = 0; r < 2; r++) {
-        gpu->put(gpu, normed.at, &mark, sizeof mark);
-        OK(gpu->sync(gpu));
+        put_mark(&normed);
         if (r) assert_false(gpu->replay(gpu, NULL, T));
         gpu->norm(gpu, &(bm_op_norm){ .M = T, .D = D, .eps = 1e-5f, .x = x.at, .residual = past.at, .weight = weight.at, .sum = sum[r].at,
                                       .y = normed.at });
@@ -250,18 +248,11 @@ static void gathered_case(int T, bool gated) {
                                             .gate = gated ? w : NULL, .up = w + X, .down = w + 2 * X, .x = normed.at, .hidden = hidden.at,
                                             .y = y[r].at });
         if (r) gpu->recorded(gpu);
-        float *left = fetched(&normed);
         const bool alone = r && T > 32 * X && gpu->reserving(gpu, T, D);        /* else there are no such kernels */
-        assert_true((left[0] == mark) == alone);
-        drop(left);
+        assert_true(has_mark(&normed) == alone);
     }
-    for (int i = 0; i < 2; i++) {
-        const twin *of = i ? sum : y;
-        float *want = fetched(&of[0]), *got = fetched(&of[1]);
-        assert_memory_equal(got, want, of->n * sizeof *got);
-        drop(want);
-        drop(got);
-    }
+    same_bits(y);
+    same_bits(sum);
     for (int r = 0; r < 2; r++) end(&sum[r]), end(&y[r]);
     for (int i = 0; i < 3; i++) gpu->release(gpu, at[i]);
     for (int i = 0; i < 3 * X; i++) end_pair(&own[i]);

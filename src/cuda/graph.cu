@@ -64,13 +64,11 @@ static void note_experts(bm_backend *b, const bm_op_experts *a) {
     if (a->route) o->of = *a->route;
 }
 
-static void issue(bm_backend *b, bm_cuda_op *o) {
+static void issue(bm_backend *b, const bm_cuda_op *o) {
 #define ISSUE(name, KIND) case KIND: bm_cuda_##name(b, &o->name); break;
     switch (o->kind) {
     BM_CUDA_PLAIN_OPS(ISSUE)
-    case BM_CUDA_EXPERTS:
-        bm_cuda_experts(b, &o->experts);
-        break;
+    ISSUE(experts, BM_CUDA_EXPERTS)
     }
 #undef ISSUE
 }
@@ -108,31 +106,35 @@ static bool is_read(const bm_cuda_op *o, int n, const float *x) {
         if ((o[i].kind == BM_CUDA_LINEAR && o[i].linear.x == x) || (o[i].kind == BM_CUDA_EXPERTS && o[i].experts.x == x)) return true;
     return false;
 }
-/* A product, a norm, a product of its rows; false: not these. */
-static bool norm_between(bm_backend *b, const bm_cuda_op *o) {
-    const bm_product p = bm_cuda_product_of(&o[0].linear);
-    if (!bm_cuda_norm_follows(cuda_of(b), &p, &o[1].norm, &o[2].linear)) return false;
+static bool are(const bm_cuda_op *o, int n, bm_cuda_kind first, bm_cuda_kind second) {
+    return n > 1 && o[0].kind == first && o[1].kind == second;
+}
+/* How many operations from o on, of n, were done by fewer kernels, or the first one by less; 0: none. */
+static int from_norm(bm_backend *b, const bm_cuda_op *o, int n) {
+    const bm_op_norm *a = &o[0].norm;
+    if (!are(o, n, BM_CUDA_NORM, BM_CUDA_LINEAR)) return 0;
+    if (!is_read(o + 2, n - 2, a->y) && bm_cuda_norm_rounded(b, a, &o[1].linear)) return 1;
+    if (n < 3 || o[2].kind != BM_CUDA_ROUTE) return 0;
+    const bool alone = n > 3 && o[3].kind == BM_CUDA_EXPERTS && !is_read(o + 4, n - 4, a->y);
+    return bm_cuda_router(b, a, &o[1].linear, &o[2].route, alone ? &o[3].experts : NULL) ? 3 : 0;
+}
+static int from_linear(bm_backend *b, const bm_cuda_op *o, int n) {
+    const bm_op_linear *a = &o[0].linear;
+    if (are(o, n, BM_CUDA_LINEAR, BM_CUDA_ROUTE)) return bm_cuda_router(b, NULL, a, &o[1].route, NULL) ? 2 : 0;
+    if (n < 3 || o[2].kind != BM_CUDA_LINEAR) return 0;
+    if (o[1].kind == BM_CUDA_SCAN) return bm_cuda_dt_scan(b, a, &o[1].scan, &o[2].linear) ? 2 : 0;
+    if (o[1].kind != BM_CUDA_NORM || is_read(o + 3, n - 3, o[1].norm.y)) return 0;
+    const bm_product p = bm_cuda_product_of(a);
+    if (!bm_cuda_norm_follows(cuda_of(b), &p, &o[1].norm, &o[2].linear)) return 0;
     bm_cuda_product_norm(cuda_of(b), &p, &o[1].norm);
     bm_cuda_normed_product(cuda_of(b), &o[1].norm, &o[2].linear);
-    return true;
+    return 3;
 }
-/* How many operations from o on, of n, were done by fewer kernels, or one by less; 0: none. */
 static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
-    bm_cuda_kind kind[3];
-    for (int i = 0; i < 3; i++) kind[i] = i < n ? o[i].kind : BM_CUDA_EMBED;
-    const bool norms = kind[0] == BM_CUDA_NORM, routes = kind[norms] == BM_CUDA_LINEAR && kind[1 + norms] == BM_CUDA_ROUTE;
-    const bool convolves = kind[0] == BM_CUDA_CONV && kind[1] == BM_CUDA_LINEAR;
-    const bool scans = kind[0] == BM_CUDA_LINEAR && kind[1] == BM_CUDA_SCAN && kind[2] == BM_CUDA_LINEAR;
-    const bool rounds = norms && kind[1] == BM_CUDA_LINEAR;
-    const bool norm_next = kind[0] == BM_CUDA_LINEAR && kind[1] == BM_CUDA_NORM && kind[2] == BM_CUDA_LINEAR;
-    if (norm_next && !is_read(o + 3, n - 3, o[1].norm.y) && norm_between(b, o)) return 3;
-    if (rounds && !is_read(o + 2, n - 2, o[0].norm.y) && bm_cuda_norm_rounded(b, &o[0].norm, &o[1].linear)) return 1;
-    const bool alone = routes && norms && n > 3 && o[3].kind == BM_CUDA_EXPERTS && !is_read(o + 4, n - 4, o[0].norm.y);
-    const bm_op_experts *e = alone ? &o[3].experts : NULL;
-    if (routes && bm_cuda_router(b, norms ? &o[0].norm : NULL, &o[norms].linear, &o[1 + norms].route, e)) return 2 + norms;
-    if (convolves && bm_cuda_conv_x(b, &o[0].conv, &o[1].linear)) return 2;
-    if (kind[0] == BM_CUDA_SCAN && kind[1] == BM_CUDA_LINEAR && bm_cuda_scan_rounded(b, &o[0].scan, &o[1].linear)) return 1;
-    return scans && bm_cuda_dt_scan(b, &o[0].linear, &o[1].scan, &o[2].linear) ? 2 : 0;
+    if (o->kind == BM_CUDA_NORM) return from_norm(b, o, n);
+    if (o->kind == BM_CUDA_LINEAR) return from_linear(b, o, n);
+    if (are(o, n, BM_CUDA_CONV, BM_CUDA_LINEAR)) return bm_cuda_conv_x(b, &o[0].conv, &o[1].linear) ? 2 : 0;
+    return are(o, n, BM_CUDA_SCAN, BM_CUDA_LINEAR) && bm_cuda_scan_rounded(b, &o[0].scan, &o[1].linear) ? 1 : 0;
 }
 
 static void issue_all(bm_backend *b) {

@@ -392,12 +392,10 @@ bool bm_cuda_takes_rounded(const bm_cuda *c, const bm_op_linear *next, const flo
     return bm_cuda_wide_takes(c, &p) && next->x == x && next->M == M && next->ldx == cols && next->w->cols == cols;
 }
 bool bm_cuda_norm_follows(const bm_cuda *c, const bm_product *p, const bm_op_norm *n, const bm_op_linear *next) {
-    const bm_product in = bm_cuda_product_of(next);
     const uintptr_t all = (uintptr_t)n->sum | (uintptr_t)n->residual | (uintptr_t)n->weight;
-    if (!bm_cuda_wide_takes(c, p) || !bm_cuda_wide_takes(c, &in) || p->M > FEW || in.M != p->M || n->M != p->M) return false;
+    if (!bm_cuda_wide_takes(c, p) || !bm_cuda_takes_rounded(c, next, n->y, n->M, n->D) || p->M > FEW || n->M != p->M) return false;
     if (n->x != p->y || n->D != p->N || p->N % TALL || p->ldy != (size_t)p->N || p->accumulate || n->centered || n->bias) return false;
-    if (next->x != n->y || next->ldx != n->D || next->bias || next->accumulate) return false;
-    return n->sum && n->residual && all % 16 == 0;
+    return !next->bias && !next->accumulate && n->sum && n->residual && all % 16 == 0;
 }
 void bm_cuda_product_norm(bm_cuda *c, const bm_product *p, const bm_op_norm *n) {
     job j = { .p = p };
@@ -455,12 +453,7 @@ template <int PER_WARP> __global__ void __launch_bounds__(32 * WARPS) narrow(con
             for (int h = 0; h < 2; h++) {
                 const float4 a = w[(2 * (n < p.N ? n : 0) + h) * eights + k];
 #pragma unroll
-                for (int i = 0; i < PER_WARP; i++) {
-                    float s = fmaf(a.x, v[i][h].x, sum[i][n]);
-                    s = fmaf(a.y, v[i][h].y, s);
-                    s = fmaf(a.z, v[i][h].z, s);
-                    sum[i][n] = fmaf(a.w, v[i][h].w, s);
-                }
+                for (int i = 0; i < PER_WARP; i++) sum[i][n] = dot_four(a, v[i][h], sum[i][n]);
             }
     }
 #pragma unroll

@@ -31,6 +31,11 @@ static bm_product batch(const bm_op_experts *a, const bm_tensor *w, const float 
     return p;
 }
 
+/* Whether gate, or NULL, and up leave hidden columns as bf16 for down, all on Hopper's tensor cores. */
+static bool is_wide(const bm_cuda *c, const bm_op_experts *a, const bm_product *gate, const bm_product *up, const bm_product *down) {
+    const bool one = !gate || (gate->type == up->type && bm_cuda_is_wide(c, gate));
+    return !a->act && one && bm_cuda_is_wide(c, up) && bm_cuda_is_wide(c, down);
+}
 /* act(gate) up, then down, of a batch.  Running drops no row, so every row of y is written by its expert. */
 static void experts(bm_cuda *c, const bm_op_experts *a, int e0) {
     const bm_op_route *r = a->route;
@@ -43,8 +48,7 @@ static void experts(bm_cuda *c, const bm_op_experts *a, int e0) {
     size_t used = 0;
     if (a->gate) bm_cuda_widened(c, &gate, &used);
     bm_cuda_widened(c, &up, &used);
-    const bool one = !a->gate || (gate.type == up.type && bm_cuda_is_wide(c, &gate));
-    if (!a->act && one && bm_cuda_is_wide(c, &up) && bm_cuda_is_wide(c, &down)) {
+    if (is_wide(c, a, a->gate ? &gate : NULL, &up, &down)) {
         down.half = (uint16_t *)a->hidden;
         bm_cuda_wide_hidden(c, a->gate ? &gate : NULL, &up, a->activation == BM_GELU, (uint16_t *)a->hidden);
     } else {
@@ -57,12 +61,11 @@ static void experts(bm_cuda *c, const bm_op_experts *a, int e0) {
     bm_cuda_product(c, &down);
 }
 bool bm_cuda_experts_gather(const bm_cuda *c, const bm_op_experts *a) {
-    if (!a->route || a->act || a->X > BM_CUDA_MATRICES) return false;
+    if (!a->route || a->X > BM_CUDA_MATRICES) return false;
     const bm_product of = { .x = a->x, .ldx = (size_t)a->D, .from = a->route->order };
     const bm_product up = batch(a, a->up, a->up_bias, 0, of), down = batch(a, a->down, a->down_bias, 0, of);
     const bm_product gate = a->gate ? batch(a, a->gate, a->gate_bias, 0, of) : up;
-    const bool all = bm_cuda_wide_takes(c, &gate) && bm_cuda_wide_takes(c, &up) && bm_cuda_wide_takes(c, &down);
-    return all && gate.type == up.type && bm_cuda_gathers(c, &up);
+    return is_wide(c, a, a->gate ? &gate : NULL, &up, &down) && bm_cuda_wide_takes(c, &up) && bm_cuda_gathers(c, &up);
 }
 void bm_cuda_experts(bm_backend *b, const bm_op_experts *a) {
     bm_cuda *c = cuda_of(b);

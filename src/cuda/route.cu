@@ -160,10 +160,6 @@ __device__ static void fetch_row(const bm_op_norm &a, int i, int M, float4 *x, f
         if (a.residual) copy_four(residual + k, (const float4 *)(a.residual + at) + k);
     }
 }
-__device__ static float dot_four(float4 a, float4 b, float sum) {
-    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
-}
-
 /* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is
  * summed as by `dots` (gemm.cu).  NORMS: of the row that it norms before. */
 template <bool NORMS> __global__ void __launch_bounds__(32 * ROUTED)

@@ -34,12 +34,6 @@ INLINE uint8_t *aligned(uint8_t *p) { return p + (1024 - address(p) % 1024) % 10
 INLINE void written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
-/* Whether few.cu or matmul.cu would make it. */
-static bool is_wide(const bm_cuda *c, const bm_op_linear *a) {
-    const bm_product p = bm_cuda_product_of(a);
-    return bm_cuda_wide_takes(c, &p);
-}
-
 /* ---- convolution and x ---------------------------------------------------------------------------------------------- */
 
 /* The blocks of a cluster share k: each makes u of its channels, which are its k, and sends what they give of x to the blocks that
@@ -318,17 +312,18 @@ launch(bm_cuda *c, const bm_op_linear *l, const bm_op_scan *a, int steps, uint16
 
 bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, const bm_op_linear *out) {
     bm_cuda *c = cuda_of(b);
+    const bm_product p = bm_cuda_product_of(l);
     const int steps = blocks_of((size_t)l->w->cols, DEPTH), room = PER * c->chip.multiProcessorCount;
     const int tall = a->I / TALL, small = tall * blocks_of((size_t)a->Q, 8), large = tall * blocks_of((size_t)a->Q, 16);
     const size_t of_block = shared_of<WIDEST>(steps) + 1024;        /* 1,024 are the system's */
     const bool widest = tall * blocks_of((size_t)a->Q, WIDEST) <= room && PER * of_block <= c->chip.sharedMemPerMultiprocessor;
     const uintptr_t all = (uintptr_t)l->w->data | (uintptr_t)a->state | 4 * (uintptr_t)a->I | (uintptr_t)(4 * a->stride);
-    if (c->failed || a->M != a->Q || a->M > FEW || l->w->type != BM_BF16 || !is_wide(c, l)) return false;
+    if (c->failed || a->M != a->Q || a->M > FEW || p.type != BM_BF16 || !bm_cuda_wide_takes(c, &p)) return false;
     if (l->y != a->dt || l->bias || l->accumulate || l->ldx != a->ldbc) return false;
     if (a->N > N16 || a->I % TALL || steps > 3 || all % 16) return false;       /* 3: no kernel shares k of so few steps */
     if (large > room && !widest && (large - 1) % room < room / 2) return false;         /* most of the chip would wait for a few */
     uint16_t *half = bm_cuda_rounded(c, a->y, a->M, a->I);
-    const bool whole = !half || out->x != a->y || out->ldx != a->I || !is_wide(c, out);
+    const bool whole = !half || !bm_cuda_takes_rounded(c, out, a->y, a->M, a->I);
     if (small <= room) launch<8>(c, l, a, steps, half, whole);
     else if (large <= room || !widest) launch<16>(c, l, a, steps, half, whole);
     else launch<WIDEST>(c, l, a, steps, half, whole);

@@ -33,6 +33,11 @@ __device__ inline uint4 halves(const float (&v)[8]) {
     return make_uint4(halves(v[0], v[1]), halves(v[2], v[3]), halves(v[4], v[5]), halves(v[6], v[7]));
 }
 
+/* Four products more of a sum over k, in order. */
+__device__ inline float dot_four(float4 a, float4 b, float sum) {
+    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
 /* ---- norm: a row whose squares (LayerNorm: of what is left of the mean) have this mean --------- */
 
 __device__ inline float norm_squares(float4 v) { return fmaf(v.x, v.x, v.y * v.y) + fmaf(v.z, v.z, v.w * v.w); }
