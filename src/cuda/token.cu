@@ -37,10 +37,6 @@ typedef enum kind { INPUT, XPROJ, SCAN, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind
 /* A block's rows of a stage: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together. */
 typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
 
-INLINE int tid() { return (int)threadIdx.x; }
-INLINE int lane_of() { return (int)threadIdx.x % 32; }
-INLINE int warp_of() { return (int)threadIdx.x / 32; }
-
 /* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
 template <int TYPE> __device__ constexpr int row_step(int K) {
     return PLAIN<TYPE> ? 2 * K + 16 : TYPE == BM_Q8_0 ? (row_bytes<TYPE>(K) + 31) / 32 * 32 | 32 : row_bytes<TYPE>(K) | 16;
@@ -63,6 +59,10 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
 }
 
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
+INLINE int tid() { return (int)threadIdx.x; }
+INLINE int lane_of() { return (int)threadIdx.x % 32; }
+INLINE int warp_of() { return (int)threadIdx.x / 32; }
+
 /* ---- words --------------------------------------------------------------------------------------------------- */
 
 /* Of the warps that multiply. */
