@@ -100,6 +100,7 @@ static inline void __threadfence() { std::atomic_thread_fence(std::memory_order_
 template <class V> static V __ldg(const V *p) { return *p; }
 static inline float __fmul_rn(float a, float b) { return a * b; }       /* -ffp-contract=off */
 static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline long long __float2ll_rn(float v) { return llrintf(v); }
 static inline int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 static inline int __popc(unsigned v) { return __builtin_popcount(v); }
 static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, sizeof u); return u; }
@@ -170,11 +171,16 @@ static inline void copy_row(uint8_t *to, const uint8_t *from, int bytes, uint64_
     memcpy(to, from, (size_t)bytes);
     barrier_change(b, 0, -bytes);
 }
+static inline void copy_half_word(uint32_t *to, const void *from) {
+    if ((uintptr_t)from % 4) wrong("a copy of four bytes from an address that is no multiple of 4");
+    memcpy(to, from, 4);
+}
 static inline void copy_word(uint64_t *to, const uint64_t *from) { *to = *from; }
 static inline void words_wait() { }
 static inline void tell(uint2 *to, uint32_t v, unsigned number) {
     __atomic_store_n((uint64_t *)to, (uint64_t)number << 32 | v, __ATOMIC_SEQ_CST);
 }
+static inline void add(unsigned long long *to, unsigned long long v) { __atomic_fetch_add(to, v, __ATOMIC_SEQ_CST); }
 static inline uint4 look(const uint2 *from) {
     aligned(from, "two words at an address that is no multiple of 16");
     sched_yield();

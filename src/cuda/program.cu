@@ -108,6 +108,11 @@ bool bm_cuda_program_is(const bm_cuda_op *op, int n, bm_cuda_program *p, bm_cuda
         a++;
         p->L++;
     }
+    for (int l = p->L; l--;) {
+        a--;
+        a->next_x = p->first_x;
+        if (!a->X) p->first_x = a->x;
+    }
     if (!p->L || !p->I || p->D / 2 > BM_CUDA_PAIRS || (!p->table_f32 && o->embed.table->type != p->type)) return false;
     return head_is(r, p, y, sum) && r->at == r->n;
 }
@@ -120,32 +125,34 @@ static int most(int a, int b) { return a > b ? a : b; }
 
 int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes) {
     const int B = p->R + 2 * p->N, widest = most(p->D, most(p->I, p->F));
-    int G = least(blocks, least(p->D, p->I / 2));
+    int G = least(least(blocks, 255), least(p->D, p->I / 2));       /* a word counts up to 255 */
     if (p->F) G = least(G, p->F / 2);
     const int own = up_to(blocks_of((size_t)p->I, (size_t)G) + 1, 2), stream = blocks_of((size_t)p->D, (size_t)G);
     p->ldx = 2 * widest + 16;       /* eight rows of 16 bytes meet no bank twice */
     p->at_router = bytes - 4 * (p->most_X ? p->most_X + 1 : 0) * p->D;
-    p->at_own = p->at_router - up_to(4 * BM_CUDA_SLOTS * (2 * own + stream), 16);
+    p->at_before = p->at_router - 8 * p->M * B;
+    p->at_w = p->at_before - up_to((p->type == BM_BF16 || p->type == BM_F16 ? 4 : 8) * own / 2 * (B | 1), 16);
+    p->at_own = p->at_w - up_to(4 * BM_CUDA_SLOTS * (2 * own + stream), 16);
     p->at_part = p->at_own - 4 * BM_CUDA_WARPS * p->M * BM_CUDA_GROUP;
     p->at_f = p->at_part - 4 * p->M * p->D;
     p->at_x = p->at_f - p->M * p->ldx;
     p->ring = p->at_x / 128 * 128;
-    return B % 2 == 0 && B <= p->D && p->D % 8 == 0 && 4 * (widest + 8) <= p->ring ? G : 0;
+    return B % 2 == 0 && B <= least(p->D, 32 * BM_CUDA_WARPS) && p->I <= 8192 && p->D % 8 == 0 && 4 * (widest + 8) <= p->ring ? G : 0;
 }
 
 size_t bm_cuda_program_words(bm_cuda_program *p, void *memory) {
-    const size_t M = (size_t)p->M, D = (size_t)p->D, B = (size_t)(p->R + 2 * p->N), I = (size_t)p->I, F = (size_t)p->F;
+    const size_t M = (size_t)p->M, D = (size_t)p->D, B = (size_t)(p->R + 2 * p->N), I = (size_t)p->I, F = (size_t)p->F, X = M * 16 * blocks_of(B, 4);
     if (memory) {
         p->number = (unsigned *)memory;
         p->ended = p->number + 1;
         p->key = (unsigned long long *)memory + 1;
-        p->stream = (uint2 *)((uint8_t *)memory + 256);
-        p->xdbl = p->stream + M * D;
-        p->u = p->xdbl + M * B;
-        p->y = p->u + M * (I / 2);
+        p->xdbl = (unsigned long long *)memory + 32;
+        p->before = p->xdbl + X;
+        p->stream = (uint2 *)(p->before + M * B);
+        p->y = p->stream + M * D;
         p->act = p->y + M * (I / 2);
     }
-    return 256 + sizeof(uint2) * M * (D + B + I + F / 2);
+    return 256 + sizeof(uint2) * (X + M * (B + D + I / 2 + F / 2));
 }
 
 /* ---- on the GPU ------------------------------------------------------------------------------------------ */
@@ -176,7 +183,7 @@ static bool made(bm_cuda *c, bm_cuda_token *t, const bm_cuda_op *op, int n) {
 
 bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
     int threads;
-    const void *kernel = bm_cuda_token_kernel(BM_BF16, &threads);
+    const void *kernel = bm_cuda_token_kernel(BM_BF16, 1, &threads);
     cudaFuncAttributes code;        /* a later chip may run code for an earlier one, in which the kernel is empty */
     if (!bm_cuda_check(c, cudaFuncGetAttributes(&code, kernel), "a token") || code.ptxVersion < 90) return NULL;
     bm_cuda_token *t = (bm_cuda_token *)calloc(1, sizeof *t);
@@ -185,7 +192,7 @@ bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
         return NULL;
     }
     if (!t) return NULL;
-    kernel = bm_cuda_token_kernel(t->p.type, &threads);
+    kernel = bm_cuda_token_kernel(t->p.type, t->p.M, &threads);
     bm_cuda_check(c, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t->bytes), "a token");
     return t;
 }
@@ -193,7 +200,7 @@ bm_cuda_token *bm_cuda_token_make(bm_cuda *c, const bm_cuda_op *op, int n) {
 /* All blocks at once, or none: they wait for one another. */
 bool bm_cuda_token_run(bm_cuda *c, const bm_cuda_token *t) {
     int threads;
-    const void *kernel = bm_cuda_token_kernel(t->p.type, &threads);
+    const void *kernel = bm_cuda_token_kernel(t->p.type, t->p.M, &threads);
     void *args[] = { (void *)&t->p };
     const dim3 grid((unsigned)t->blocks), block((unsigned)threads);
     return bm_cuda_check(c, cudaLaunchCooperativeKernel(kernel, grid, block, args, (size_t)t->bytes, c->stream), "a token");

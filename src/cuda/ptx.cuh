@@ -20,7 +20,7 @@ INLINE float inverse_fast(float x) {
 
 /* ---- products --------------------------------------------------------------------------------------------------------- */
 
-typedef struct quad { uint32_t v[4]; } quad;
+typedef struct __align__(16) quad { uint32_t v[4]; } quad;
 /* Four matrices of 8 by 8 bf16; lane i has the address of row i % 8 of matrix i / 8. */
 INLINE quad matrices(uint32_t at) {
     quad q;
@@ -83,7 +83,10 @@ INLINE void copy_row(uint8_t *to, const uint8_t *from, int bytes, uint64_t *b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  :: "r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)), "l"(passing()) : "memory");
 }
-/* Eight bytes; there after words_wait(). */
+/* Four bytes, eight; there after words_wait(). */
+INLINE void copy_half_word(uint32_t *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(address(to)), "l"(from));
+}
 INLINE void copy_word(uint64_t *to, const uint64_t *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(address(to)), "l"(from));
 }
@@ -92,6 +95,9 @@ INLINE void copy_word(uint64_t *to, const uint64_t *from) {
 
 INLINE void tell(uint2 *to, uint32_t v, unsigned number) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(v), "r"(number) : "memory");
+}
+INLINE void add(unsigned long long *to, unsigned long long v) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(to), "l"(v) : "memory");
 }
 INLINE uint4 look(const uint2 *from) {    /* two words */
     uint4 v;

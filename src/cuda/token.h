@@ -30,6 +30,7 @@ typedef struct bm_cuda_layer {
     const float *norm; float eps;
     int X;                                      /* 0: Mamba */
     const uint8_t *in, *x, *dt, *out;
+    const uint8_t *next_x;                      /* x of the next Mamba layer, NULL: none */
     const float *in_bias, *out_bias, *conv, *conv_bias, *dt_bias, *A, *D;
     float *conv_state, *state;                  /* of slot 0 */
     bool gelu, softmax;
@@ -44,19 +45,21 @@ typedef struct bm_cuda_program {
     size_t stride;                              /* of states */
     const bm_token *token; const int32_t *slot;
     const uint8_t *table; bool table_f32;       /* else of `type` */
-    const bm_cuda_layer *layers;
-    uint2 *stream, *xdbl, *u, *y, *act;         /* words: (M,D) and (M,R+2N) f32; (M,I/2) (M,I/2) (M,F/2) two bf16 */
+    const bm_cuda_layer *layers; const uint8_t *first_x;
+    uint2 *stream, *y, *act;                    /* words: (M,D) f32; (M,I/2) (M,F/2) two bf16 */
+    unsigned long long *xdbl, *before;          /* sums and who added, (M,R+2N), four in 128 bytes; what they were after the token before */
     const float *last_norm, *last_bias, *head_bias; float last_eps; bool centered;
     const uint8_t *head; float *logits;
     bm_token *best; int ids;                    /* the largest of the first ids logits */
     unsigned long long *key; unsigned *ended;   /* (M) of the best so far, blocks that ended; zeros between tokens */
     unsigned *number;                           /* of the last stage of the token before */
     int ring, ldx;                              /* bytes; from slot to slot of activations */
-    int at_x, at_f, at_part, at_own, at_router; /* where in shared memory, in bytes; the ring is at 0 */
+    int at_x, at_f, at_part, at_own, at_w, at_before, at_router;        /* where in shared memory, in bytes; the ring is at 0 */
 } bm_cuda_program;
 
-/* The kernel (9.0 and later: bulk copies) for bf16, f16, q8_0 or q4_0, its threads a block; its one argument is a bm_cuda_program. */
-const void *bm_cuda_token_kernel(bm_dtype type, int *threads);
+/* The kernel (9.0 and later: bulk copies) for bf16, f16, q8_0 or q4_0, of a single text or of up to BM_CUDA_SLOTS, its threads a block;
+ * its one argument is a bm_cuda_program. */
+const void *bm_cuda_token_kernel(bm_dtype type, int texts, int *threads);
 /* Places of a block's things in `bytes` of shared memory, for the program's shapes on at most `blocks` blocks, each of which has
  * something of every vector; how many those are, 0: the ring would hold too little. */
 int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes);

@@ -1,0 +1,244 @@
+/* ring.cuh - a block's rows of every matrix of a token (token.cu): which they are, how they come, their products.  Room: cuda.
+ *
+ * In: a program (program.cu).  One warp copies rows into a ring in shared memory, a tile at a time, as far ahead as the ring allows; the
+ * others multiply tiles by activations of up to SLOTS texts and release them. */
+#ifndef BM_CUDA_RING_H
+#define BM_CUDA_RING_H
+#include "cuda/steps.cuh"
+#include "cuda/token.h"
+#include "cuda/weights.cuh"
+
+enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP };
+enum { STEP = 32, BATCH = 2, RING_TILES = 16, ON_THE_WAY = 2 };         /* elements; tiles multiplied together, at most, before the last */
+
+template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;     /* else quants */
+
+typedef bm_cuda_layer layer;
+typedef bm_cuda_program program;
+typedef enum kind { INPUT, SCAN, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
+
+/* A block's rows of a stage: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together. */
+typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
+
+/* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
+template <int TYPE> __device__ constexpr int row_step(int K) {
+    return PLAIN<TYPE> ? 2 * K + 16 : TYPE == BM_Q8_0 ? (row_bytes<TYPE>(K) + 31) / 32 * 32 | 32 : row_bytes<TYPE>(K) | 16;
+}
+/* Rows in units that stay together, as evenly as can be. */
+template <int TYPE> __device__ static plan plan_of(const program &p, int stage) {
+    const int b = (int)blockIdx.x, G = (int)gridDim.x;
+    const int all = stage == INPUT || stage == SCAN ? p.I : stage == EXPERT ? p.F : stage == HEAD ? p.V : p.D;
+    const int unit = stage == INPUT || stage == SCAN || stage == EXPERT ? 2 : 1;
+    plan q;
+    q.from = all / unit * b / G * unit;
+    q.n = all / unit * (b + 1) / G * unit - q.from;
+    q.spans = stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1;
+    q.K = stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D;
+    q.steps = q.K / STEP;
+    const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
+    q.h = tiles ? (rows + tiles - 1) / tiles : 1;
+    q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
+    return q;
+}
+
+#if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
+INLINE int tid() { return (int)threadIdx.x; }
+INLINE int lane_of() { return (int)threadIdx.x % 32; }
+INLINE int warp_of() { return (int)threadIdx.x / 32; }
+
+/* ---- the ring ------------------------------------------------------------------------------------------------ */
+
+typedef struct ring {
+    uint64_t full[RING_TILES], empty[RING_TILES], routed, foreseen, decided;    /* routed: a router is there */
+    int at[RING_TILES], bytes[RING_TILES];      /* of a tile: its place; the copier's: what it takes, gaps included */
+    unsigned guessed, chosen;                   /* a bit for each expert */
+} ring;
+/* The copier's side. */
+typedef struct copier { int at, used; unsigned made, freed; } copier;
+
+/* A place for a tile; its number in the ring. */
+INLINE int place(const program &p, ring *r, copier *c, int bytes) {
+    const bool wraps = c->at + bytes > p.ring;
+    const int gap = wraps ? p.ring - c->at : 0;
+    while (c->used + gap + bytes > p.ring || c->made - c->freed == RING_TILES) {
+        const int old = c->freed % RING_TILES;
+        barrier_wait(&r->empty[old], c->freed / RING_TILES);
+        c->used -= r->bytes[old];
+        c->freed++;
+        __syncwarp();
+    }
+    const int i = c->made++ % RING_TILES;
+    if (wraps) c->at = 0;
+    if (lane_of() == 0) {
+        r->at[i] = c->at;
+        r->bytes[i] = gap + bytes;
+    }
+    c->used += gap + bytes;
+    return i;
+}
+/* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices. */
+template <int TYPE> INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c, const uint8_t *const *a,
+                                           const uint8_t *const *b, unsigned chosen) {
+    const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
+#pragma unroll 1
+    for (int g = 0; g < q.n; g += most) {
+        const int n = min(most, q.n - g), rows = n * q.spans;
+#pragma unroll 1
+        for (unsigned left = chosen; left; left &= left - 1) {
+            const int x = __ffs(left) - 1;
+#pragma unroll 1
+            for (int t = 0; t < rows; t += q.h) {
+                const int h = min(q.h, rows - t), i = place(p, r, c, h * step), row = t + lane_of();
+                if (c->made > ON_THE_WAY) {        /* what is asked for at once holds up other blocks' words */
+                    const unsigned last = c->made - 1 - ON_THE_WAY;
+                    barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
+                }
+                if (lane_of() == 0) barrier_expect(&r->full[i], h * bytes);
+                __syncwarp();
+                if (lane_of() < h) {
+                    const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * bytes
+                                                  : b[x] + (size_t)(q.from + g + row - n) * bytes;
+                    copy_row(memory + c->at + lane_of() * step, from, bytes, &r->full[i]);
+                }
+                c->at += h * step;
+            }
+        }
+    }
+}
+/* Whether layer l's expert is guessed while the layer before runs. */
+INLINE bool foreseen(const program &p, const layer *a, const layer *before) { return p.M == 1 && a->router && before && !before->X; }
+/* A layer's router (X,D) and the weights of its norm behind it. */
+INLINE void router_copy(const program &p, const layer *a, ring *r, uint8_t *memory) {
+    if (!a->router || lane_of()) return;
+    barrier_expect(&r->routed, 4 * (a->X + 1) * p.D);
+    copy_row(memory + p.at_router, (const uint8_t *)a->router, 4 * a->X * p.D, &r->routed);
+    copy_row(memory + p.at_router + 4 * a->X * p.D, (const uint8_t *)a->norm, 4 * p.D, &r->routed);
+}
+template <int TYPE> __device__ __noinline__ static void copy_all(const program &p, const plan *q, ring *r, uint8_t *memory) {
+    copier c = {};
+    unsigned guesses = 0, choices = 0;
+    router_copy(p, p.layers, r, memory);
+#pragma unroll 1
+    for (int l = 0; l < p.L; l++) {
+        const layer *a = p.layers + l;
+        unsigned guessed = 0;
+        if (!a->X) {
+            const uint8_t *second = a->in + (size_t)p.I * row_bytes<TYPE>(p.D);
+            if (l + 1 < p.L) router_copy(p, a + 1, r, memory);      /* the choice before was told: nobody reads its router */
+            copy_stage<TYPE>(p, q[INPUT], r, memory, &c, &a->in, &second, 1);
+            copy_stage<TYPE>(p, q[OUTPUT], r, memory, &c, &a->out, NULL, 1);
+            continue;
+        }
+        if (foreseen(p, a, l ? a - 1 : NULL)) {
+            barrier_wait(&r->foreseen, guesses++);
+            guessed = r->guessed;
+        }
+#pragma unroll 1
+        for (int pass = 0; pass < 2; pass++) {
+            if (pass) barrier_wait(&r->decided, choices++);
+            const unsigned which = pass ? r->chosen & ~guessed : guessed;
+            copy_stage<TYPE>(p, q[EXPERT], r, memory, &c, p.gated ? a->gate : a->up, a->up, which);
+            copy_stage<TYPE>(p, q[DOWN], r, memory, &c, a->down, NULL, which);
+        }
+        if (l + 1 < p.L && a[1].X) router_copy(p, a + 1, r, memory);
+    }
+    copy_stage<TYPE>(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------ */
+
+/* Two quants as bf16, exactly.  q8_0, bytes 0 and 2: 128 and their low bits, less 128 or, by their sign, 256.  q4_0, nibbles 0
+ * and 4: 128 and they, less 136. */
+template <int TYPE> INLINE uint32_t quants(uint32_t v) {
+    if (TYPE == BM_Q8_0) return minus_bf16(masked(v, 0x007f007f, 0x43004300), masked(v, 0x00800080, 0x43004300));
+    return minus_bf16(masked(v, 0x000f000f, 0x43004300), 0x43084308);
+}
+/* A lane's eight of row at[0] and of row at[1], in step k. */
+template <int TYPE> INLINE void fragments(const uint32_t (&at)[2], int k, quad (&a)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint2 v;
+        if (TYPE == BM_Q8_0) v = load<uint2>(at[i] + 32 * k + lane_of() % 4 * 8);
+        else v.x = load<uint32_t>(at[i] + 16 * k + lane_of() % 4 * 4), v.y = v.x >> 8;
+        a[0].v[i] = quants<TYPE>(v.x);
+        a[0].v[i + 2] = quants<TYPE>(v.x >> (TYPE == BM_Q8_0 ? 8 : 4));
+        a[1].v[i] = quants<TYPE>(v.y);
+        a[1].v[i + 2] = quants<TYPE>(v.y >> (TYPE == BM_Q8_0 ? 8 : 4));
+    }
+}
+/* A fragment of weights; of f16: rounded. */
+template <int TYPE> INLINE quad weights(uint32_t at) {
+    quad a = matrices(at);
+#pragma unroll
+    for (int i = 0; TYPE == BM_F16 && i < 4; i++) {
+        const float2 v = __half22float2(*(const __half2 *)&a.v[i]);
+        a.v[i] = halves(v.x, v.y);
+    }
+    return a;
+}
+/* c += a step of 16 rows; of quants: their block's products, exact but for sums, times the scales of the rows. */
+template <int TYPE> INLINE void multiply_step(float (&c)[2][4], const uint32_t (&at)[2], int K, int k, const quad &b) {
+    if (PLAIN<TYPE>) {
+        multiply_bf16(c[0], weights<TYPE>(at[0] + 64 * k), b.v[0], b.v[1]);
+        multiply_bf16(c[1], weights<TYPE>(at[0] + 64 * k + 32), b.v[2], b.v[3]);
+        return;
+    }
+    quad a[2];
+    float v[4] = {};
+    fragments<TYPE>(at, k, a);
+    multiply_bf16(v, a[0], b.v[0], b.v[1]);
+    multiply_bf16(v, a[1], b.v[2], b.v[3]);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float scale = __half2float(load<__half>(at[i] + (TYPE == BM_Q8_0 ? K : K / 2) + 2 * k));
+        c[0][2 * i] = fmaf(scale, v[2 * i], c[0][2 * i]);
+        c[0][2 * i + 1] = fmaf(scale, v[2 * i + 1], c[0][2 * i + 1]);
+    }
+}
+/* part (WARPS,M,GROUP) (+)= this warp's steps of TILES tiles of h rows, `rows` in all, the first of which is row t of the
+ * group.  x: where this lane reads activations; use: the slot of its fragment is multiplied by these weights, the others
+ * add 0. */
+template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint32_t memory, unsigned tile, int rows, uint32_t x,
+                                                    bool use, int M, float *part, int t, bool more) {
+    const int lane = lane_of(), g = lane / 4, l = lane % 4, step = row_step<TYPE>(q.K);
+    uint32_t at[TILES][2];      /* a row of ldmatrix's; of quants rows g and g + 8 */
+    float c[TILES][2][4] = {};
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        barrier_wait(&r->full[(tile + j) % RING_TILES], (tile + j) / RING_TILES);
+        const uint32_t first = memory + r->at[(tile + j) % RING_TILES];
+        const int last = min(q.h, rows - j * q.h) - 1;
+        if (PLAIN<TYPE>) at[j][0] = first + min(lane % 16, last) * step + lane / 16 * 16;
+        else at[j][0] = first + min(g, last) * step, at[j][1] = first + min(g + 8, last) * step;
+    }
+#pragma unroll (TYPE == BM_BF16 ? 4 : 2)
+    for (int k = warp_of(); k < q.steps; k += WARPS) {
+        quad b = M == 1 ? load<quad>(x + 64 * k) : matrices(x + 64 * k);
+        if (M > 1 && !use) b = {};
+#pragma unroll
+        for (int j = 0; j < TILES; j++) multiply_step<TYPE>(c[j], at[j], q.K, k, b);
+    }
+    __syncwarp();
+    float *to = part + (warp_of() * M + 2 * l) * GROUP + t + g;
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        if (lane == 0) barrier_arrive(&r->empty[(tile + j) % RING_TILES]);
+        if (2 * l >= M) continue;
+        const int h = min(q.h, rows - j * q.h);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (g + 8 * (i / 2) < h && (i % 2 == 0 || 2 * l + 1 < M)) {
+                float *v = to + j * q.h + i % 2 * GROUP + 8 * (i / 2);
+                *v = (more ? *v : 0) + (c[j][0][i] + c[j][1][i]);
+            }
+    }
+}
+/* Row r of slot m. */
+INLINE float made(const float *part, int M, int r, int m) {
+    float v[2] = {};
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v[w % 2] += part[(w * M + m) * GROUP + r];
+    return v[0] + v[1];
+}
+#endif
+#endif
