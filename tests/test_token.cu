@@ -166,13 +166,13 @@ static int test(bm_dtype type, bm_arith arith, double bound) {
     bm_model *m;
     bm_session *s;
     const char *path = scratch_path("emulated.gguf");
-    c.family = BM_BLACKMAMBA, c.n_layers = 4, c.n_vocab = V, c.d_model = 64, c.d_inner = 128, c.d_state = 16, c.d_conv = 4, c.dt_rank = 4;
+    c.family = BM_BLACKMAMBA, c.n_layers = 4, c.n_vocab = V, c.d_model = 96, c.d_inner = 128, c.d_state = 16, c.d_conv = 4, c.dt_rank = 4;
     c.activation = BM_GELU, c.final_norm = BM_LAYERNORM, c.norm_eps = 1e-5f, c.gated = c.conv_bias = c.tied_head = true, c.top_k = 1;
     c.max_len = 64;
-    for (int l = 0; l < c.n_layers; l += 2) c.layer[l].mixer = BM_MIXER_MAMBA;
-    c.layer[1].ffn = BM_FFN_MOE, c.layer[1].n_experts = 4, c.layer[3].ffn = BM_FFN_DENSE, c.layer[3].n_experts = 1;
-    c.layer[1].d_ff = c.layer[3].d_ff = 96;
-    ok(bm_init(&c, 7, type, path, NULL, NULL, NULL));
+    c.layer[0].mixer = c.layer[3].mixer = BM_MIXER_MAMBA;
+    c.layer[1].ffn = BM_FFN_MOE, c.layer[1].n_experts = 4, c.layer[2].ffn = BM_FFN_DENSE, c.layer[2].n_experts = 1;
+    c.layer[1].d_ff = c.layer[2].d_ff = 96;
+    ok(bm_init(&c, 9, type, path, NULL, NULL, NULL));
     ok(bm_device_open(&d, "cpu", 1));
     bm_backend *b = backend_of(d);
     cpu = *b;

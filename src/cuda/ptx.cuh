@@ -94,15 +94,15 @@ INLINE void copy_word(uint64_t *to, const uint64_t *from) {
 /* ---- words of a value and a number, seen by all blocks -------------------------------------------------------------- */
 
 INLINE void tell(uint2 *to, uint32_t v, unsigned number) {
-    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(v), "r"(number) : "memory");
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"((uint64_t)number << 32 | v) : "memory");
 }
 INLINE void add(unsigned long long *to, unsigned long long v) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(to), "l"(v) : "memory");
 }
 INLINE uint4 look(const uint2 *from) {    /* two words */
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-    return v;
+    uint64_t v, w;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v), "=l"(w) : "l"(from) : "memory");
+    return make_uint4((uint32_t)v, (uint32_t)(v >> 32), (uint32_t)w, (uint32_t)(w >> 32));
 }
 
 #endif

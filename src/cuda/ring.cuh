@@ -135,8 +135,8 @@ template <int TYPE> __device__ __noinline__ static void copy_all(const program &
         }
 #pragma unroll 1
         for (int pass = 0; pass < 2; pass++) {
-            if (pass) barrier_wait(&r->decided, choices++);
-            const unsigned which = pass ? r->chosen & ~guessed : guessed;
+            if (pass && a->router) barrier_wait(&r->decided, choices++);
+            const unsigned which = pass ? (a->router ? r->chosen : 1u) & ~guessed : guessed;
             copy_stage<TYPE>(p, q[EXPERT], r, memory, &c, p.gated ? a->gate : a->up, a->up, which);
             copy_stage<TYPE>(p, q[DOWN], r, memory, &c, a->down, NULL, which);
         }

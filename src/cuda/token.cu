@@ -11,8 +11,8 @@
  *   DOWN    down, residual                                 its part of the stream
  *   HEAD    norm, head                                     its logits
  * No barrier parts them: what a block makes it stores in words of a value and the number of its stage, and who reads a
- * word reads it until the number is right.  Every block makes something in each stage, all of which all read, so a buffer is
- * written again only after all have read it.  Of x each block makes its channels' part of every row and adds it to a word that
+ * word reads it until the number is right.  Every block makes something in each stage but HEAD, and all read all of it, so a buffer
+ * is written again only after all have read it.  Of x each block makes its channels' part of every row and adds it to a word that
  * counts who has: sums of integers, which their order does not change.
  * One warp copies the block's rows (ring.cuh).  An expert's rows wait for the choice, but for a single text: there the router is
  * asked before the Mamba layer in front of it, and what it says is copied, multiplied and told; where the choice is another after
@@ -113,7 +113,7 @@ template <int TYPE> INLINE void stream_hear(const program &p, const shared &s, c
     meet();
 }
 INLINE float root(const program &p, const shared &s, int m, float eps) { return norm_scale(over_warps(s.squares + m * WARPS) / (float)p.D, eps); }
-/* The last norm: of what stream_hear left in s.f as it is, where rows are centred or there is a bias. */
+/* The last norm, of what stream_hear left in s.f as it is. */
 INLINE void last_norm(const program &p, const shared &s) {
     const int D = p.D;
 #pragma unroll 1
@@ -189,7 +189,7 @@ template <int TYPE> INLINE void x_fetch(const program &p, const shared &s, const
     }
 }
 /* Products of two channels from k on in units of 2^-27.  Less than 2^16: a word counts blocks from bit 56 on, and the sum of all stays
- * below 2^55.  What is no number becomes one here; it comes to the output by u. */
+ * below 2^55.  What is no number becomes one here; of u it comes to the output by the scan, of x's weights it does not. */
 template <int TYPE> INLINE long long in_units(uint32_t w, uint32_t scales, int k, float2 u) {
     float2 v;
     if (TYPE == BM_BF16) v = make_float2(bf16_at(w & 0xffff), bf16_at(w >> 16));
@@ -321,7 +321,8 @@ INLINE int largest(const float *of, int n) {
     const unsigned best = __ballot_sync(~0u, lane_of() < n && v == top);
     return best ? __ffs(best) - 1 : 0;
 }
-/* What a layer's router says of s.f, the stream before the layer in front of it: most often that layer does not change it. */
+/* What a layer's router, without its bias, says of s.f, the stream before the layer in front of it: most often that layer does not
+ * change it. */
 INLINE void guess(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out) {
     __shared__ float logit[MOST_X];
     barrier_wait(&r->routed, round);
@@ -359,7 +360,7 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
     } else if (tid() < s.M) out->expert[tid()] = 0;
     meet();
     const unsigned all = __reduce_or_sync(~0u, lane < s.M ? 1u << out->expert[lane] : 0);
-    if (tid() == 0) {
+    if (a.router && tid() == 0) {
         r->chosen = all;
         barrier_arrive(&r->decided);
     }
@@ -440,7 +441,7 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
     if (STAGE == OUTPUT || STAGE == DOWN) {
         if (STAGE == OUTPUT && a.out_bias) v += a.out_bias[at];
         if (STAGE == DOWN) v += a.down_bias ? a.down_bias[(size_t)t.k->expert[m] * p.D + at] : 0;
-        float *sum = &s.sum[m * q.n + row];
+        float *sum = &s.sum[m * q.n + g + row];
         *sum = STAGE == DOWN ? fmaf(v, t.k->gate[m], *sum) : *sum + v;
         tell(p.stream + m * p.D + at, __float_as_uint(*sum), t.number);
     }
@@ -550,7 +551,7 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, cons
             words_wait();
             meet();
             x_add<TYPE>(p, s, plans[INPUT]);
-            guessed = l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);
+            guessed = MOST == 1 && l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);
             if (guessed) guess(p, s, kept[(l + 1) % 2], r, t.round, &k);
             scan<TYPE>(p, s, a, plans[SCAN], ++t.number);
             x_fetch<TYPE>(p, s, plans[INPUT], way, a.next_x);       /* all have added */
