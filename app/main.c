@@ -32,7 +32,7 @@ static int command_unknown(const char *name) {
 
 static void overview(FILE *to) {
     fputs("usage: blackmamba COMMAND [options]\n\n"
-          "Runs BlackMamba and Mamba language models on the processor.\n\ncommands:\n", to);
+          "Runs BlackMamba and Mamba language models on processors and NVIDIA GPUs.\n\ncommands:\n", to);
     for (int i = 0; commands[i]; i++) fprintf(to, "  %-12s%s\n", commands[i]->name, commands[i]->summary);
     fputs("  help        the help of a command: blackmamba help COMMAND, or blackmamba COMMAND --help\n\n"
           "  blackmamba --version    the version\n\n"

@@ -141,7 +141,8 @@ int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes) {
 }
 
 size_t bm_cuda_program_words(bm_cuda_program *p, void *memory) {
-    const size_t M = (size_t)p->M, D = (size_t)p->D, B = (size_t)(p->R + 2 * p->N), I = (size_t)p->I, F = (size_t)p->F, X = M * 16 * blocks_of(B, 4);
+    const size_t M = (size_t)p->M, D = (size_t)p->D, B = (size_t)(p->R + 2 * p->N), I = (size_t)p->I, F = (size_t)p->F;
+    const size_t X = M * 16 * (size_t)blocks_of(B, 4);
     if (memory) {
         p->number = (unsigned *)memory;
         p->ended = p->number + 1;

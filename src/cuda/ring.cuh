@@ -15,9 +15,9 @@ template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;   
 
 typedef bm_cuda_layer layer;
 typedef bm_cuda_program program;
-typedef enum kind { INPUT, SCAN, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
+typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
-/* A block's rows of a stage: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together. */
+/* A block's rows of a stage that has a product: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together. */
 typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
 
 /* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
@@ -27,8 +27,8 @@ template <int TYPE> __device__ constexpr int row_step(int K) {
 /* Rows in units that stay together, as evenly as can be. */
 template <int TYPE> __device__ static plan plan_of(const program &p, int stage) {
     const int b = (int)blockIdx.x, G = (int)gridDim.x;
-    const int all = stage == INPUT || stage == SCAN ? p.I : stage == EXPERT ? p.F : stage == HEAD ? p.V : p.D;
-    const int unit = stage == INPUT || stage == SCAN || stage == EXPERT ? 2 : 1;
+    const int all = stage == INPUT ? p.I : stage == EXPERT ? p.F : stage == HEAD ? p.V : p.D;
+    const int unit = stage == INPUT || stage == EXPERT ? 2 : 1;
     plan q;
     q.from = all / unit * b / G * unit;
     q.n = all / unit * (b + 1) / G * unit - q.from;

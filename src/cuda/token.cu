@@ -112,22 +112,29 @@ template <int TYPE> INLINE void stream_hear(const program &p, const shared &s, c
     }
     meet();
 }
-INLINE float root(const program &p, const shared &s, int m, float eps) { return norm_scale(over_warps(s.squares + m * WARPS) / (float)p.D, eps); }
+INLINE float root(const program &p, const shared &s, int m, float eps) {
+    return norm_scale(over_warps(s.squares + m * WARPS) / (float)p.D, eps);
+}
+/* The mean of row m of s.f; s.squares are then those of what is left of it. */
+INLINE float mean_of(const shared &s, int m, int D) {
+    float total = 0, square = 0;
+    for (int k = tid(); k < D; k += THREADS) total += s.f[m * D + k];
+    total = warp_sum(total);
+    if (lane_of() == 0) s.part[warp_of()] = total;
+    meet();
+    const float mean = over_warps(s.part) / (float)D;
+    for (int k = tid(); k < D; k += THREADS) square = fmaf(s.f[m * D + k] - mean, s.f[m * D + k] - mean, square);
+    square = warp_sum(square);
+    if (lane_of() == 0) s.squares[m * WARPS + warp_of()] = square;
+    meet();
+    return mean;
+}
 /* The last norm, of what stream_hear left in s.f as it is. */
 INLINE void last_norm(const program &p, const shared &s) {
     const int D = p.D;
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
-        float total = 0, square = 0;
-        for (int k = tid(); k < D; k += THREADS) total += s.f[m * D + k];
-        total = warp_sum(total);
-        if (lane_of() == 0) s.part[warp_of()] = total;
-        meet();
-        const float mean = p.centered ? over_warps(s.part) / (float)D : 0;
-        for (int k = tid(); k < D; k += THREADS) square = fmaf(s.f[m * D + k] - mean, s.f[m * D + k] - mean, square);
-        square = warp_sum(square);
-        if (lane_of() == 0) s.squares[m * WARPS + warp_of()] = square;
-        meet();
+        const float mean = p.centered ? mean_of(s, m, D) : 0;
         const float r = root(p, s, m, p.last_eps);
         for (int k = tid(); k < D / 2; k += THREADS) {
             const float2 f = *(const float2 *)(s.f + m * D + 2 * k), w = __ldg((const float2 *)p.last_norm + k);
@@ -188,8 +195,11 @@ template <int TYPE> INLINE void x_fetch(const program &p, const shared &s, const
         if (i >= n) i -= n, row++;
     }
 }
-/* Products of two channels from k on in units of 2^-27.  Less than 2^16: a word counts blocks from bit 56 on, and the sum of all stays
- * below 2^55.  What is no number becomes one here; of u it comes to the output by the scan, of x's weights it does not. */
+/* A word of x: a sum in units of 2^-27, and from bit 56 on how many blocks added to it. */
+constexpr float UNITS = 134217728;
+constexpr unsigned long long ADDED = 1ULL << 56;
+/* Products of two channels from k on, in units.  Less than 2^16: the sum of all stays below ADDED / 2.  What is no number becomes one
+ * here; of u it comes to the output by the scan, of x's weights it does not. */
 template <int TYPE> INLINE long long in_units(uint32_t w, uint32_t scales, int k, float2 u) {
     float2 v;
     if (TYPE == BM_BF16) v = make_float2(bf16_at(w & 0xffff), bf16_at(w >> 16));
@@ -202,7 +212,7 @@ template <int TYPE> INLINE long long in_units(uint32_t w, uint32_t scales, int k
     }
     float sum = fmaf(v.y, rounded(u.y), __fmul_rn(v.x, rounded(u.x)));
     if (!PLAIN<TYPE>) sum = __fmul_rn(sum, __half2float(__ushort_as_half((unsigned short)(scales >> k / 32 % 2 * 16))));
-    return __float2ll_rn(fminf(fmaxf(sum, -65535), 65535) * 134217728.f);
+    return __float2ll_rn(fminf(fmaxf(sum, -65535), 65535) * UNITS);
 }
 /* The word of a row of x: four in a line, so that not all blocks want the same. */
 INLINE unsigned long long *x_word(const program &p, int m, int row) {
@@ -220,13 +230,13 @@ template <int TYPE> INLINE void x_add(const program &p, const shared &s, const p
         for (int i = first; i < q.n / 2; i += parts)
             sum += in_units<TYPE>(w[i * (B | 1)], PLAIN<TYPE> ? 0 : scales[i * (B | 1)], q.from + 2 * i, u[i]);
         if (parts == 2) sum += __shfl_xor_sync(~0u, sum, 1);
-        if (row < B && !first) add(x_word(p, m, row), (unsigned long long)(sum + (1LL << 56)));
+        if (row < B && !first) add(x_word(p, m, row), (unsigned long long)sum + ADDED);
     }
 }
 /* Blocks that added to a word which held `before`; what they added. */
-INLINE unsigned who_added(unsigned long long word, unsigned long long before) { return (unsigned)((word - before + (1ULL << 55)) >> 56); }
+INLINE unsigned who_added(unsigned long long word, unsigned long long before) { return (unsigned)((word - before + ADDED / 2) / ADDED); }
 INLINE float what_added(unsigned long long word, unsigned long long before) {
-    return (float)(long long)(word - before - ((unsigned long long)gridDim.x << 56)) * (1 / 134217728.f);
+    return (float)(long long)(word - before - gridDim.x * ADDED) * (1 / UNITS);
 }
 /* (M,R+2N) into s.f. */
 INLINE void x_hear(const program &p, const shared &s) {
@@ -521,10 +531,11 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, cons
                                                 const bm_token *token) {
     __shared__ chosen k;
     __shared__ float squares[SLOTS * WARPS];
-    const int M = MOST == 1 ? 1 : p.M, own = SLOTS * plans[SCAN].n, lane = lane_of();
+    const int M = MOST == 1 ? 1 : p.M, own = SLOTS * plans[INPUT].n, lane = lane_of();
     float *u = (float *)(memory + p.at_own);
     const shared s = { M, memory + p.at_x, (float *)(memory + p.at_f), (float *)(memory + p.at_part), u, u + own, u + 2 * own,
-                       (float *)(memory + p.at_router), squares, (uint32_t *)(memory + p.at_w), (unsigned long long *)(memory + p.at_before), token };
+                       (float *)(memory + p.at_router), squares, (uint32_t *)(memory + p.at_w),
+                       (unsigned long long *)(memory + p.at_before), token };
     const x_way way = x_way_of(plans[INPUT].n / 2);
     const int x_words = M * (p.R + 2 * p.N);
     state t = { r, memory, *p.number };
@@ -553,7 +564,7 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, cons
             x_add<TYPE>(p, s, plans[INPUT]);
             guessed = MOST == 1 && l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);
             if (guessed) guess(p, s, kept[(l + 1) % 2], r, t.round, &k);
-            scan<TYPE>(p, s, a, plans[SCAN], ++t.number);
+            scan<TYPE>(p, s, a, plans[INPUT], ++t.number);
             x_fetch<TYPE>(p, s, plans[INPUT], way, a.next_x);       /* all have added */
             hear_rows(p, s, p.y, p.I, t.number);
             rows_end<TYPE, OUTPUT>(p, s, a, plans[OUTPUT], t);
@@ -598,13 +609,15 @@ template <int TYPE, int MOST> __global__ void __launch_bounds__(THREADS + 32, 1)
 
 /* ---- what starts it ------------------------------------------------------------------------------------------------- */
 
+template <int TYPE> static const void *kernel_of(int texts) {
+    return texts == 1 ? (const void *)token_kernel<TYPE, 1> : (const void *)token_kernel<TYPE, SLOTS>;
+}
 const void *bm_cuda_token_kernel(bm_dtype type, int texts, int *threads) {
-    const bool one = texts == 1;
     *threads = THREADS + 32;
     switch (type) {
-    case BM_F16:  return one ? (const void *)token_kernel<BM_F16, 1> : (const void *)token_kernel<BM_F16, SLOTS>;
-    case BM_Q8_0: return one ? (const void *)token_kernel<BM_Q8_0, 1> : (const void *)token_kernel<BM_Q8_0, SLOTS>;
-    case BM_Q4_0: return one ? (const void *)token_kernel<BM_Q4_0, 1> : (const void *)token_kernel<BM_Q4_0, SLOTS>;
-    default:      return one ? (const void *)token_kernel<BM_BF16, 1> : (const void *)token_kernel<BM_BF16, SLOTS>;
+    case BM_F16:  return kernel_of<BM_F16>(texts);
+    case BM_Q8_0: return kernel_of<BM_Q8_0>(texts);
+    case BM_Q4_0: return kernel_of<BM_Q4_0>(texts);
+    default:      return kernel_of<BM_BF16>(texts);
     }
 }
