@@ -19,12 +19,10 @@ static void law_close(law *w) {
     free(w->want);
     free(w->got);
 }
-/* On a GPU several kernels make native products, which sum in other orders: with weights of bf16, f16, q8_0 and q4_0 one up to 5
- * rows, another to 128, a third from there on; with others one up to 64, and from there on those of bf16.  Across them the law is a
- * bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md).  Rows up to which there is the first; 0: there is one. */
-static int first_kernel(const law *w) {
-    if (w->type == BM_F32 || w->arith == BM_ARITH_F32 || strncmp(test_device(), "cuda", 4)) return 0;
-    return w->type == BM_BF16 || w->type == BM_F16 || w->type == BM_Q8_0 || w->type == BM_Q4_0 ? 5 : 64;
+/* On a GPU several kernels make native products, which sum in other orders: one up to 5 rows, another to 128, a third from there on.
+ * Across them the law is a bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md). */
+static bool several_kernels(const law *w) {
+    return w->type != BM_F32 && w->arith != BM_ARITH_F32 && !strncmp(test_device(), "cuda", 4);
 }
 static void near(const law *w, const char *what) {
     const size_t n = T * (size_t)w->r.V;
@@ -42,7 +40,7 @@ static void same_bits(const law *w, const char *what) {
     memset(w->got, 0, sizeof(float) * T * (size_t)w->r.V);
 }
 static void same(const law *w, const char *what) {
-    if (first_kernel(w)) near(w, what);
+    if (several_kernels(w)) near(w, what);
     else same_bits(w, what);
 }
 
@@ -75,12 +73,11 @@ static void chunking(law *w) {
     same(w, "uneven pieces");
     float *want = w->want, *pieces = malloc(sizeof(float) * T * (size_t)w->r.V);
     assert_non_null(pieces);
-    const bool from_65 = first_kernel(w) == 64;
-    in_steps(w, 0, from_65 ? (size_t[]){ 75, T - 75 } : (size_t[]){ 128, T - 128 }, 2);
+    in_steps(w, 0, (size_t[]){ 128, T - 128 }, 2);
     memcpy(pieces, w->got, sizeof(float) * T * (size_t)w->r.V);
     same(w, "two pieces");
     w->want = pieces;
-    in_steps(w, 0, from_65 ? (size_t[]){ 65, T - 65 } : (size_t[]){ 40, 9, T - 49 }, from_65 ? 2 : 3);
+    in_steps(w, 0, (size_t[]){ 40, 9, T - 49 }, 3);
     same_bits(w, "pieces that one kernel makes");
     law_close(w);
     for (int chunk = 1; chunk < 70; chunk += 11) another(w, want, 2, chunk, "another chunk size");
@@ -97,8 +94,7 @@ static bm_status keep_row(void *user, size_t index, const float *logits) {
 
 /* Ragged texts side by side, then one token each, against each alone. */
 static void batch(law *w) {
-    /* then texts of 6 rows and more, and not the token; matrices of 64 columns are q8_0 beside those of q6_K */
-    const bool some = first_kernel(w) == 5 || (first_kernel(w) && w->type == BM_Q6_K);
+    const bool some = several_kernels(w);       /* then texts of 6 rows and more, and not the token */
     const size_t len[MOST] = { 37, some ? 11 : 1, 64, 20 };
     law_open(w, 2, MOST, 48);
     const size_t V = (size_t)w->r.V;

@@ -1,14 +1,15 @@
 /* best.cu - the largest logit of each row.  Room: cuda.
- * Few rows: many blocks a row, the last of which to end says what they found; many rows: a block each. */
+ * Some blocks a row, so many that the chip is full; the last of them to end says what they found. */
 #include "cuda/cuda.h"
 
-enum { THREADS = 512, FEW = BM_CUDA_BEST_ROWS, BLOCKS = 32 };
+enum { THREADS = 512, BLOCKS = 32, ALL = 1024 };       /* blocks of a row, of all rows, at most */
 
 __device__ static unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
 
 /* Row blockIdx.y, of which block blockIdx.x takes every gridDim.x-th piece; between: what blocks of a row share, zeros
  * before and after. */
 __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, bm_cuda_row *between) {
+    after_previous();
     __shared__ unsigned long long part[THREADS / 32];
     const float *l = a.logits + (size_t)blockIdx.y * a.ld;
     const int first = blockIdx.x * THREADS + threadIdx.x, all = gridDim.x * THREADS, fours = aligned ? a.V / 4 : 0;
@@ -39,8 +40,9 @@ __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, b
 void bm_cuda_best(bm_backend *b, const bm_op_best *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    const int pieces = blocks_of((size_t)a->V, THREADS), most = pieces < BLOCKS ? pieces : BLOCKS;
+    const int pieces = blocks_of((size_t)a->V, THREADS), most = pieces < BLOCKS ? pieces : BLOCKS, share = ALL / a->M;
+    const int blocks = a->M > BM_CUDA_BEST_ROWS || share < 1 ? 1 : share < most ? share : most;
     const bool aligned = a->ld % 4 == 0 && (uintptr_t)a->logits % 16 == 0;
-    best_of<<<dim3(a->M <= FEW ? most : 1, a->M), THREADS, 0, c->stream>>>(*a, aligned, c->rows);
+    bm_cuda_start(c, best_of, dim3(blocks, a->M), THREADS, 0, *a, aligned, c->rows);
     bm_cuda_check(c, cudaGetLastError(), "best");
 }

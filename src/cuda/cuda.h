@@ -29,7 +29,7 @@ void bm_cuda_unpack(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows
 #include <cuda_runtime.h>
 #pragma GCC visibility push(hidden)
 
-enum { BM_CUDA_BEST_ROWS = 64 };
+enum { BM_CUDA_BEST_ROWS = 512 };
 typedef struct bm_cuda_row { unsigned long long key; unsigned blocks; } bm_cuda_row;     /* best.cu */
 
 typedef struct bm_cuda {

@@ -20,7 +20,7 @@ enum { MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TA
  * makes ready, or two that work. */
 template <int SLOTS, int END> struct outputs { enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32 }; };
 template <int TYPE, int SLOTS, int END> struct shape {
-    enum { COLS = outputs<SLOTS, END>::COLS, PIECE = outputs<SLOTS, END>::PIECE, PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4 };
+    enum { COLS = outputs<SLOTS, END>::COLS, PIECE = outputs<SLOTS, END>::PIECE, PAPER = PIECE * LD * 4, DESK = (SLOTS + 7) * TALL * 4 };
     /* of a step, bytes of a row of weights, its columns in its map, bytes of its scales */
     enum { PLAIN_ROWS = TYPE == BM_BF16 || TYPE == BM_F16, ROW = PLAIN_ROWS ? LINE : TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2,
            STRIDE = PLAIN_ROWS ? DEPTH : ROW, SCALED = PLAIN_ROWS ? 0 : 2 * SCALES };
@@ -226,7 +226,7 @@ template <int SLOTS, int END> __device__ static void
 put_shared(const bm_product &p, const ending &end, const place &w, const tile &at, const float (&c)[SLOTS / 2], float *paper,
            float *desk, uint64_t *sent) {
     enum { COLS = outputs<SLOTS, END>::COLS, FOURS = COLS / 4 };
-    const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = SLOTS / w.blocks * TALL;
+    const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = (SLOTS + w.blocks - 1) / w.blocks * TALL;
     meet_of<MULTIPLIERS>();
     lay<SLOTS>(c, 0, paper);
     if (!threadIdx.x) barrier_expect(sent, own * w.blocks * TALL * 4);

@@ -24,8 +24,8 @@ struct bm_cuda_wide {
 
 /* A tile is 64 GROUPS rows by BN columns of w.  CTAS blocks make tiles beside each other and share their rows of x. */
 template <int BN, int GROUPS, int CTAS> struct shape {
-    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 128, BYTES = (ROWS + BN) * LINE, STAGES = 200 * 1024 / BYTES,
-           SHARED = STAGES * BYTES + 4 * GROUPS * PAPER + 1024 };
+    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 128, BYTES = (ROWS + BN) * LINE, APART = 4 * GROUPS * PAPER + 1024,
+           STAGES = (226 * 1024 - APART) / BYTES, SHARED = STAGES * BYTES + APART };
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -38,30 +38,33 @@ __device__ static void bring_both(void *to, const CUtensorMap *map, uint64_t *b,
 
 /* ---- two threads bring, warpgroups multiply ------------------------------------------------ */
 
-/* By one thread: rows of x, or those of w. */
+/* By one thread: rows of x, `box` at a time as far as the tile has some, or those of w. */
 template <int BN, int GROUPS, int CTAS, int END> __device__ static void
-bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, bool rows, const CUtensorMap *x, const CUtensorMap *w,
-            const CUtensorMap *gate) {
+bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, bool rows, int box, const CUtensorMap *x,
+            const CUtensorMap *w, const CUtensorMap *gate) {
     typedef shape<BN, GROUPS, CTAS> S;
-    enum { COLS = END == GATED ? BN / 2 : BN, SHARE = S::ROWS / CTAS };
+    enum { COLS = END == GATED ? BN / 2 : BN };
     tile at = { -1 };
     turn now = { 0, 1 };
-    for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS)
+    for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS) {
+        const int col = at.col + rank * COLS, left = at.end - at.row < S::ROWS ? at.end - at.row : S::ROWS;
+        const int some = (left + CTAS * box - 1) / (CTAS * box) * CTAS * box;
         for (int k = 0; k < p.K; k += DEPTH, go_on<S::STAGES>(&now)) {
-            const int col = at.col + rank * COLS;
             uint8_t *to = r.stage + now.stage * S::BYTES;
             uint64_t *full = &r.full[now.stage];
             barrier_wait(&r.empty[now.stage], now.odd);
             if (rows) {
-                if (CTAS == 1) bring(to, x, full, k, at.row, 0);
-                else bring_both(to + rank * SHARE * LINE, x, full, k, at.row + rank * SHARE);
+                for (int i = rank * box; i < some; i += CTAS * box)
+                    if (CTAS == 1) bring(to + i * LINE, x, full, k, at.row + i, 0);
+                    else bring_both(to + i * LINE, x, full, k, at.row + i);
                 continue;
             }
-            barrier_expect(full, S::BYTES);
+            barrier_expect(full, (some + BN) * LINE);
             to += S::ROWS * LINE;
             if (END == GATED) bring(to, gate, full, k, col, at.e);
             bring(to + (BN - COLS) * LINE, w, full, k, col, at.e);
         }
+    }
     next_may_start();           /* earlier, its blocks would crowd where this kernel's end first */
 }
 
@@ -170,8 +173,9 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
 }
 #endif
 
+/* known: weights and groups were there before the kernel before this one. */
 template <int BN, int GROUPS, int CTAS, int END> __global__ void __launch_bounds__(shape<BN, GROUPS, CTAS>::THREADS, 1)
-wide(const __grid_constant__ bm_product p, const ending end, const __grid_constant__ CUtensorMap x,
+wide(const __grid_constant__ bm_product p, const ending end, int box, bool known, const __grid_constant__ CUtensorMap x,
      const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     typedef shape<BN, GROUPS, CTAS> S;
@@ -188,12 +192,13 @@ wide(const __grid_constant__ bm_product p, const ending end, const __grid_consta
     }
     __syncthreads();
     cluster_meet();
-    previous_done();
     if (threadIdx.x >= 128 * GROUPS) {      /* registers go to where outputs are held */
         if (GROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 32 : 40));
         const int one = threadIdx.x - 128 * GROUPS;
-        if (one == 0 || one == 32) bring_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank, one == 0, &x, &w, &gate);
+        if (one == 0 || (one == 32 && !known)) previous_done();
+        if (one == 0 || one == 32) bring_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank, one == 0, box, &x, &w, &gate);
     } else {
+        previous_done();
         if (GROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 3 ? 160 : 232));
         multiply_tiles<BN, GROUPS, CTAS, END>(p, end, r, rank);
     }
@@ -295,6 +300,8 @@ bool bm_cuda_describe_quants(const bm_cuda *c, CUtensorMap *quants, CUtensorMap 
            describe(c, scales, s, box, CU_TENSOR_MAP_SWIZZLE_NONE, ahead);
 }
 
+/* Groups of which most end within their first tile. */
+static bool is_ragged(const bm_product *p) { return p->X > 1 && p->M <= SMALL * p->X; }
 template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, const job *j) {
     typedef shape<BN, GROUPS, CTAS> S;
     enum { COLS = END == GATED ? BN / 2 : BN };
@@ -302,12 +309,14 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     const bm_product *p = j->p;
     CUtensorMap x, w, gate = {};
     const CUtensorMapL2promotion ahead = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
-    bool good = bm_cuda_describe_rows(c, &x, j, S::ROWS / CTAS) && bm_cuda_describe_weights(c, &w, p, COLS, ahead);
+    const int box = is_ragged(p) ? 64 / CTAS : S::ROWS / CTAS;
+    bool good = bm_cuda_describe_rows(c, &x, j, box) && bm_cuda_describe_weights(c, &w, p, COLS, ahead);
     if (END == GATED) good = good && bm_cuda_describe_weights(c, &gate, j->gate, COLS, ahead);
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
     const int clusters = most < all ? most : all;
-    return bm_cuda_start_clusters(c, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, x, w, gate);
+    return bm_cuda_start_clusters(c, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, box,
+                                  !p->made && (!p->first || p->half), x, w, gate);
 }
 /* Tiles of 64 groups rows by cols columns, of which a gated one has half of each; what one costs.  Smaller ones read more. */
 typedef struct size { int groups, cols, each; } size;
@@ -326,7 +335,7 @@ static int cheapest(const bm_cuda *c, const bm_product *p, bool gated, int n) {
 }
 template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
     const bool groups = j->p->X > 1;
-    if (groups && j->p->M <= SMALL * j->p->X) return launch<END == PLAIN ? 96 : 192, 3, 2, END>(c, j);
+    if (is_ragged(j->p)) return launch<END == PLAIN ? 96 : 192, 3, 2, END>(c, j);
     switch (cheapest(c, j->p, END == GATED, END != PLAIN ? 2 : groups ? 4 : 5)) {
     case 0: return launch<192, 3, 2, END>(c, j);
     case 1: return launch<192, 2, 2, END>(c, j);

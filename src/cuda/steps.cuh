@@ -13,7 +13,7 @@ __device__ inline float gelu(float x) { return 0.5f * x * erfcf(-0.707106781f * 
 /* log(1 + exp x) = max(x, 0) + log(1 + t), t = exp -|x|, log(1 + t) = 2 artanh(t / (2 + t)); without branches. */
 __device__ inline float softplus(float x) {
     const float a = -fabsf(x), high = __fmul_rn(a, 1.44269502f), low = fmaf(a, 1.92596303e-8f, fmaf(a, 1.44269502f, -high));
-    const float t = exp2_fast(high) * fmaf(low, 0.693147181f, 1), r = t * inverse_fast(2 + t), s = r * r;
+    const float t = exp2_fast(high) * fmaf(low, 0.693147181f, 1), r = t * inverse_fast(__fadd_rn(2, t)), s = r * r;
     float p = fmaf(s, 0.0769230769f, 0.0909090909f);
     p = fmaf(s, p, 0.111111111f);
     p = fmaf(s, p, 0.142857143f);

@@ -5,7 +5,7 @@
 #include "cuda/steps.cuh"
 #include "cuda/weights.cuh"
 
-enum { THREADS = 256, MANY = 65 };       /* fewer rows read K types sooner than copies are made */
+enum { THREADS = 256 };
 
 /* A thread makes eight elements; experts without rows are passed over. */
 template <int TYPE> __global__ void __launch_bounds__(THREADS) widen(const __grid_constant__ bm_product p, uint16_t *to) {
@@ -27,7 +27,7 @@ static bm_product copy_of(const bm_product *p, const uint16_t *at) {
     return q;
 }
 static bool fits(const bm_cuda *c, const bm_product *p, size_t used) {
-    if (!p->rounded || p->type == BM_BF16 || p->M < MANY || bm_cuda_wide_takes(c, p) || used + elements(p) > c->widened_room) return false;
+    if (!p->rounded || p->type == BM_BF16 || bm_cuda_wide_takes(c, p) || used + elements(p) > c->widened_room) return false;
     const bm_product q = copy_of(p, c->widened + used);
     return bm_cuda_wide_takes(c, &q);
 }
@@ -46,7 +46,7 @@ void bm_cuda_widened(bm_cuda *c, bm_product *p, size_t *used) {
 }
 
 size_t bm_cuda_widening(bm_backend *b, int rows, size_t n) {
-    return rows >= MANY && bm_cuda_reserving(b, rows, 1) ? sizeof(uint16_t) * n : 0;
+    return bm_cuda_reserving(b, rows, 1) ? sizeof(uint16_t) * n : 0;
 }
 bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, size_t n) {
     bm_cuda *c = cuda_of(b);
