@@ -201,8 +201,14 @@ __global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool st
     for (int i = tiles > 1 ? tiles - 2 : 0; finishes && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
 }
 
-/* Row q is the one row of sequence q; a block makes its channels of `some` sequences: one where there are few. */
-enum { SOME = 4, FEW = 128, AT_ONCE = 8 };
+/* Row q is the one row of sequence q; a block makes its channels of `some` sequences: one where there are few.  Eight blocks at once
+ * would spill registers. */
+enum { SOME = 2, FEW = 128, AT_ONCE = 7 };
+__device__ static void read_state(const bm_op_scan &a, int q, int c, float (&h)[N16]) {
+    const float *state = state_of(a, q) + c;
+#pragma unroll
+    for (int n = 0; n < N16; n++) h[n] = c < a.I && n < a.N ? state[(size_t)n * a.I] : 0;
+}
 __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int some, uint16_t *half) {
     next_may_start();
     __shared__ float B[2][N16], C[2][N16];
@@ -212,12 +218,13 @@ __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int 
     float rate[N16];
 #pragma unroll
     for (int n = 0; n < N16; n++) rate[n] = channel && n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
+    float h[N16];
+    read_state(a, q0, c, h);        /* nobody has written to states since the token before */
     previous_done();
     for (int q = q0; q < q1; q++) {
         const size_t at = (size_t)q * a.I + c;
-        float *state = state_of(a, q) + c, h[N16], p[LANES], (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
-#pragma unroll
-        for (int n = 0; n < N16; n++) h[n] = channel && n < a.N ? state[(size_t)n * a.I] : 0;
+        float *state = state_of(a, q) + c, p[LANES], (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
+        if (q > q0) read_state(a, q, c, h);
         const float u = channel ? a.u[at] : 0, dt = channel ? a.dt[at] : 0, z = channel ? a.z[(size_t)q * a.ldz + c] : 0;
         if (threadIdx.x < N16) {
             const int n = threadIdx.x;
