@@ -106,7 +106,7 @@ static inline int run_cuda(const char *name, const struct CMUnitTest *test, size
     assert_int_equal(bm_backend_open_cpu_level(&cpu, 1, "scalar"), BM_OK);
     assert_int_equal(cpu->reserve(cpu, 2500, 2304), BM_OK);
     assert_int_equal(gpu->reserve(gpu, 1500, 2304), BM_OK);
-    assert_int_equal(gpu->reserve_widened(gpu, 1500, 1 << 20), BM_OK);
+    assert_int_equal(gpu->reserve_widened(gpu, 1500, ~0u, 1 << 20), BM_OK);
     const int failed = _cmocka_run_group_tests(name, test, n, NULL, NULL);
     gpu->close(gpu);
     cpu->close(cpu);

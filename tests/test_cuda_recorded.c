@@ -110,6 +110,7 @@ static void between_case(int T, int I, int R, int N) {
                                           .y = u.at, .state = state[r].at + (K - 1) * I, .stride = stride });
             gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = I, .w = &wo.at, .x = u.at, .y = y[r].at });
             if (r) gpu->recorded(gpu);
+            else OK(gpu->sync(gpu));        /* as an embedding would: states are read ahead */
         }
         OK(gpu->sync(gpu));
         const bool joined = r && T <= 128 && gpu->reserving(gpu, T, I);     /* else there are no such kernels */

@@ -1,8 +1,8 @@
 /* best.cu - the largest logit of each row.  Room: cuda.
- * Some blocks a row, so many that the chip is full; the last of them to end says what they found. */
+ * Of few rows several blocks have each, the last of which to end says what they found. */
 #include "cuda/cuda.h"
 
-enum { THREADS = 512, BLOCKS = 32, ALL = 1024 };       /* blocks of a row, of all rows, at most */
+enum { THREADS = 512, BLOCKS = 32, TOGETHER = 1024 };       /* at most: blocks of a row, of all rows that share */
 
 __device__ static unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
 
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, b
 void bm_cuda_best(bm_backend *b, const bm_op_best *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
-    const int pieces = blocks_of((size_t)a->V, THREADS), most = pieces < BLOCKS ? pieces : BLOCKS, share = ALL / a->M;
-    const int blocks = a->M > BM_CUDA_BEST_ROWS || share < 1 ? 1 : share < most ? share : most;
+    const int pieces = blocks_of((size_t)a->V, THREADS), most = pieces < BLOCKS ? pieces : BLOCKS, share = TOGETHER / a->M;
+    const int blocks = a->M > BM_CUDA_BEST_ROWS ? 1 : share < most ? share : most;
     const bool aligned = a->ld % 4 == 0 && (uintptr_t)a->logits % 16 == 0;
     bm_cuda_start(c, best_of, dim3(blocks, a->M), THREADS, 0, *a, aligned, c->rows);
     bm_cuda_check(c, cudaGetLastError(), "best");

@@ -99,13 +99,13 @@ void bm_cuda_product(bm_cuda *c, const bm_product *p);
 /* What `rounded` is in an arithmetic. */
 static inline bool bm_cuda_rounds(bm_arith arith, bm_dtype type) { return arith == BM_ARITH_NATIVE && type != BM_F32; }
 
-/* Products of many rows with weights of f16 or quants, widen.cu: bf16 copies of them are made first, where work space behind `used`
- * elements has room, and p reads the copy from then on; or nothing changes. */
+/* Products of 6 rows and more with weights of f16 or quants, widen.cu: bf16 copies of them are made first, where work space behind
+ * `used` elements has room, and p reads the copy from then on; or nothing changes. */
 void bm_cuda_widened(bm_cuda *c, bm_product *p, size_t *used);
 /* Whether p, or its copy alone, is one for few.cu or matmul.cu. */
 bool bm_cuda_is_wide(const bm_cuda *c, const bm_product *p);
-size_t bm_cuda_widening(bm_backend *b, int rows, size_t n);
-bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, size_t n);
+size_t bm_cuda_widening(bm_backend *b, int rows, unsigned types, size_t n);
+bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, unsigned types, size_t n);
 
 /* Products of 6 rows and more, few.cu, matmul.cu: whether they take one, then that; or act (M,N) bf16 = act(gate) up, or
  * act(up). */

@@ -20,7 +20,7 @@ enum { MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TA
  * makes ready, or two that work. */
 template <int SLOTS, int END> struct outputs { enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32 }; };
 template <int TYPE, int SLOTS, int END> struct shape {
-    enum { COLS = outputs<SLOTS, END>::COLS, PIECE = outputs<SLOTS, END>::PIECE, PAPER = PIECE * LD * 4, DESK = (SLOTS + 7) * TALL * 4 };
+    enum { COLS = outputs<SLOTS, END>::COLS, PIECE = outputs<SLOTS, END>::PIECE, PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4 };
     /* of a step, bytes of a row of weights, its columns in its map, bytes of its scales */
     enum { PLAIN_ROWS = TYPE == BM_BF16 || TYPE == BM_F16, ROW = PLAIN_ROWS ? LINE : TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2,
            STRIDE = PLAIN_ROWS ? DEPTH : ROW, SCALED = PLAIN_ROWS ? 0 : 2 * SCALES };
@@ -226,7 +226,7 @@ template <int SLOTS, int END> __device__ static void
 put_shared(const bm_product &p, const ending &end, const place &w, const tile &at, const float (&c)[SLOTS / 2], float *paper,
            float *desk, uint64_t *sent) {
     enum { COLS = outputs<SLOTS, END>::COLS, FOURS = COLS / 4 };
-    const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = (SLOTS + w.blocks - 1) / w.blocks * TALL;
+    const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = SLOTS / w.blocks * TALL;
     meet_of<MULTIPLIERS>();
     lay<SLOTS>(c, 0, paper);
     if (!threadIdx.x) barrier_expect(sent, own * w.blocks * TALL * 4);
@@ -324,7 +324,7 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
 }
 #endif
 
-/* known: weights and groups were there before the kernel before this one. */
+/* known: is_known(). */
 template <int TYPE, int SLOTS, int END> __global__ void __launch_bounds__(THREADS)
 few(const __grid_constant__ bm_product p, const ending end, int box, bool known, const __grid_constant__ maps m) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -384,8 +384,7 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
     const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, S::COLS);
     const int clusters = blocks > 1 || tiles <= 2 * all ? tiles : (p.first ? 2 : 1) * all;      /* put_shared: one tile each */
     p.from = j->from;
-    return bm_cuda_start_clusters(c, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box,
-                                  !p.made && (!p.first || p.half), m);
+    return bm_cuda_start_clusters(c, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box, is_known(j), m);
 }
 template <int TYPE, int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
     return j->gate ? launch<TYPE, SLOTS, GATED>(c, j) : j->end.act ? launch<TYPE, SLOTS, ACT>(c, j) : launch<TYPE, SLOTS, PLAIN>(c, j);

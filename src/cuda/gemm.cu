@@ -177,6 +177,7 @@ void bm_cuda_embed(bm_backend *b, const bm_op_embed *a) {
     const size_t stride = bm_cuda_row_bytes(a->table->type, (size_t)D);
     const uint8_t *table = (const uint8_t *)a->table->data;
     const dim3 grid(blocks_of((size_t)D, 8 * 128), a->M);
+    /* A plain launch: what comes later may read states while the kernel before it works, so the token before must be done with. */
 #define DO(TYPE) rows_of<TYPE><<<grid, 128, 0, c->stream>>>(table, stride, a->token, D, a->y)
     BM_CUDA_TYPES(a->table->type, DO)
 #undef DO

@@ -22,6 +22,11 @@ typedef struct ending {
 /* A product on its way: activations as bf16, rows of ldx; row i of the groups is row from[i] of them, or i. */
 typedef struct job { const bm_product *p, *gate; ending end; const uint16_t *x; size_t ldx; const int32_t *from; } job;
 
+/* Whether its weights and groups were there before the kernel before this one, so that they may be read while that still works. */
+static inline bool is_known(const job *j) {
+    return !j->p->made && !(j->gate && j->gate->made) && (!j->p->first || j->p->half);
+}
+
 bool bm_cuda_few(bm_cuda *c, const job *j);
 /* Blocks that share a tile's k there: enough that most multiprocessors have some. */
 int bm_cuda_sharing(const bm_cuda *c, const bm_product *p);

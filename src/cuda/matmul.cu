@@ -24,8 +24,8 @@ struct bm_cuda_wide {
 
 /* A tile is 64 GROUPS rows by BN columns of w.  CTAS blocks make tiles beside each other and share their rows of x. */
 template <int BN, int GROUPS, int CTAS> struct shape {
-    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 128, BYTES = (ROWS + BN) * LINE, APART = 4 * GROUPS * PAPER + 1024,
-           STAGES = (226 * 1024 - APART) / BYTES, SHARED = STAGES * BYTES + APART };
+    enum { ROWS = 64 * GROUPS, THREADS = 128 * GROUPS + 128, BYTES = (ROWS + BN) * LINE, BESIDE = 4 * GROUPS * PAPER + 1024,
+           STAGES = (226 * 1024 - BESIDE) / BYTES, SHARED = STAGES * BYTES + BESIDE };
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -48,24 +48,24 @@ bring_tiles(const bm_product &p, const ending &end, const ring &r, int rank, boo
     turn now = { 0, 1 };
     for (int t = blockIdx.x / CTAS; find(p, end.apart, &at, t, S::ROWS, COLS * CTAS); t += gridDim.x / CTAS) {
         const int col = at.col + rank * COLS, left = at.end - at.row < S::ROWS ? at.end - at.row : S::ROWS;
-        const int some = (left + CTAS * box - 1) / (CTAS * box) * CTAS * box;
+        const int brought = (left + CTAS * box - 1) / (CTAS * box) * CTAS * box;
         for (int k = 0; k < p.K; k += DEPTH, go_on<S::STAGES>(&now)) {
             uint8_t *to = r.stage + now.stage * S::BYTES;
             uint64_t *full = &r.full[now.stage];
             barrier_wait(&r.empty[now.stage], now.odd);
             if (rows) {
-                for (int i = rank * box; i < some; i += CTAS * box)
+                for (int i = rank * box; i < brought; i += CTAS * box)
                     if (CTAS == 1) bring(to + i * LINE, x, full, k, at.row + i, 0);
                     else bring_both(to + i * LINE, x, full, k, at.row + i);
                 continue;
             }
-            barrier_expect(full, (some + BN) * LINE);
+            barrier_expect(full, (brought + BN) * LINE);
             to += S::ROWS * LINE;
             if (END == GATED) bring(to, gate, full, k, col, at.e);
             bring(to + (BN - COLS) * LINE, w, full, k, col, at.e);
         }
     }
-    next_may_start();           /* earlier, its blocks would crowd where this kernel's end first */
+    if (rows) next_may_start();     /* earlier, its blocks would crowd where this kernel's end first */
 }
 
 /* A warp's 16 rows from row0 on, 32 columns at a time: a lane holds two columns of each eight of rows lane / 4 and 8 on, and
@@ -173,7 +173,7 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
 }
 #endif
 
-/* known: weights and groups were there before the kernel before this one. */
+/* known: is_known(). */
 template <int BN, int GROUPS, int CTAS, int END> __global__ void __launch_bounds__(shape<BN, GROUPS, CTAS>::THREADS, 1)
 wide(const __grid_constant__ bm_product p, const ending end, int box, bool known, const __grid_constant__ CUtensorMap x,
      const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap gate) {
@@ -300,7 +300,7 @@ bool bm_cuda_describe_quants(const bm_cuda *c, CUtensorMap *quants, CUtensorMap 
            describe(c, scales, s, box, CU_TENSOR_MAP_SWIZZLE_NONE, ahead);
 }
 
-/* Groups of which most end within their first tile. */
+/* Whether most groups end within their first tile. */
 static bool is_ragged(const bm_product *p) { return p->X > 1 && p->M <= SMALL * p->X; }
 template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, const job *j) {
     typedef shape<BN, GROUPS, CTAS> S;
@@ -315,8 +315,7 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
     const int clusters = most < all ? most : all;
-    return bm_cuda_start_clusters(c, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, box,
-                                  !p->made && (!p->first || p->half), x, w, gate);
+    return bm_cuda_start_clusters(c, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, box, is_known(j), x, w, gate);
 }
 /* Tiles of 64 groups rows by cols columns, of which a gated one has half of each; what one costs.  Smaller ones read more. */
 typedef struct size { int groups, cols, each; } size;

@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int 
 #pragma unroll
     for (int n = 0; n < N16; n++) rate[n] = channel && n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
     float h[N16];
-    read_state(a, q0, c, h);        /* nobody has written to states since the token before */
+    read_state(a, q0, c, h);        /* nobody has written to states since the token before: bm_cuda_embed */
     previous_done();
     for (int q = q0; q < q1; q++) {
         const size_t at = (size_t)q * a.I + c;

@@ -1,8 +1,8 @@
-/* widen.cu - bf16 copies of matrices of f16 or quants, for products of many rows.  Room: cuda.
+/* widen.cu - bf16 copies of matrices of f16 or quants, for products of 6 rows and more.  Room: cuda.
  *
  * In: a product with such weights.  Out: the same product with weights of bf16, each rounded once, in work space that
  * the next operation writes over. */
-#include "cuda/steps.cuh"
+#include "cuda/hopper.cuh"
 #include "cuda/weights.cuh"
 
 enum { THREADS = 256 };
@@ -45,13 +45,14 @@ void bm_cuda_widened(bm_cuda *c, bm_product *p, size_t *used) {
     *used += elements(p);
 }
 
-size_t bm_cuda_widening(bm_backend *b, int rows, size_t n) {
-    return bm_cuda_reserving(b, rows, 1) ? sizeof(uint16_t) * n : 0;
+size_t bm_cuda_widening(bm_backend *b, int rows, unsigned types, size_t n) {
+    const unsigned few = rows > FEW ? 0 : 1u << BM_F16 | 1u << BM_Q8_0 | 1u << BM_Q4_0;        /* as they are: few.cu */
+    return types & ~(1u << BM_F32 | 1u << BM_BF16 | few) && bm_cuda_reserving(b, rows, 1) ? sizeof(uint16_t) * n : 0;
 }
-bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, size_t n) {
+bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, unsigned types, size_t n) {
     bm_cuda *c = cuda_of(b);
     void *p;
-    if (n <= c->widened_room || !bm_cuda_widening(b, rows, n)) return BM_OK;
+    if (n <= c->widened_room || !bm_cuda_widening(b, rows, types, n)) return BM_OK;
     const bm_status s = b->alloc(b, &p, sizeof *c->widened * n, "weights as bf16");
     if (s) return s;
     bm_cuda_forget(b, NULL);        /* what was recorded writes to the old ones */

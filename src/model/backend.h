@@ -170,10 +170,10 @@ struct bm_backend {
     /* Work space for linear and experts up to rows x cols, so that no operation allocates. */
     bm_status (*reserve)(bm_backend *b, int rows, int cols);
     size_t (*reserving)(bm_backend *b, int rows, int cols);             /* bytes of its own memory that this takes; NULL: none */
-    /* Work space for bf16 copies of the n elements of f16 or quantized matrices that an operation of up to so many rows reads;
-     * bytes of its own memory that this takes.  NULL: none is wanted. */
-    bm_status (*reserve_widened)(bm_backend *b, int rows, size_t n);
-    size_t (*widening)(bm_backend *b, int rows, size_t n);
+    /* Work space for bf16 copies of the n elements of matrices that an operation of up to so many rows reads; types: a bit for each
+     * bm_dtype of theirs; bytes of its own memory that this takes.  NULL: none is wanted. */
+    bm_status (*reserve_widened)(bm_backend *b, int rows, unsigned types, size_t n);
+    size_t (*widening)(bm_backend *b, int rows, unsigned types, size_t n);
     /* The same for linear_back and experts_back; the largest rows, matrix rows and matrix columns. */
     bm_status (*reserve_back)(bm_backend *b, int M, int rows, int cols);
     size_t (*reserved)(bm_backend *b);                                  /* bytes that both hold */

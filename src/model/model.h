@@ -112,7 +112,7 @@ struct bm_model {
     bm_weights w;
     void **owned; size_t n_owned, cap_owned;        /* backend memory to release */
     char *block; size_t block_bytes, used;          /* one of it that weights share; NULL where each has its own */
-    bool widened;                           /* some of its matrices are f16 or quantized */
+    unsigned types;                         /* of its matrices: a bit for each bm_dtype */
     uint64_t weight_bytes, taken;           /* in files; of the device's memory where files are not read in place */
     struct bm_pages *pages;                 /* NULL: every expert lies on the device */
 };

@@ -21,7 +21,6 @@ typedef struct bm_wanted { feed *f; size_t index; int row; } wanted;
 /* ---- open, close ---------------------------------------------------------------------------------- */
 
 static int reserved_rows(const bm_session *s) { return s->chunk > s->head_rows ? s->chunk : s->head_rows; }
-static size_t widened(const bm_session *s) { return s->m->widened ? bm_config_widths(&s->m->config).read : 0; }
 
 /* Allocates the device's part of a session, or only adds up what it will take. */
 static bm_status work_alloc(bm_session *s, uint64_t *bytes) {
@@ -43,7 +42,7 @@ static bm_status work_alloc(bm_session *s, uint64_t *bytes) {
         if (bytes) *bytes += bm_taken(s->be, n);
         else BM_TRY(s->be->alloc(s->be, want[i].out, n, "a session"));
     }
-    if (bytes && s->be->widening) *bytes += bm_taken(s->be, s->be->widening(s->be, reserved_rows(s), widened(s)));
+    if (bytes && s->be->widening) *bytes += bm_taken(s->be, s->be->widening(s->be, reserved_rows(s), s->m->types, w.read));
     if (bytes && s->be->reserving) *bytes += bm_taken(s->be, s->be->reserving(s->be, reserved_rows(s), (int)w.most));
     return BM_OK;
 }
@@ -59,7 +58,7 @@ static bm_status work_open(bm_session *s) {
     a->y = a->u;
     a->ffn_norm = a->norm;
     for (int l = 0; l < c->n_layers; l++) p->acts[l] = *a;
-    if (s->be->reserve_widened) BM_TRY(s->be->reserve_widened(s->be, reserved_rows(s), widened(s)));
+    if (s->be->reserve_widened) BM_TRY(s->be->reserve_widened(s->be, reserved_rows(s), s->m->types, bm_config_widths(c).read));
     return s->be->reserve(s->be, reserved_rows(s), (int)bm_config_widths(c).most);
 }
 

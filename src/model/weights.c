@@ -306,7 +306,7 @@ static bm_status plan(bm_model *m, const bm_entry **entry, bm_layout layout) {
         const uint64_t parts = (uint64_t)t.n_parts, wide = count * parts * sizeof(float);
         const bm_dtype type = entry[i]->type;
         const bool matrix = t.first.param->flags & BM_P_MATRIX;
-        m->widened = m->widened || (matrix && type != BM_F32 && type != BM_BF16);
+        if (matrix) m->types |= 1u << type;
         if (!paged(m, &t)) block += bm_page_part(matrix ? matrices_bytes(m, &t, type) : wide) + 256 * parts;
         else if (!t.first.expert) layer[t.first.layer] += (t.joined ? 2 : 1) * bm_page_part(matrices_bytes(m, &t, type) / parts);
     }
