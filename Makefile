@@ -37,7 +37,8 @@ LIB_OBJ := $(LIB_SRC:%.c=$B/%.o)
 APP_OBJ := $(APP_SRC:%.c=$B/%.o)
 # gcc takes four minutes over vector kernels with UBSan, which looks at the scalar ones, the same source; seven with ASan's checks in
 # line, one and a half where they are calls
-SIMD_SAN = $(if $(findstring undefined,$(SAN)),-fno-sanitize=undefined $(if $(FUZZ_KERNELS),,--param asan-instrumentation-with-call-threshold=0))
+ASAN_CALLS = $(if $(FUZZ_KERNELS),,--param asan-instrumentation-with-call-threshold=0)
+SIMD_SAN = $(if $(findstring undefined,$(SAN)),-fno-sanitize=undefined $(ASAN_CALLS))
 JOBS    := -j$(shell nproc) --no-print-directory
 
 .PHONY: all demo check deps bench fuzz install clean FORCE

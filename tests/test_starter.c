@@ -45,7 +45,7 @@ static void test_bundled_loss(void **state) {
     if (!shared_path("starter") || access(bundled, R_OK)) skip();
     char path[1300];
     snprintf(path, sizeof path, "%s", shared_path("starter"));
-    const int rows = getenv("BM_QUICK") ? 2 : ROWS;
+    const int rows = getenv("BM_QUICK") ? 4 : ROWS;
     const double bf16 = mean_loss(path, BM_ARITH_NATIVE, rows), small = mean_loss(bundled, BM_ARITH_NATIVE, rows);
     print_message("  native: bf16 %.5f, bundled %.5f, %+.2f%%\n", bf16, small, 100 * (small / bf16 - 1));
     assert_true(small <= 1.01 * bf16);

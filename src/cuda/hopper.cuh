@@ -9,6 +9,11 @@ enum { LEAST = 6, FEW = 128 };              /* rows from which on there are thes
 enum { DEPTH = 64, LINE = 128 };            /* columns of k in a stage, and their bytes */
 enum { SCALES = 8, STEPS = 4 };             /* scales of quants brought at once, the least that can be; steps that they are for */
 
+/* Whether products of so many rows take weights of this type as they are: few.cu, matmul.cu. */
+static inline bool taken_as_is(bm_dtype type, int rows) {
+    return type == BM_BF16 || (rows <= FEW && (type == BM_F16 || type == BM_Q8_0 || type == BM_Q4_0));
+}
+
 /* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up.
  * copy: f32 outputs as bf16 too, rows of N; or NULL.
  * few.cu, RMSNorm of outputs and the residual r: instead of y, sum = y + r and copy = sum weight; squares (N/TALL,FEW): sums over

@@ -380,8 +380,7 @@ static void run(bm_cuda *c, const job *j) {
 
 bool bm_cuda_wide_takes(const bm_cuda *c, const bm_product *p) {
     const bm_cuda_wide *w = c->wide;
-    const bool widens = (p->type == BM_F16 || p->type == BM_Q8_0 || p->type == BM_Q4_0) && p->M <= FEW;
-    bool good = w && p->rounded && (p->type == BM_BF16 || widens) && p->M >= LEAST && (size_t)p->M * p->K <= w->room;
+    bool good = w && p->rounded && taken_as_is(p->type, p->M) && p->M >= LEAST && (size_t)p->M * p->K <= w->room;
     good = good && p->w_stride % 16 == 0 && p->K % 8 == 0;
     for (int e = 0; e < p->X; e++) good = good && (uintptr_t)p->w[e] % 16 == 0;
     return good;

@@ -17,7 +17,8 @@ typedef bm_cuda_layer layer;
 typedef bm_cuda_program program;
 typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
-/* A block's rows of a stage that has a product: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are multiplied together. */
+/* A block's rows of a stage that has a product: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are
+ * multiplied together. */
 typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
 
 /* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */

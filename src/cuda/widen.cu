@@ -46,8 +46,9 @@ void bm_cuda_widened(bm_cuda *c, bm_product *p, size_t *used) {
 }
 
 size_t bm_cuda_widening(bm_backend *b, int rows, unsigned types, size_t n) {
-    const unsigned few = rows > FEW ? 0 : 1u << BM_F16 | 1u << BM_Q8_0 | 1u << BM_Q4_0;        /* as they are: few.cu */
-    return types & ~(1u << BM_F32 | 1u << BM_BF16 | few) && bm_cuda_reserving(b, rows, 1) ? sizeof(uint16_t) * n : 0;
+    bool copied = false;
+    for (int t = 0; t < BM_DTYPE_COUNT; t++) copied = copied || (types >> t & 1 && t != BM_F32 && !taken_as_is((bm_dtype)t, rows));
+    return copied && bm_cuda_reserving(b, rows, 1) ? sizeof(uint16_t) * n : 0;
 }
 bm_status bm_cuda_reserve_widened(bm_backend *b, int rows, unsigned types, size_t n) {
     bm_cuda *c = cuda_of(b);

@@ -49,6 +49,7 @@ static bm_status work_alloc(bm_session *s, uint64_t *bytes) {
 
 static bm_status work_open(bm_session *s) {
     const bm_config *c = &s->m->config;
+    const bm_widths w = bm_config_widths(c);
     bm_pass *p = &s->pass;
     bm_acts *a = &s->acts;
     BM_TRY(work_alloc(s, NULL));
@@ -58,8 +59,8 @@ static bm_status work_open(bm_session *s) {
     a->y = a->u;
     a->ffn_norm = a->norm;
     for (int l = 0; l < c->n_layers; l++) p->acts[l] = *a;
-    if (s->be->reserve_widened) BM_TRY(s->be->reserve_widened(s->be, reserved_rows(s), s->m->types, bm_config_widths(c).read));
-    return s->be->reserve(s->be, reserved_rows(s), (int)bm_config_widths(c).most);
+    if (s->be->reserve_widened) BM_TRY(s->be->reserve_widened(s->be, reserved_rows(s), s->m->types, w.read));
+    return s->be->reserve(s->be, reserved_rows(s), (int)w.most);
 }
 
 static void work_free(bm_session *s) {
