@@ -20,12 +20,12 @@ enum { MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TA
  * makes ready, or two that work. */
 template <int SLOTS, int END> struct outputs { enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32 }; };
 template <int TYPE, int SLOTS, int END> struct shape {
-    enum { COLS = outputs<SLOTS, END>::COLS, PIECE = outputs<SLOTS, END>::PIECE, PAPER = PIECE * LD * 4, DESK = SLOTS * TALL * 4 };
+    enum { COLS = outputs<SLOTS, END>::COLS, PIECE = outputs<SLOTS, END>::PIECE, PAPER = PIECE * LD * 4 };
     /* of a step, bytes of a row of weights, its columns in its map, bytes of its scales */
     enum { PLAIN_ROWS = TYPE == BM_BF16 || TYPE == BM_F16, ROW = PLAIN_ROWS ? LINE : TYPE == BM_Q8_0 ? DEPTH : DEPTH / 2,
            STRIDE = PLAIN_ROWS ? DEPTH : ROW, SCALED = PLAIN_ROWS ? 0 : 2 * SCALES };
-    enum { APART = PAPER > DESK ? PAPER : DESK, WEIGHTS = TALL * (ROW + SCALED), BYTES = WEIGHTS + SLOTS * LINE,
-           STAGES = (ROOM - APART) / BYTES, SHARED = STAGES * BYTES + APART + 1024 };
+    enum { WEIGHTS = TALL * (ROW + SCALED), BYTES = WEIGHTS + SLOTS * LINE, STAGES = (ROOM - PAPER) / BYTES,
+           SHARED = STAGES * BYTES + PAPER + 1024 };
     /* steps behind them into the second cache while the kernel before works; of more rows, and of groups: slower */
     enum { MORE = SLOTS <= 16 && END == PLAIN ? 8 : 0 };
 };
@@ -68,6 +68,7 @@ bring_matrix(uint8_t *stage, int row, const CUtensorMap *w, const CUtensorMap *s
 /* Where they are not known yet: into the second cache what the first tile is if each group has one row of tiles. */
 template <class S> __device__ static void expect_weights(const bm_product &p, const place &w, const maps &m) {
     const int cols = (p.N + S::COLS - 1) / S::COLS, e = w.cluster / cols, col = w.cluster % cols * S::COLS;
+#pragma unroll 1
     for (int k = w.begin; k < w.end && e < p.X; k++) {
         if (S::COLS < TALL) expect(&m.gate, k * S::STRIDE, col, e);
         expect(&m.w, k * S::STRIDE, col, e);
@@ -87,6 +88,7 @@ bring_weights(const bm_product &p, const ring &r, const place &w, int box, bool 
     }
     for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
         const int bytes = S::WEIGHTS + (rows_of(at, SLOTS) + box - 1) / box * box * LINE;
+#pragma unroll 1
         for (int k = w.begin; k < w.end; k++, go_on<S::STAGES>(&now)) {
             uint8_t *to = r.stage + now.stage * S::BYTES;
             uint64_t *full = &r.full[now.stage];
@@ -115,6 +117,7 @@ bring_rows(const bm_product &p, const ring &r, const place &w, int box, const CU
             const int first = (lane + 32 * i) * box;
             row[i] = first >= rows_of(at, SLOTS) ? -1 : p.from ? p.from[at.row + first] : at.row + first;
         }
+#pragma unroll 1
         for (int k = w.begin; k < w.end; k++, go_on<S::STAGES>(&now)) {
             uint8_t *to = r.stage + now.stage * S::BYTES + S::WEIGHTS + lane * box * LINE;
             barrier_wait(&r.empty[now.stage], now.odd);
@@ -127,58 +130,91 @@ bring_rows(const bm_product &p, const ring &r, const place &w, int box, const CU
 
 /* ---- multiplying --------------------------------------------------------------------------------------- */
 
-/* What each row's outputs are multiplied by, where rows come without their norm. */
-__device__ static float *scales() {
-    __shared__ float scale[FEW];
-    return scale;
+/* Of a tile's rows: where their outputs go, what these are multiplied by. */
+typedef struct targets { int row[FEW]; float scale[FEW]; } targets;
+
+/* 1 / RMS of row i, whose squares the product before left. */
+__device__ static float scale_of(const bm_product &p, const ending &end, int i) {
+    enum { AT_ONCE = 16 };
+    float sum = 0, v[AT_ONCE];
+    for (int t = 0; t < p.K / TALL; t += AT_ONCE) {
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) v[k] = t + k < p.K / TALL ? end.of[(t + k) * FEW + i] : 0;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) sum += v[k];
+    }
+    return norm_scale(sum / (float)p.K, end.eps);
 }
-__device__ static void find_scales(const bm_product &p, const ending &end) {
-    float sum = 0;
-    if ((int)threadIdx.x >= p.M) return;
-#pragma unroll 8
-    for (int t = 0; t < p.K / TALL; t++) sum += end.of[t * FEW + threadIdx.x];
-    scales()[threadIdx.x] = norm_scale(sum / (float)p.K, end.eps);
+__device__ static void find_targets(const bm_product &p, const ending &end, const tile &at, int rows, targets &to) {
+    const int i = at.row + (int)threadIdx.x, row = (int)threadIdx.x < rows && p.to ? p.to[i] : i;
+    if ((int)threadIdx.x >= rows) return;
+    to.row[threadIdx.x] = row;
+    to.scale[threadIdx.x] = end.of ? scale_of(p, end, i) : p.scale ? p.scale[row] : 1;
 }
 
-/* Four columns of row i of the groups, before a norm: of sum, whose squares are summed over sixteen lanes. */
-__device__ static void put_sum(const bm_product &p, const ending &end, int row, int n, float4 v) {
-    const size_t at = (size_t)row * p.N + n;
-    const float4 r = *(const float4 *)(end.residual + at), w = *(const float4 *)(end.weight + n);
-    v = make_float4(v.x + r.x, v.y + r.y, v.z + r.z, v.w + r.w);
-    *(float4 *)(end.sum + at) = v;
-    *(uint2 *)(end.copy + at) = halves(make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w));
-    float square = norm_squares(v);
-    for (int d = 8; d; d /= 2) square += __shfl_xor_sync(0xffffu << threadIdx.x % 32 / 16 * 16, square, d);
-    if (threadIdx.x % 16 == 0) end.squares[n / TALL * FEW + row] = square;
-}
-__device__ static void put(const bm_product &p, const ending &end, int e, int i, int n, float4 v) {
-    const int row = p.to ? p.to[i] : i;
-    const float scale = end.of ? scales()[row] : p.scale ? p.scale[row] : 1;
-    const float2 a = biased(p, e, n, v.x, v.y, scale), b = biased(p, e, n + 2, v.z, v.w, scale);
-    float *y = p.y + (size_t)row * p.ldy + n;
-    v = make_float4(a.x, a.y, b.x, b.y);
-    if (end.sum) return put_sum(p, end, row, n, v);
-    if (!p.accumulate && n + 4 <= p.N && (uintptr_t)y % 16 == 0) *(float4 *)y = v;
-    else put_four(p, y, n, v);
-    if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + n) = halves(v);
-}
+/* ---- outputs on their way: four columns from n on of EACH rows of a thread, i of the groups ------------------ */
 
-template <int END, bool GELU> __device__ static uint2 hidden_four(const bm_product &p, const ending &end, int e, int n, float4 v, float4 up) {
-    return make_uint2(hidden<END, GELU>(p, end, e, n, make_float2(v.x, v.y), make_float2(up.x, up.y)),
-                      hidden<END, GELU>(p, end, e, n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w)));
+/* What becomes of them, decided once: whatever it is; y, by rows scaled; sums before a norm; act(gate) up.  Rows made at once: code
+ * that runs once costs its way into the processor, rows one after another cost each other's latencies. */
+enum { ANY, STORED, SUMMED, HIDDEN };
+template <int SLOTS, int KIND> struct at_once {
+    enum { EACH = KIND == STORED ? (SLOTS < 64 ? SLOTS / 16 : 4) : KIND == SUMMED && SLOTS > 32 ? 2 : 1 };
+};
+/* i: of the tile's rows; of one that is not there another's.  Of a gated tile v is gate. */
+template <int EACH> struct fours { int n, i[EACH]; bool there[EACH]; float4 v[EACH], up[EACH]; };
+/* What sums need besides of a thread's first rows, asked for before their products are made. */
+template <int SLOTS> struct residuals { float4 r[at_once<SLOTS, SUMMED>::EACH], weight; };
+
+INLINE float4 scaled(float4 v, float by) { return make_float4(v.x * by, v.y * by, v.z * by, v.w * by); }
+INLINE float4 sum_of(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+template <int EACH> INLINE void put_stored(const bm_product &p, const targets &to, const fours<EACH> &o) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        if (o.there[j]) *(float4 *)(p.y + (size_t)o.i[j] * p.ldy + o.n) = scaled(o.v[j], to.scale[o.i[j]]);
 }
-/* The same of row i of a tile, with what becomes of hidden columns. */
-template <int END> __device__ static void
-put_either(const bm_product &p, const ending &end, const tile &at, int i, int col, float4 v, float4 up) {
-    const int n = at.col + col, row = at.row + i;
-    if (n >= p.N) return;
-    if constexpr (END == PLAIN) put(p, end, at.e, row, n, v);
-    else {
-        uint2 *to = (uint2 *)(end.act + (size_t)row * p.N + n);
-        *to = end.is_gelu ? hidden_four<END, true>(p, end, at.e, n, v, up) : hidden_four<END, false>(p, end, at.e, n, v, up);
+template <int EACH> INLINE void ask(const ending &end, const fours<EACH> &o, int N, float4 (&r)[EACH]) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) r[j] = *(const float4 *)(end.residual + (size_t)o.i[j] * N + o.n);
+}
+/* Squares are summed over sixteen lanes. */
+template <int EACH> INLINE void
+put_sums(const bm_product &p, const ending &end, const targets &to, const fours<EACH> &o, const float4 (&r)[EACH], float4 w) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const float4 v = sum_of(scaled(o.v[j], to.scale[o.i[j]]), r[j]);
+        const size_t at = (size_t)o.i[j] * p.N + o.n;
+        float square = norm_squares(v);
+        for (int d = 8; d; d /= 2) square += __shfl_xor_sync(~0u, square, d);
+        if (o.there[j]) *(float4 *)(end.sum + at) = v;
+        if (o.there[j]) *(uint2 *)(end.copy + at) = halves(make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w));
+        if (o.there[j] && threadIdx.x % 16 == 0) end.squares[o.n / TALL * FEW + o.i[j]] = square;
     }
 }
-
+template <int EACH> INLINE void put_any(const bm_product &p, const ending &end, const targets &to, int e, const fours<EACH> &o) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        if (!o.there[j]) continue;
+        const int row = to.row[o.i[j]];
+        const float scale = to.scale[o.i[j]];
+        const float2 a = biased(p, e, o.n, o.v[j].x, o.v[j].y, scale), b = biased(p, e, o.n + 2, o.v[j].z, o.v[j].w, scale);
+        const float4 v = make_float4(a.x, a.y, b.x, b.y);
+        float *y = p.y + (size_t)row * p.ldy + o.n;
+        if (end.whole) *(float4 *)y = p.accumulate ? sum_of(*(const float4 *)y, v) : v;
+        else put_four(p, y, o.n, v);
+        if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + o.n) = halves(v);
+    }
+}
+template <int END, bool GELU, int EACH> INLINE void
+put_hidden(const bm_product &p, const ending &end, int e, int row0, const fours<EACH> &o) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const float4 v = o.v[j], up = o.up[j];
+        const uint2 out = make_uint2(hidden<END, GELU>(p, end, e, o.n, make_float2(v.x, v.y), make_float2(up.x, up.y)),
+                                     hidden<END, GELU>(p, end, e, o.n + 2, make_float2(v.z, v.w), make_float2(up.z, up.w)));
+        if (o.there[j]) *(uint2 *)(end.act + (size_t)(row0 + o.i[j]) * p.N + o.n) = out;
+    }
+}
 /* Rows [from, from + COUNT) of outputs onto paper (COUNT,LD).  A lane holds columns lane / 4 and 8 on of 16, two rows of each
  * eight. */
 template <int COUNT, int ALL> __device__ static void lay(const float (&c)[ALL], int from, float *paper) {
@@ -187,61 +223,112 @@ template <int COUNT, int ALL> __device__ static void lay(const float (&c)[ALL], 
     for (int j = 0; j < COUNT / 2; j++)
         paper[(j / 4 * 8 + lane % 4 * 2 + j % 2) * LD + col + j / 2 % 2 * 8] = c[from / 2 + j];
 }
+/* The sum of what lies at v and, `apart` floats from one to the next, of others, `blocks` in all. */
+__device__ static float4 sum_over(const float *v, int blocks, int apart) {
+    float4 sum = *(const float4 *)v;
+#pragma unroll 1
+    for (int rank = 1; rank < blocks; rank++) sum = sum_of(sum, *(const float4 *)(v + rank * apart));
+    return sum;
+}
+/* Which of rows [from, from + rows) of the tile a thread's are from the first-th on. */
+template <int STEP, int EACH> INLINE void find_rows(fours<EACH> &o, int first, int from, int rows) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        o.there[j] = first + j * STEP < rows;
+        o.i[j] = from + (o.there[j] ? first + j * STEP : 0);
+    }
+}
+/* A tile's outputs on paper: rows [from, from + rows) of it, as `blocks` parts of their sums, `apart` floats from one to the next. */
+typedef struct sheet { const float *paper; int from, rows, blocks, apart; } sheet;
+
+template <int SLOTS, int END, int KIND> __device__ static void
+put_rows(const bm_product &p, const ending &end, const tile &at, const targets &to, const sheet &s, residuals<SLOTS> &beside) {
+    enum { COLS = outputs<SLOTS, END>::COLS, FOURS = COLS / 4, STEP = MULTIPLIERS / FOURS, EACH = at_once<SLOTS, KIND>::EACH };
+    const int col = threadIdx.x % FOURS * 4, begin = threadIdx.x / FOURS;
+#pragma unroll 1
+    for (int first = begin; first < (s.rows + STEP - 1) / STEP * STEP; first += EACH * STEP) {
+        fours<EACH> o = { at.col + col };
+        find_rows<STEP>(o, first, s.from, s.rows);
+        if constexpr (KIND == SUMMED) if (first > begin) ask(end, o, p.N, beside.r);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const float *v = s.paper + (o.i[j] - s.from) * LD + col;
+            o.v[j] = sum_over(v, s.blocks, s.apart);
+            if (END == GATED) o.up[j] = sum_over(v + COLS, s.blocks, s.apart);
+        }
+        if (o.n >= p.N) continue;
+        if constexpr (KIND == STORED) put_stored(p, to, o);
+        else if constexpr (KIND == SUMMED) put_sums(p, end, to, o, beside.r, beside.weight);
+        else if constexpr (KIND == ANY) put_any(p, end, to, at.e, o);
+        else if (end.is_gelu) put_hidden<END, true>(p, end, at.e, at.row, o);
+        else put_hidden<END, false>(p, end, at.e, at.row, o);
+    }
+}
+template <int SLOTS, int END, bool ONE> __device__ static void
+put_either(const bm_product &p, const ending &end, const tile &at, const targets &to, const sheet &s, residuals<SLOTS> &beside) {
+    if constexpr (END != PLAIN) put_rows<SLOTS, END, HIDDEN>(p, end, at, to, s, beside);
+    else if (ONE && end.sum) put_rows<SLOTS, END, SUMMED>(p, end, at, to, s, beside);
+    else if (end.stored) put_rows<SLOTS, END, STORED>(p, end, at, to, s, beside);
+    else put_rows<SLOTS, END, ANY>(p, end, at, to, s, beside);
+}
+/* Of the only tile, which has all rows. */
+template <int SLOTS> INLINE void ask_first(const bm_product &p, const ending &end, const tile &at, const place &w, residuals<SLOTS> &beside) {
+    enum { FOURS = TALL / 4 };
+    const int own = SLOTS / w.blocks, left = p.M - own * w.rank;
+    fours<at_once<SLOTS, SUMMED>::EACH> o = { at.col + (int)threadIdx.x % FOURS * 4 };
+    if (!end.sum || left <= 0) return;
+    find_rows<MULTIPLIERS / FOURS>(o, threadIdx.x / FOURS, own * w.rank, left < own ? left : own);
+    ask(end, o, p.N, beside.r);
+    beside.weight = *(const float4 *)(end.weight + o.n);
+}
 
 template <int SLOTS, int END> __device__ static void
-put_alone(const bm_product &p, const ending &end, const tile &at, const float (&c)[SLOTS / 2], float *paper) {
-    enum { PIECE = outputs<SLOTS, END>::PIECE, COLS = outputs<SLOTS, END>::COLS, FOURS = COLS / 4 };
-    const int col = threadIdx.x % FOURS * 4, rows = rows_of(at, SLOTS);
+put_next(const bm_product &p, const ending &end, const tile &at, const targets &to, const float (&c)[SLOTS / 2], float *paper) {
+    enum { PIECE = outputs<SLOTS, END>::PIECE };
+    residuals<SLOTS> none;
+    const int rows = rows_of(at, SLOTS);
 #pragma unroll
     for (int piece = 0; piece < SLOTS; piece += PIECE) {
         if (piece >= rows) break;
         meet_of<MULTIPLIERS>();
         lay<PIECE>(c, piece, paper);
         meet_of<MULTIPLIERS>();
-        for (int i = threadIdx.x / FOURS; i < PIECE && piece + i < rows; i += MULTIPLIERS / FOURS) {
-            const float *v = paper + i * LD + col;
-            put_either<END>(p, end, at, piece + i, col, *(const float4 *)v, *(const float4 *)(v + TALL - COLS));
-        }
+        put_either<SLOTS, END, false>(p, end, at, to, { paper, piece, rows - piece < PIECE ? rows - piece : PIECE, 1 }, none);
     }
 }
 
-/* To the same place in another block of the cluster, whose barrier is told. */
-__device__ static void send(float *to, float4 v, uint64_t *b, int rank) {
+/* To block `rank` of the cluster, whose barrier is told. */
+INLINE void send(float *to, float4 v, uint64_t *b, int rank) {
     asm volatile("{.reg .b32 t, r; mapa.shared::cluster.u32 t, %0, %6; mapa.shared::cluster.u32 r, %1, %6;"
                  "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [t], {%2, %3, %4, %5}, [r];}"
                  :: "r"(address(to)), "r"(address(b)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(rank) : "memory");
 }
-/* The sum over the blocks of a cluster, `apart` floats from one to the next. */
-__device__ static float4 sum_over(const float *v, int blocks, int apart) {
-    float4 sum = *(const float4 *)v;
-    for (int rank = 1; rank < blocks; rank++) {
-        const float4 a = *(const float4 *)(v + rank * apart);
-        sum = make_float4(sum.x + a.x, sum.y + a.y, sum.z + a.z, sum.w + a.w);
-    }
-    return sum;
-}
-/* Block r of the cluster writes rows r, r + blocks, ...; what others have of them comes to its desk (blocks,SLOTS/blocks,TALL).
- * A cluster has one tile: the ring is done with and serves as paper. */
+/* A cluster's only tile: the rings are done with, and have room for paper and a desk.  Block r has the r-th part of the rows; what
+ * others have of them comes to its desk (blocks,SLOTS/blocks,LD). */
 template <int SLOTS, int END> __device__ static void
-put_shared(const bm_product &p, const ending &end, const place &w, const tile &at, const float (&c)[SLOTS / 2], float *paper,
-           float *desk, uint64_t *sent) {
-    enum { COLS = outputs<SLOTS, END>::COLS, FOURS = COLS / 4 };
-    const int rows = rows_of(at, SLOTS), own = (rows - w.rank + w.blocks - 1) / w.blocks, apart = SLOTS / w.blocks * TALL;
+put_one(const bm_product &p, const ending &end, const place &w, const tile &at, const targets &to, const float (&c)[SLOTS / 2],
+        float *paper, uint64_t *sent, residuals<SLOTS> &beside) {
+    const int rows = rows_of(at, SLOTS), shift = 31 - __clz(SLOTS / w.blocks), own = 1 << shift, part = own * LD, left = rows - own * w.rank;
+    float *desk = paper + SLOTS * LD;
     meet_of<MULTIPLIERS>();
+    if (w.blocks > 1) cluster_arrive();
     lay<SLOTS>(c, 0, paper);
-    if (!threadIdx.x) barrier_expect(sent, own * w.blocks * TALL * 4);
     meet_of<MULTIPLIERS>();
-    for (int i = threadIdx.x / 16; i < rows; i += MULTIPLIERS / 16) {
+    if (w.blocks > 1) {
         const int four = threadIdx.x % 16 * 4;
-        send(desk + w.rank * apart + i / w.blocks * TALL + four, *(const float4 *)(paper + i * LD + four), sent, i % w.blocks);
+        if (!threadIdx.x && left > 0) barrier_expect(sent, w.blocks * (left < own ? left : own) * TALL * 4);
+        cluster_wait();
+#pragma unroll 1
+        for (int i = threadIdx.x / 16; i < rows; i += MULTIPLIERS / 16) {
+            send(desk + w.rank * part + (i & (own - 1)) * LD + four, *(const float4 *)(paper + i * LD + four), sent, i >> shift);
+        }
+        if (left > 0) barrier_wait(sent, 0);
+        cluster_arrive();
+        paper = desk;
     }
-    barrier_wait(sent, 0);
-    for (int i = threadIdx.x / FOURS; i < own; i += MULTIPLIERS / FOURS) {
-        const int col = threadIdx.x % FOURS * 4;
-        const float *v = desk + i * TALL + col;
-        put_either<END>(p, end, at, w.rank + i * w.blocks, col, sum_over(v, w.blocks, apart),
-                              END == GATED ? sum_over(v + COLS, w.blocks, apart) : make_float4(0, 0, 0, 0));
-    }
+    if (left > 0)
+        put_either<SLOTS, END, true>(p, end, at, to, { paper, own * w.rank, left < own ? left : own, w.blocks, part }, beside);
+    if (w.blocks > 1) cluster_wait();       /* what was sent has arrived */
 }
 
 /* q d of bytes `two` and `two` + 2 of four numbers less ZERO: 2^15 + q + ZERO is a float with q in its second byte. */
@@ -289,16 +376,21 @@ template <int TYPE> __device__ static void widen_step(const uint8_t *stage, int 
 }
 
 template <int TYPE, int SLOTS, int END> __device__ static void
-multiply_steps(const bm_product &p, const ending &end, const ring &r, const place &w, uint64_t *sent) {
+multiply_steps(const bm_product &p, const ending &end, const ring &r, const place &w, bool one, uint64_t *sent) {
     typedef shape<TYPE, SLOTS, END> S;
+    __shared__ targets to;
     const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     float c[SLOTS / 2];
     tile at = { -1 };
-    float *apart = (float *)(r.stage + S::STAGES * S::BYTES);
+    float *paper = (float *)(r.stage + S::STAGES * S::BYTES);
     turn now = { 0, 0 };
-    if (END == PLAIN && end.of) find_scales(p, end);
     for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
         int last = 0;
+        residuals<SLOTS> beside;
+        if (t > w.cluster) meet_of<MULTIPLIERS>();
+        if (END == PLAIN && !(end.of && t > w.cluster)) find_targets(p, end, at, rows_of(at, SLOTS), to);
+        if (END == PLAIN && one) ask_first<SLOTS>(p, end, at, w, beside);
+#pragma unroll 1
         for (int k = w.begin; k < w.end; k++, last = now.stage, go_on<S::STAGES>(&now)) {
             const uint8_t *stage = r.stage + now.stage * S::BYTES;
             const uint64_t weights = matrix(stage), x = matrix(stage + S::WEIGHTS);
@@ -318,15 +410,15 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[last]);
-        if (w.blocks == 1) put_alone<SLOTS, END>(p, end, at, c, apart);
-        else put_shared<SLOTS, END>(p, end, w, at, c, (float *)r.stage, apart, sent);
+        if (one) put_one<SLOTS, END>(p, end, w, at, to, c, (float *)r.stage, sent, beside);
+        else put_next<SLOTS, END>(p, end, at, to, c, paper);
     }
 }
 #endif
 
-/* known: is_known(). */
-template <int TYPE, int SLOTS, int END> __global__ void __launch_bounds__(THREADS)
-few(const __grid_constant__ bm_product p, const ending end, int box, bool known, const __grid_constant__ maps m) {
+/* known: is_known(); one: no block has more than a tile. */
+template <int TYPE, int SLOTS, int END> __global__ void __launch_bounds__(THREADS, 2)
+few(const __grid_constant__ bm_product p, const ending end, int box, bool known, bool one, const __grid_constant__ maps m) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     typedef shape<TYPE, SLOTS, END> S;
     extern __shared__ uint8_t memory[];
@@ -354,7 +446,7 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
     else if (threadIdx.x < MULTIPLIERS) {
         previous_done();
         if (p.first) next_may_start();      /* a kernel that starts knows the groups */
-        multiply_steps<TYPE, SLOTS, END>(p, end, r, here, &sent);
+        multiply_steps<TYPE, SLOTS, END>(p, end, r, here, one, &sent);
     }
 #endif
 }
@@ -382,9 +474,14 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int blocks = bm_cuda_sharing(c, &p), all = c->chip.multiProcessorCount;
     const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, S::COLS);
-    const int clusters = blocks > 1 || tiles <= 2 * all ? tiles : (p.first ? 2 : 1) * all;      /* put_shared: one tile each */
+    const bool one = blocks > 1 || tiles <= 2 * all;
+    const uintptr_t lies = (uintptr_t)p.y | 4 * p.ldy | 4 * (uintptr_t)p.N;
+    ending end = j->end;
+    end.whole = lies % 16 == 0;
+    end.stored = end.whole && !p.bias && !p.first && !p.to && !p.scale && !p.accumulate && !end.copy;
+    const int clusters = one ? tiles : (p.first ? 2 : 1) * all;
     p.from = j->from;
-    return bm_cuda_start_clusters(c, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, j->end, box, is_known(j), m);
+    return bm_cuda_start_clusters(c, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, end, box, is_known(j), one, m);
 }
 template <int TYPE, int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
     return j->gate ? launch<TYPE, SLOTS, GATED>(c, j) : j->end.act ? launch<TYPE, SLOTS, ACT>(c, j) : launch<TYPE, SLOTS, PLAIN>(c, j);

@@ -20,7 +20,7 @@ static inline bool taken_as_is(bm_dtype type, int rows) {
  * TALL columns of a row.  Outputs of such a copy: by rows 1 / sqrt(mean of `of`, the squares, + eps) times. */
 enum { PLAIN, ACT, GATED, TALL = 64 };
 typedef struct ending {
-    uint16_t *act, *copy; const float *gate_bias; bool is_gelu, apart;
+    uint16_t *act, *copy; const float *gate_bias; bool is_gelu, apart, whole, stored;
     float *sum, *squares; const float *residual, *weight, *of; float eps;
 } ending;
 
@@ -146,8 +146,11 @@ INLINE int rank_in_cluster() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
     return r;
 }
+INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 INLINE void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+    cluster_arrive();
+    cluster_wait();
 }
 /* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
 INLINE uint64_t matrix(const void *p) {

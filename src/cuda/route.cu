@@ -8,6 +8,14 @@ enum { ROUTED = 8, EIGHTS = 8 };        /* experts; eights of a row that a lane 
 /* a is a better choice than b: NaN never wins. */
 __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !isnan(a)); }
 
+/* Of a choice, the best by softmax if top is its logit. */
+__device__ static float gate_of(const bm_op_route &a, const float *l, int choice) {
+    const float top = l[choice];
+    float sum = 0;
+    if (a.rule == BM_ROUTE_SIGMOID) return 1 / (1 + expf(-top));
+    for (int e = 0; e < a.X; e++) sum += expf(l[e] - top);
+    return 1 / sum;
+}
 /* The k best of row i with logits l, the lowest index where equal; gates by sigmoid or softmax.  Which was that choice. */
 __device__ static int choose_row(const bm_op_route &a, const float *l, int i, int choice) {
     float top = l[0], last = 0, sum = 0;
@@ -160,6 +168,20 @@ __device__ static void fetch_row(const bm_op_norm &a, int i, int M, float4 *x, f
         if (a.residual) copy_four(residual + k, (const float4 *)(a.residual + at) + k);
     }
 }
+/* A warp's best of up to 32, as choose_row has it. */
+__device__ static int largest_of(const float *l, int n) {
+    const int lane = threadIdx.x % 32;
+    const float v = lane < n ? l[lane] + 0.0f : 0;          /* -0 is +0 */
+    const unsigned bits = __float_as_uint(v), order = bits >> 31 ? ~bits : bits | 0x80000000u, mine = lane < n && !isnan(v) ? order : 0;
+    const unsigned most = __reduce_max_sync(~0u, mine);
+    return __ffs(__ballot_sync(~0u, lane < n && mine == most)) - 1;
+}
+/* What was written before is there for who adds later. */
+__device__ static unsigned add_to(unsigned *count, unsigned n) {
+    unsigned was;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(was) : "l"(count), "r"(n) : "memory");
+    return was;
+}
 /* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is
  * summed as by `dots` (gemm.cu).  NORMS: of the row that it norms before. */
 template <bool NORMS> __global__ void __launch_bounds__(32 * ROUTED)
@@ -186,14 +208,14 @@ route_rows(bm_op_norm n, uint16_t *half, bm_op_linear l, const float *w, int K, 
     sum = warp_sum(sum);
     if (!lane) l.y[(size_t)i * a.X + e] = logit[e] = sum + (l.bias ? l.bias[e] : 0);
     __syncthreads();
+    const int best = largest_of(logit, a.X);
     if (!threadIdx.x) {
-        choose_row(a, logit, i, 0);
-        __threadfence();
-        last = atomicAdd(ended, 1) + 1 == gridDim.x;
+        a.expert[i] = best;
+        last = add_to(ended, 1) + 1 == gridDim.x;
     }
+    if (e + 1 == a.X && !lane) a.gate[i] = gate_of(a, logit, best);
     __syncthreads();
     if (!last) return;
-    __threadfence();
     if (!threadIdx.x) *ended = 0;
     group_rows(a, 0, (int)threadIdx.x < a.M ? __ldcg(a.expert + threadIdx.x) : -1);
 }

@@ -63,6 +63,7 @@ template <int MOST> struct own { int set, sets, at, c; float4 x[MOST][4], filter
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* By one thread: x's weights, as many steps as there are stages; the rest into the second cache. */
 INLINE void begin_weights(const CUtensorMap *weights, const share &w, const part &here, uint8_t *stage, uint64_t *full) {
+#pragma unroll 1
     for (int n = 0; n < here.steps * w.tiles; n++) {
         const int k = (here.begin + n / w.tiles) * DEPTH, row = n % w.tiles * TALL;
         if (n >= w.stages) {
@@ -119,6 +120,7 @@ multiply_x(const CUtensorMap *weights, const share &w, const part &here, uint8_t
            uint64_t *empty, float *desk, uint64_t *sent) {
     const int group = threadIdx.x / 128, lane = threadIdx.x % 32, all = here.steps * w.tiles;
     float sum[TEXTS / 2];
+#pragma unroll 1
     for (int k = 0; k < here.steps; k++) {
         const int n = k * w.tiles + group, s = n % w.stages, odd = n / w.stages % 2;
         barrier_wait(&full[s], odd);
@@ -205,7 +207,7 @@ bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l) {
 
 /* A block makes 64 channels of its texts: dt, then as single_rows (scan.cu), a thread a channel of some texts.  States and weights
  * are on their way while the kernel before ends. */
-enum { SETS = 8, SCAN_THREADS = SETS * TALL, PER = 2, WIDEST = 20 };   /* blocks of a multiprocessor; the most texts of one then */
+enum { SETS = 8, SCAN_THREADS = SETS * TALL, PER = 2, WIDEST = 20, MOST_STEPS = 3 };   /* blocks of a multiprocessor; the most texts of one then */
 template <int MANY> struct memory {
     enum { ROWS = (MANY + 7) / 8 * 8 };     /* of wgmma */
     float h[MANY][N16][TALL], dt[ROWS][TALL], b[MANY][N16], c[MANY][N16];
@@ -215,13 +217,19 @@ template <int MANY> struct memory {
 /* On their way: states of the block's texts and channels; rows of dt's weights, where wgmma reads them. */
 template <int MANY> INLINE void
 ask(const bm_op_scan &a, const uint16_t *weights, int R, int steps, int c0, int q0, int texts, memory<MANY> &m, uint8_t *w) {
-    for (int i = threadIdx.x; i < texts * a.N * (TALL / 4); i += SCAN_THREADS) {
-        const int k = i % (TALL / 4) * 4, n = i / (TALL / 4) % a.N, t = i / (TALL / 4) / a.N;
-        copy_four((float4 *)&m.h[t][n][k],
-                  (const float4 *)(a.state + (size_t)a.slot[q0 + t] * a.stride + (size_t)n * a.I + c0 + k));
-    }
-    for (int i = threadIdx.x; i < TALL * steps * (DEPTH / 8); i += SCAN_THREADS) {
-        const int row = i / (steps * (DEPTH / 8)), k = i % (steps * (DEPTH / 8)) * 8;
+    enum { FOURS = TALL / 4, SIDE = SCAN_THREADS / FOURS / N16, EACH = MANY / SIDE };       /* texts at once; of a thread */
+    const int four = threadIdx.x % FOURS * 4, n = threadIdx.x / FOURS % N16, t0 = threadIdx.x / FOURS / N16;
+    int slot[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) slot[j] = t0 + j * SIDE < texts ? a.slot[q0 + t0 + j * SIDE] : 0;
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        if (t0 + j * SIDE < texts && n < a.N)
+            copy_four((float4 *)&m.h[t0 + j * SIDE][n][four],
+                      (const float4 *)(a.state + (size_t)slot[j] * a.stride + (size_t)n * a.I + c0 + four));
+    const int row = threadIdx.x / 8;
+#pragma unroll 1
+    for (int k = threadIdx.x % 8 * 8; k < steps * DEPTH; k += DEPTH) {
         uint8_t *to = w + place_of(TALL, row, k);
         if (k < R) copy_four((float4 *)to, (const float4 *)(weights + (size_t)(c0 + row) * R + k));
         else *(float4 *)to = make_float4(0, 0, 0, 0);
@@ -230,17 +238,28 @@ ask(const bm_op_scan &a, const uint16_t *weights, int R, int steps, int c0, int 
 /* What x left: dt's activations as bf16, B and C. */
 template <int MANY> INLINE void
 read_x(const bm_op_scan &a, const float *xdbl, int R, int steps, int q0, int texts, memory<MANY> &m, uint8_t *x) {
-    for (int i = threadIdx.x; i < m.ROWS * steps * DEPTH / 2; i += SCAN_THREADS) {
-        const int t = i / (steps * DEPTH / 2), k = i % (steps * DEPTH / 2) * 2;
-        const float *row = xdbl + (size_t)(q0 + t) * a.ldbc + k;
-        *(uint32_t *)(x + place_of(m.ROWS, t, k)) = t < texts && k < R ? halves(row[0], row[1]) : 0;
-    }
-    if (threadIdx.x < MANY * N16) {
-        const int t = threadIdx.x / N16, n = threadIdx.x % N16;
-        const bool there = t < texts && n < a.N;
-        const size_t at = (size_t)(q0 + t) * a.ldbc + n;
-        m.b[t][n] = there ? a.B[at] : 0, m.c[t][n] = there ? a.C[at] : 0;
-    }
+    enum { ROWS = memory<MANY>::ROWS, WARPS = SCAN_THREADS / 32, EACH = (ROWS + WARPS - 1) / WARPS };
+    const int pair = threadIdx.x % 32 * 2, t0 = threadIdx.x / 32, own = threadIdx.x / N16, n = threadIdx.x % N16;
+    const bool there = own < texts && n < a.N;
+    const size_t at = (size_t)(q0 + own) * a.ldbc + n;
+    const float b = there ? a.B[at] : 0, c = there ? a.C[at] : 0;
+    float2 v[EACH][MOST_STEPS];
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+#pragma unroll
+        for (int s = 0; s < MOST_STEPS; s++) {
+            const int t = t0 + j * WARPS, k = s * DEPTH + pair;
+            const float *row = xdbl + (size_t)(q0 + t) * a.ldbc + k;
+            v[j][s] = t < texts && k < R ? make_float2(row[0], row[1]) : make_float2(0, 0);
+        }
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+#pragma unroll
+        for (int s = 0; s < MOST_STEPS; s++) {
+            const int t = t0 + j * WARPS;
+            if (t < ROWS && s < steps) *(uint32_t *)(x + place_of(ROWS, t, s * DEPTH + pair)) = halves(v[j][s].x, v[j][s].y);
+        }
+    if (own < MANY) m.b[own][n] = b, m.c[own][n] = c;
 }
 #endif
 
@@ -279,11 +298,10 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
         for (int i = 0; i < ROWS / 2; i++) m.dt[i / 4 * 8 + t + i % 2][row + i / 2 % 2 * 8] = d[i];
     }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const int t = set + i * SETS, q = q0 + t;
-        if (t >= texts) break;
-        const float d = softplus(m.dt[t][own] + bias), du = d * u[i];
+#pragma unroll 1
+    for (int t = set; t < texts; t += SETS) {
+        const int q = q0 + t;
+        const float d = softplus(m.dt[t][own] + bias), du = d * u[0];
         float *state = a.state + (size_t)a.slot[q] * a.stride + c, h[N16], p[N16 / 2];
 #pragma unroll
         for (int n = 0; n < N16; n++) {
@@ -292,9 +310,11 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
         }
 #pragma unroll
         for (int n = 0; n < N16; n += 2) p[n / 2] = scan_pair(m.c[t][n], h[n], m.c[t][n + 1], h[n + 1]);
-        const float y = scan_out(scan_sum(p), D, u[i], z[i]);
+        const float y = scan_out(scan_sum(p), D, u[0], z[0]);
         if (whole) a.y[(size_t)q * a.I + c] = y;
         if (half) half[(size_t)q * a.I + c] = (uint16_t)halves(y, 0);
+#pragma unroll
+        for (int i = 0; i + 1 < EACH; i++) u[i] = u[i + 1], z[i] = z[i + 1];
     }
 #endif
 }
@@ -320,7 +340,7 @@ bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, 
     const uintptr_t all = (uintptr_t)l->w->data | (uintptr_t)a->state | 4 * (uintptr_t)a->I | (uintptr_t)(4 * a->stride);
     if (c->failed || a->M != a->Q || a->M > FEW || p.type != BM_BF16 || !bm_cuda_wide_takes(c, &p)) return false;
     if (l->y != a->dt || l->bias || l->accumulate || l->ldx != a->ldbc) return false;
-    if (a->N > N16 || a->I % TALL || steps > 3 || all % 16) return false;       /* 3: no kernel shares k of so few steps */
+    if (a->N > N16 || a->I % TALL || steps > MOST_STEPS || all % 16) return false;     /* no kernel shares k of so few steps */
     if (large > room && !widest && (large - 1) % room < room / 2) return false;         /* most of the chip would wait for a few */
     uint16_t *half = bm_cuda_rounded(c, a->y, a->M, a->I);
     const bool whole = !half || !bm_cuda_takes_rounded(c, out, a->y, a->M, a->I);
