@@ -42,6 +42,7 @@ typedef struct bm_cuda {
     bm_cuda_row *rows;                      /* (BM_CUDA_BEST_ROWS) zeros between operations */
     struct bm_cuda_wide *wide;              /* products of many rows: matmul.cu */
     uint16_t *widened; size_t widened_room; /* bf16 copies of quantized matrices: widen.cu */
+    const float *wrote;         /* by the last kernel alone, where the next may read all else before it waits; NULL: not so */
     bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
 } bm_cuda;
 
@@ -134,7 +135,7 @@ static inline int blocks_of(size_t n, size_t size) { return (int)((n + size - 1)
 
 /* Starts a kernel that waits with after_previous() before it looks at memory: it is set up while the one before it ends. */
 template <class... P, class... A>
-static void bm_cuda_start(const bm_cuda *c, void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... a) {
+static void bm_cuda_start(bm_cuda *c, void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... a) {
     cudaLaunchAttribute early = {};
     cudaLaunchConfig_t config = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -142,6 +143,7 @@ static void bm_cuda_start(const bm_cuda *c, void (*kernel)(P...), dim3 grid, int
     config.gridDim = grid, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = c->stream;
     config.attrs = &early, config.numAttrs = c->chip.major == 9;    /* later ones may run PTX for earlier ones: no wait in it */
     cudaLaunchKernelEx(&config, kernel, a...);
+    c->wrote = NULL;
 }
 __device__ inline void next_may_start() {
 #if __CUDA_ARCH__ >= 900

@@ -223,13 +223,6 @@ template <int COUNT, int ALL> __device__ static void lay(const float (&c)[ALL], 
     for (int j = 0; j < COUNT / 2; j++)
         paper[(j / 4 * 8 + lane % 4 * 2 + j % 2) * LD + col + j / 2 % 2 * 8] = c[from / 2 + j];
 }
-/* The sum of what lies at v and, `apart` floats from one to the next, of others, `blocks` in all. */
-__device__ static float4 sum_over(const float *v, int blocks, int apart) {
-    float4 sum = *(const float4 *)v;
-#pragma unroll 1
-    for (int rank = 1; rank < blocks; rank++) sum = sum_of(sum, *(const float4 *)(v + rank * apart));
-    return sum;
-}
 /* Which of rows [from, from + rows) of the tile a thread's are from the first-th on. */
 template <int STEP, int EACH> INLINE void find_rows(fours<EACH> &o, int first, int from, int rows) {
 #pragma unroll
@@ -238,8 +231,18 @@ template <int STEP, int EACH> INLINE void find_rows(fours<EACH> &o, int first, i
         o.i[j] = from + (o.there[j] ? first + j * STEP : 0);
     }
 }
-/* A tile's outputs on paper: rows [from, from + rows) of it, as `blocks` parts of their sums, `apart` floats from one to the next. */
-typedef struct sheet { const float *paper; int from, rows, blocks, apart; } sheet;
+/* A tile's outputs on paper: rows [from, from + rows) of it; parts of their sums by others of `blocks` on a desk, `apart` floats from
+ * one to the next. */
+typedef struct sheet { const float *paper; int from, rows, blocks, rank, apart; const float *desk; } sheet;
+
+/* Four at `at` from the first row on, in the order of ranks. */
+INLINE float4 sum_over(const sheet &s, int at) {
+    float4 sum = *(const float4 *)((s.rank ? s.desk : s.paper) + at);
+#pragma unroll 1
+    for (int rank = 1; rank < s.blocks; rank++)
+        sum = sum_of(sum, *(const float4 *)((rank == s.rank ? s.paper : s.desk + rank * s.apart) + at));
+    return sum;
+}
 
 template <int SLOTS, int END, int KIND> __device__ static void
 put_rows(const bm_product &p, const ending &end, const tile &at, const targets &to, const sheet &s, residuals<SLOTS> &beside) {
@@ -252,9 +255,9 @@ put_rows(const bm_product &p, const ending &end, const tile &at, const targets &
         if constexpr (KIND == SUMMED) if (first > begin) ask(end, o, p.N, beside.r);
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            const float *v = s.paper + (o.i[j] - s.from) * LD + col;
-            o.v[j] = sum_over(v, s.blocks, s.apart);
-            if (END == GATED) o.up[j] = sum_over(v + COLS, s.blocks, s.apart);
+            const int from = (o.i[j] - s.from) * LD + col;
+            o.v[j] = sum_over(s, from);
+            if (END == GATED) o.up[j] = sum_over(s, from + COLS);
         }
         if (o.n >= p.N) continue;
         if constexpr (KIND == STORED) put_stored(p, to, o);
@@ -272,7 +275,8 @@ put_either(const bm_product &p, const ending &end, const tile &at, const targets
     else put_rows<SLOTS, END, ANY>(p, end, at, to, s, beside);
 }
 /* Of the only tile, which has all rows. */
-template <int SLOTS> INLINE void ask_first(const bm_product &p, const ending &end, const tile &at, const place &w, residuals<SLOTS> &beside) {
+template <int SLOTS> INLINE void
+ask_first(const bm_product &p, const ending &end, const tile &at, const place &w, residuals<SLOTS> &beside) {
     enum { FOURS = TALL / 4 };
     const int own = SLOTS / w.blocks, left = p.M - own * w.rank;
     fours<at_once<SLOTS, SUMMED>::EACH> o = { at.col + (int)threadIdx.x % FOURS * 4 };
@@ -308,7 +312,8 @@ INLINE void send(float *to, float4 v, uint64_t *b, int rank) {
 template <int SLOTS, int END> __device__ static void
 put_one(const bm_product &p, const ending &end, const place &w, const tile &at, const targets &to, const float (&c)[SLOTS / 2],
         float *paper, uint64_t *sent, residuals<SLOTS> &beside) {
-    const int rows = rows_of(at, SLOTS), shift = 31 - __clz(SLOTS / w.blocks), own = 1 << shift, part = own * LD, left = rows - own * w.rank;
+    const int rows = rows_of(at, SLOTS), shift = 31 - __clz(SLOTS / w.blocks), own = 1 << shift, part = own * LD;
+    const int left = rows - own * w.rank, mine = left < own ? left : own;
     float *desk = paper + SLOTS * LD;
     meet_of<MULTIPLIERS>();
     if (w.blocks > 1) cluster_arrive();
@@ -316,18 +321,17 @@ put_one(const bm_product &p, const ending &end, const place &w, const tile &at, 
     meet_of<MULTIPLIERS>();
     if (w.blocks > 1) {
         const int four = threadIdx.x % 16 * 4;
-        if (!threadIdx.x && left > 0) barrier_expect(sent, w.blocks * (left < own ? left : own) * TALL * 4);
+        if (!threadIdx.x && left > 0) barrier_expect(sent, (w.blocks - 1) * mine * TALL * 4);
         cluster_wait();
-#pragma unroll 1
-        for (int i = threadIdx.x / 16; i < rows; i += MULTIPLIERS / 16) {
-            send(desk + w.rank * part + (i & (own - 1)) * LD + four, *(const float4 *)(paper + i * LD + four), sent, i >> shift);
-        }
+#pragma unroll(SLOTS < 64 ? 1 : 4)
+        for (int i = threadIdx.x / 16; i < rows; i += MULTIPLIERS / 16)
+            if (i >> shift != w.rank)
+                send(desk + w.rank * part + (i & (own - 1)) * LD + four, *(const float4 *)(paper + i * LD + four), sent, i >> shift);
         if (left > 0) barrier_wait(sent, 0);
         cluster_arrive();
-        paper = desk;
     }
     if (left > 0)
-        put_either<SLOTS, END, true>(p, end, at, to, { paper, own * w.rank, left < own ? left : own, w.blocks, part }, beside);
+        put_either<SLOTS, END, true>(p, end, at, to, { paper + w.rank * part, own * w.rank, mine, w.blocks, w.rank, part, desk }, beside);
     if (w.blocks > 1) cluster_wait();       /* what was sent has arrived */
 }
 
@@ -425,7 +429,6 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
     __shared__ uint64_t full[S::STAGES], empty[S::STAGES], sent;
     const ring r = { memory + (1024 - address(memory) % 1024) % 1024, full, empty };
     const place here = place_of(p.K);
-    if (!p.first) next_may_start();
     if (threadIdx.x == MULTIPLIERS) {
         look_up(&m.x);
         look_up(&m.w);
@@ -445,7 +448,7 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
     else if (threadIdx.x == MULTIPLIERS) bring_weights<TYPE, SLOTS, END>(p, r, here, box, known, m);
     else if (threadIdx.x < MULTIPLIERS) {
         previous_done();
-        if (p.first) next_may_start();      /* a kernel that starts knows the groups */
+        next_may_start();       /* a kernel that starts knows the groups, and what was there before */
         multiply_steps<TYPE, SLOTS, END>(p, end, r, here, one, &sent);
     }
 #endif
@@ -481,7 +484,8 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
     end.stored = end.whole && !p.bias && !p.first && !p.to && !p.scale && !p.accumulate && !end.copy;
     const int clusters = one ? tiles : (p.first ? 2 : 1) * all;
     p.from = j->from;
-    return bm_cuda_start_clusters(c, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, end, box, is_known(j), one, m);
+    return bm_cuda_start_clusters(c, p.y, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, end, box, is_known(j),
+                                  one, m);
 }
 template <int TYPE, int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
     return j->gate ? launch<TYPE, SLOTS, GATED>(c, j) : j->end.act ? launch<TYPE, SLOTS, ACT>(c, j) : launch<TYPE, SLOTS, PLAIN>(c, j);

@@ -42,9 +42,10 @@ bool bm_cuda_describe_rows(const bm_cuda *c, CUtensorMap *map, const job *j, int
 bool bm_cuda_describe_weights(const bm_cuda *c, CUtensorMap *map, const bm_product *p, int box, CUtensorMapL2promotion promotion);
 bool bm_cuda_describe_quants(const bm_cuda *c, CUtensorMap *quants, CUtensorMap *scales, const bm_product *p, int box);
 
-/* Clusters of `ctas` blocks, set up while the kernel before ends. */
+/* Clusters of `ctas` blocks, set up while the kernel before ends.  wrote: NULL, or what they write where they let the next
+ * kernel start when they have waited. */
 template <class... P, class... A> static bool
-bm_cuda_start_clusters(bm_cuda *c, void (*kernel)(P...), int blocks, int ctas, int threads, int shared, A... a) {
+bm_cuda_start_clusters(bm_cuda *c, const float *wrote, void (*kernel)(P...), int blocks, int ctas, int threads, int shared, A... a) {
     cudaLaunchAttribute how[2] = {};
     how[0].id = cudaLaunchAttributeClusterDimension;
     how[0].val.clusterDim.x = ctas, how[0].val.clusterDim.y = how[0].val.clusterDim.z = 1;
@@ -54,6 +55,7 @@ bm_cuda_start_clusters(bm_cuda *c, void (*kernel)(P...), int blocks, int ctas, i
     config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
     config.stream = c->stream, config.attrs = how, config.numAttrs = 2;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    c->wrote = wrote;
     return bm_cuda_check(c, cudaLaunchKernelEx(&config, kernel, a...), "a matrix product");
 }
 

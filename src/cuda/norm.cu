@@ -17,7 +17,7 @@ __device__ static float sum_of(float4 v) { return (v.x + v.y) + (v.z + v.w); }
 
 /* RMSNorm: s / sqrt(mean(s^2) + eps) * weight.  LayerNorm: (s - mean) / sqrt(var + eps) * weight + bias.  half: y as bf16, or
  * NULL.  Thread j of a row holds fours j, j + blockDim, ... in registers, HELD of them: the order of sums depends on D alone. */
-template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_norm a, bool aligned, uint16_t *half) {
+template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_norm a, bool aligned, bool early, uint16_t *half) {
     const size_t at = (size_t)blockIdx.x * a.D;
     const float *x = a.x ? a.x + at : NULL, *residual = a.residual ? a.residual + at : NULL;
     float4 s[HELD], w[HELD];
@@ -25,16 +25,19 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
 #pragma unroll(HELD > 4 ? 1 : HELD)
     for (int i = 0; i < HELD; i++) {
         const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
-        if (k < a.D) w[i] = four(a.weight, k, a.D, aligned);
+        if (k >= a.D) continue;
+        w[i] = four(a.weight, k, a.D, aligned);
+        if (early) s[i] = four(residual, k, a.D, aligned);
     }
     previous_done();
     float total = 0, square = 0;
 #pragma unroll(HELD > 4 ? 1 : HELD)
     for (int i = 0; i < HELD; i++) {
         const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
-        s[i] = make_float4(0, 0, 0, 0);
+        const float4 r = k >= a.D ? make_float4(0, 0, 0, 0) : early ? s[i] : four(residual, k, a.D, aligned);
+        s[i] = r;
         if (k >= a.D) continue;
-        const float4 u = four(x, k, a.D, aligned), r = four(residual, k, a.D, aligned);
+        const float4 u = four(x, k, a.D, aligned);
         s[i] = make_float4(u.x + r.x, u.y + r.y, u.z + r.z, u.w + r.w);
         if (a.sum) put_four(a.sum + at, k, a.D, aligned, s[i]);
         total += sum_of(s[i]);
@@ -65,13 +68,14 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
     }
 }
 
-/* half: y as bf16 too, or NULL. */
+/* half: y as bf16 too, or NULL.  early: the residual is there before the last kernel. */
 static void norm(bm_cuda *c, const bm_op_norm *a, uint16_t *half) {
     const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->residual | (uintptr_t)a->weight | (uintptr_t)a->bias |
                           (uintptr_t)a->sum | (uintptr_t)a->y;
     const bool aligned = a->D % 4 == 0 && all % 16 == 0;
-    if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<NORM_HELD>, a->M, norm_threads(a->D), 0, *a, aligned, half);
-    else bm_cuda_start(c, norm_rows<16>, a->M, WIDEST, 0, *a, aligned, half);      /* D up to 65536 */
+    const bool early = a->x && a->x == c->wrote;
+    if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<NORM_HELD>, a->M, norm_threads(a->D), 0, *a, aligned, early, half);
+    else bm_cuda_start(c, norm_rows<16>, a->M, WIDEST, 0, *a, aligned, false, half);      /* D up to 65536 */
     bm_cuda_check(c, cudaGetLastError(), "norm");
 }
 void bm_cuda_norm(bm_backend *b, const bm_op_norm *a) {

@@ -102,30 +102,40 @@ __global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
     group_rows(a, choice, a.M <= SORTERS && i < a.M ? choose_row(a, a.logits + (size_t)i * a.X, i, choice) : -1);
 }
 
+/* Of a row to be normed, what a thread needs besides x. */
+typedef struct held { float4 r[NORM_HELD], w[NORM_HELD]; } held;
+/* A thread's j-th four of D. */
+__device__ static int four_at(int j, int D) {
+    const int threads = norm_threads(D);
+    return (int)threadIdx.x < threads ? 4 * (int)(threadIdx.x + j * threads) : D;
+}
+__device__ static void ask_residual(const bm_op_norm &a, int i, held &h) {
+#pragma unroll
+    for (int j = 0; j < NORM_HELD; j++)
+        h.r[j] = a.residual ? four_of(a.residual + (size_t)i * a.D, four_at(j, a.D), a.D) : make_float4(0, 0, 0, 0);
+}
 /* Row i as norm_rows makes it (norm.cu), RMSNorm; also into y (D). */
-__device__ static void norm_row(const bm_op_norm &a, int i, uint16_t *half, float *y) {
+__device__ static void norm_row(const bm_op_norm &a, int i, const held &h, uint16_t *half, float *y) {
     const size_t at = (size_t)i * a.D;
-    const int threads = norm_threads(a.D);
-    float4 s[NORM_HELD], w[NORM_HELD];
+    float4 s[NORM_HELD];
     float square = 0;
 #pragma unroll
+    for (int j = 0; j < NORM_HELD; j++) s[j] = a.x ? four_of(a.x + at, four_at(j, a.D), a.D) : make_float4(0, 0, 0, 0);
+#pragma unroll
     for (int j = 0; j < NORM_HELD; j++) {
-        const int k = (int)threadIdx.x < threads ? 4 * (int)(threadIdx.x + j * threads) : a.D;
-        const float4 x = a.x ? four_of(a.x + at, k, a.D) : make_float4(0, 0, 0, 0);
-        const float4 r = a.residual ? four_of(a.residual + at, k, a.D) : make_float4(0, 0, 0, 0);
-        w[j] = four_of(a.weight, k, a.D);
-        s[j] = make_float4(x.x + r.x, x.y + r.y, x.z + r.z, x.w + r.w);
+        s[j] = make_float4(s[j].x + h.r[j].x, s[j].y + h.r[j].y, s[j].z + h.r[j].z, s[j].w + h.r[j].w);
         square += norm_squares(s[j]);
-        if (a.sum && k < a.D) *(float4 *)(a.sum + at + k) = s[j];
     }
     const float scale = norm_scale(block_sum(square) / (float)a.D, a.eps);
 #pragma unroll
     for (int j = 0; j < NORM_HELD; j++) {
-        const int k = 4 * (int)(threadIdx.x + j * threads);
-        if ((int)threadIdx.x >= threads || k >= a.D) continue;
-        const float4 v = make_float4(norm_out(s[j].x, scale, w[j].x, 0), norm_out(s[j].y, scale, w[j].y, 0),
-                                     norm_out(s[j].z, scale, w[j].z, 0), norm_out(s[j].w, scale, w[j].w, 0));
-        *(float4 *)(a.y + at + k) = *(float4 *)(y + k) = v;
+        const int k = four_at(j, a.D);
+        if (k >= a.D) continue;
+        const float4 v = make_float4(norm_out(s[j].x, scale, h.w[j].x, 0), norm_out(s[j].y, scale, h.w[j].y, 0),
+                                     norm_out(s[j].z, scale, h.w[j].z, 0), norm_out(s[j].w, scale, h.w[j].w, 0));
+        *(float4 *)(y + k) = v;
+        if (a.sum) *(float4 *)(a.sum + at + k) = s[j];
+        *(float4 *)(a.y + at + k) = v;
         if (half) *(uint2 *)(half + at + k) = halves(v);
     }
     __syncthreads();
@@ -183,9 +193,9 @@ __device__ static unsigned add_to(unsigned *count, unsigned n) {
     return was;
 }
 /* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is
- * summed as by `dots` (gemm.cu).  NORMS: of the row that it norms before. */
+ * summed as by `dots` (gemm.cu).  NORMS: of the row that it norms before; early: whose residual is there before the kernel before. */
 template <bool NORMS> __global__ void __launch_bounds__(32 * ROUTED)
-route_rows(bm_op_norm n, uint16_t *half, bm_op_linear l, const float *w, int K, bm_op_route a, unsigned *ended) {
+route_rows(bm_op_norm n, bool early, uint16_t *half, bm_op_linear l, const float *w, int K, bm_op_route a, unsigned *ended) {
     extern __shared__ float4 normed[];
     __shared__ float logit[ROUTED];
     __shared__ bool last;
@@ -197,8 +207,15 @@ route_rows(bm_op_norm n, uint16_t *half, bm_op_linear l, const float *w, int K, 
 #pragma unroll
     for (int s = 0; s < EIGHTS; s++)
         for (int h = 0; h < 2; h++) v[s][h] = four_of(row, 8 * (lane + 32 * s) + 4 * h, K);
-    previous_done();
-    if (NORMS) norm_row(n, i, half, (float *)normed);
+    if (NORMS) {
+        held of;
+#pragma unroll
+        for (int j = 0; j < NORM_HELD; j++) of.w[j] = four_of(n.weight, four_at(j, n.D), n.D);
+        if (early) ask_residual(n, i, of);
+        previous_done();
+        if (!early) ask_residual(n, i, of);
+        norm_row(n, i, of, half, (float *)normed);
+    } else previous_done();
 #pragma unroll
     for (int s = 0; s < EIGHTS; s++)
         for (int h = 0; h < 2; h++) u[s][h] = four_of(x, 8 * (lane + 32 * s) + 4 * h, K);
@@ -333,7 +350,8 @@ bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, c
         return false;
     uint16_t *half = n ? bm_cuda_rounded(c, n->y, n->M, K) : NULL;
     if (!few) return route_many(c, n, half, l, a, e, fit);
-    bm_cuda_start(c, n ? route_rows<true> : route_rows<false>, a->M, 32 * a->X, n ? 4 * (size_t)K : 0, n ? *n : (bm_op_norm){}, half,
-                  *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
+    const bool early = n && n->x && n->x == c->wrote;
+    bm_cuda_start(c, n ? route_rows<true> : route_rows<false>, a->M, 32 * a->X, n ? 4 * (size_t)K : 0, n ? *n : (bm_op_norm){}, early,
+                  half, *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
     return bm_cuda_check(c, cudaGetLastError(), "routing");
 }
