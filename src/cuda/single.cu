@@ -37,10 +37,10 @@ INLINE void written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 /* ---- convolution and x ---------------------------------------------------------------------------------------------- */
 
 /* The blocks of a cluster share k: each makes u of its channels, which are its k, and sends what they give of x to the blocks that
- * add it up, one for each text of eight.  A warpgroup has 64 rows of x's weights.  A block has half of a multiprocessor's registers and
- * more than half of its shared memory: beside it there is room for one of dt and scan, not for one of another cluster, which was
- * slower.  So an H100 has room for CLUSTERS at once; where eight texts each are too few, they have sixteen. */
-enum { RANKS = 8, CLUSTERS = 15, GROUPS = 4, CONV_THREADS = 128 * GROUPS, MOST_STAGES = 12, MOST_C = 512, HELD = 2, ALONE = 116 * 1024 };
+ * add it up, one for each text of eight.  A warpgroup has 64 rows of x's weights.  A block has more than half of a multiprocessor's
+ * registers: two clusters side by side were slower.  So an H100 has room for CLUSTERS at once; where eight texts each are too few,
+ * they have sixteen. */
+enum { RANKS = 8, CLUSTERS = 15, GROUPS = 4, CONV_THREADS = 128 * GROUPS, MOST_STAGES = 12, MOST_C = 512 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 INLINE void send_one(float *to, float v, uint64_t *b, int rank) {
@@ -51,13 +51,14 @@ INLINE void send_one(float *to, float v, uint64_t *b, int rank) {
 #endif
 
 /* X: rows of x's weights; tiles: of 64 of them; stages: a multiple of tiles, so that a place in the ring belongs to one warpgroup;
- * at, filter: bytes up to the desk, the same in all blocks, and to the convolution's weights. */
-typedef struct share { int X, tiles, stages, at, filter; } share;
+ * at: bytes up to the desk, the same in all blocks. */
+typedef struct share { int X, tiles, stages, at; } share;
 
 /* A block of a cluster: its steps of 64 k, the first text and how many. */
 typedef struct part { int rank, begin, steps, q0, texts; } part;
-/* Of a thread: texts set, set + sets, ... of `part`, four channels from c on, the block's `at`; states of the first HELD texts. */
-typedef struct own { int set, sets, at, c; float4 past[HELD][3]; } own;
+/* Of a thread: texts set, set + sets, ... of `part`, MOST at most, four channels from c on; what the convolution needs of them.  State
+ * NULL: no text. */
+template <int MOST> struct own { int set, sets, at, c; float4 x[MOST][4], filter[4], bias; float *state[MOST]; };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* By one thread: x's weights, as many steps as there are stages; the rest into the second cache. */
@@ -73,58 +74,44 @@ INLINE void begin_weights(const CUtensorMap *weights, const share &w, const part
         bring(stage + n * TILE, weights, &full[n], k, row, 0);
     }
 }
-INLINE float *state_of(const bm_op_conv &a, const part &here, const own &o, int t) {
-    return a.state + (size_t)a.slot[here.q0 + t] * a.stride + o.c;
-}
-INLINE void ask_past(const bm_op_conv &a, const part &here, own &o, int first) {
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const int t = first + i * o.sets;
-        if (o.set >= o.sets || t >= here.texts) continue;
-#pragma unroll
-        for (int k = 0; k < 3; k++) o.past[i][k] = *(const float4 *)(state_of(a, here, o, t) + (size_t)k * a.I);
-    }
-}
-/* What was there before the kernel before: nobody has written to states since the token before.  filter: of four channels, four and
- * the bias; states of later texts into the second cache. */
-INLINE void ask(const bm_op_conv &a, const part &here, own &o, float4 *filter) {
+/* What was there before the kernel before: nobody has written to states since the token before. */
+template <int MOST> INLINE void ask(const bm_op_conv &a, const part &here, own<MOST> &o) {
     const int fours = here.steps * DEPTH / 4;
     o.sets = CONV_THREADS / fours, o.set = threadIdx.x / fours, o.at = threadIdx.x % fours * 4;
     o.c = here.begin * DEPTH + o.at;
-    ask_past(a, here, o, o.set);
-    if (o.set >= o.sets) return;
-    for (int k = 0; k < 4; k++) copy_four(filter + o.at / 4 * 5 + k, (const float4 *)(a.weight + (size_t)k * a.I + o.c));
-    if (a.bias) copy_four(filter + o.at / 4 * 5 + 4, (const float4 *)(a.bias + o.c));
-    else filter[o.at / 4 * 5 + 4] = make_float4(0, 0, 0, 0);
-    for (int t = o.set + HELD * o.sets; t < here.texts; t += o.sets)
-        for (int k = 0; k < 3; k++) asm volatile("prefetch.global.L2 [%0];" :: "l"(state_of(a, here, o, t) + (size_t)k * a.I));
+    o.bias = make_float4(0, 0, 0, 0);
+    if (o.set < o.sets) {
+        if (a.bias) o.bias = *(const float4 *)(a.bias + o.c);
+#pragma unroll
+        for (int k = 0; k < 4; k++) o.filter[k] = *(const float4 *)(a.weight + (size_t)k * a.I + o.c);
+    }
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        const int t = o.set + i * o.sets;
+        o.state[i] = NULL;
+        if (o.set >= o.sets || t >= here.texts) continue;
+        o.state[i] = a.state + (size_t)a.slot[here.q0 + t] * a.stride + o.c;
+#pragma unroll
+        for (int k = 0; k < 3; k++) o.x[i][k] = *(const float4 *)(o.state[i] + (size_t)k * a.I);
+    }
 }
 /* u, also as bf16 where wgmma reads it; states move on. */
-template <int TEXTS> INLINE void convolve(const bm_op_conv &a, const part &here, own &o, const float4 *filter, uint8_t *half) {
-    words_wait();
-    if (o.set >= o.sets) return;
-    filter += o.at / 4 * 5;
-#pragma unroll 1
-    for (int first = o.set; first < here.texts; first += HELD * o.sets) {
-        float4 x[HELD];
-        if (first > o.set) ask_past(a, here, o, first);
+template <int TEXTS, int MOST> INLINE void convolve(const bm_op_conv &a, const part &here, own<MOST> &o, uint8_t *half) {
 #pragma unroll
-        for (int i = 0; i < HELD; i++)
-            if (first + i * o.sets < here.texts) x[i] = *(const float4 *)(a.x + (size_t)(here.q0 + first + i * o.sets) * a.ldx + o.c);
+    for (int i = 0; i < MOST; i++)
+        if (o.state[i]) o.x[i][3] = *(const float4 *)(a.x + (size_t)(here.q0 + o.set + i * o.sets) * a.ldx + o.c);
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            const int t = first + i * o.sets;
-            if (t >= here.texts) continue;
-            float *state = state_of(a, here, o, t);
-            float4 s = filter[4];
+    for (int i = 0; i < MOST; i++) {
+        const int t = o.set + i * o.sets;
+        if (!o.state[i]) continue;
+        float4 s = o.bias;
 #pragma unroll
-            for (int k = 0; k < 3; k++) s = conv_step(s, filter[k], o.past[i][k]);
-            s = conv_step(s, filter[3], x[i]);
-            *(float4 *)state = o.past[i][1], *(float4 *)(state + a.I) = o.past[i][2], *(float4 *)(state + 2 * (size_t)a.I) = x[i];
-            s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));
-            *(float4 *)(a.y + (size_t)(here.q0 + t) * a.I + o.c) = s;
-            *(uint2 *)(half + place_of(TEXTS, t, o.at)) = halves(s);
-        }
+        for (int k = 0; k < 4; k++) s = conv_step(s, o.filter[k], o.x[i][k]);
+#pragma unroll
+        for (int k = 0; k < 3; k++) *(float4 *)(o.state[i] + (size_t)k * a.I) = o.x[i][k + 1];
+        s = make_float4(silu(s.x), silu(s.y), silu(s.z), silu(s.w));
+        *(float4 *)(a.y + (size_t)(here.q0 + t) * a.I + o.c) = s;
+        *(uint2 *)(half + place_of(TEXTS, t, o.at)) = halves(s);
     }
 }
 /* A warpgroup's 64 rows of x by the block's k, sent to the blocks of their texts. */
@@ -156,7 +143,7 @@ multiply_x(const CUtensorMap *weights, const share &w, const part &here, uint8_t
 }
 #endif
 
-template <int TEXTS> __global__ void __launch_bounds__(CONV_THREADS, 2)
+template <int TEXTS> __global__ void __launch_bounds__(CONV_THREADS)
 conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap weights, const share w, float *xdbl) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint8_t memory[];
@@ -165,8 +152,7 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
     float *desk = (float *)(stage + w.at);                  /* (TEXTS/RANKS,RANKS,X) of texts rank, rank + RANKS, ... */
     const int rank = rank_in_cluster(), all = a.I / DEPTH, begin = all * rank / RANKS, q0 = (int)blockIdx.x / RANKS * TEXTS;
     const part here = { rank, begin, all * (rank + 1) / RANKS - begin, q0, a.Q - q0 < TEXTS ? a.Q - q0 : TEXTS };
-    float4 *filter = (float4 *)(stage + w.filter);          /* (channels/4,5) */
-    own o;
+    own<TEXTS / 4> o;
     if (!threadIdx.x) {
         for (int s = 0; s < w.stages; s++) {
             barrier_make(&full[s], 1);
@@ -177,12 +163,12 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
         barrier_expect(&sent, 4 * TEXTS * w.X);
         begin_weights(&weights, w, here, stage, full);
     }
-    ask(a, here, o, filter);
+    ask(a, here, o);
     next_may_start();
     __syncwarp();               /* whose first lane was away */
     cluster_meet();
     previous_done();
-    convolve<TEXTS>(a, here, o, filter, half);
+    convolve<TEXTS>(a, here, o, half);
     written();
     __syncthreads();
     if ((int)threadIdx.x / 128 < w.tiles) multiply_x<TEXTS>(&weights, w, here, stage, half, full, empty, desk, &sent);
@@ -209,8 +195,7 @@ bool bm_cuda_conv_x(bm_backend *b, const bm_op_conv *a, const bm_op_linear *l) {
     share w = { X, tiles, tiles * (most < MOST_STAGES / tiles ? most : MOST_STAGES / tiles) };
     const int texts = a->M <= CLUSTERS * RANKS ? RANKS : 2 * RANKS;
     w.at = w.stages * TILE + most * texts * LINE;
-    w.filter = (w.at + 4 * texts * X + 15) / 16 * 16;
-    const int needed = w.filter + most * DEPTH / 4 * 5 * 16 + 1024, shared = needed < ALONE ? ALONE : needed;
+    const int shared = w.at + 4 * texts * X + 1024;
     CUtensorMap map;
     if (!bm_cuda_describe_weights(c, &map, &p, TALL, CU_TENSOR_MAP_L2_PROMOTION_L2_128B)) return false;
     bm_cuda_rounded(c, NULL, 0, 0);
