@@ -72,6 +72,7 @@ __global__ void keep(bm_op_attention a) {
 void bm_cuda_attention(bm_backend *b, const bm_op_attention *a) {
     bm_cuda *c = cuda_of(b);
     if (c->failed || !a->M) return;
+    c->wrote = NULL;
     rotate<<<a->M, 128, 0, c->stream>>>(*a);
     attend<<<blocks_of((size_t)a->M * a->H, WARPS), 32 * WARPS, 0, c->stream>>>(*a, a->M);
     keep<<<a->Q, 256, 0, c->stream>>>(*a);

@@ -42,7 +42,7 @@ typedef struct bm_cuda {
     bm_cuda_row *rows;                      /* (BM_CUDA_BEST_ROWS) zeros between operations */
     struct bm_cuda_wide *wide;              /* products of many rows: matmul.cu */
     uint16_t *widened; size_t widened_room; /* bf16 copies of quantized matrices: widen.cu */
-    const float *wrote;         /* by the last kernel alone, where the next may read all else before it waits; NULL: not so */
+    const float *wrote;         /* the last kernel's y, where the next may read all f32 but that before it waits; NULL: not so */
     bm_status failed; char sentence[256];   /* the first failure; sync() tells it and clears it */
 } bm_cuda;
 
@@ -133,7 +133,7 @@ void bm_cuda_wide_close(bm_cuda *c);
 static inline bm_cuda *cuda_of(bm_backend *b) { return (bm_cuda *)b; }
 static inline int blocks_of(size_t n, size_t size) { return (int)((n + size - 1) / size); }
 
-/* Starts a kernel that waits with after_previous() before it looks at memory: it is set up while the one before it ends. */
+/* Starts a kernel that waits with previous_done() before it reads what the one before it writes: it is set up while that ends. */
 template <class... P, class... A>
 static void bm_cuda_start(bm_cuda *c, void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... a) {
     cudaLaunchAttribute early = {};

@@ -1,23 +1,23 @@
 /* few.cu - products of 6 to 128 rows with weights of bf16, f16, q8_0 or q4_0 on Hopper's tensor cores.  Room: cuda.
  *
- * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes one tile after
- * another: 64 rows of weights (or 32 of gate and 32 of up) and up to SLOTS rows of a group.  A warp has the copy engine bring 64
- * columns of k of weights at a time into a ring of stages, one those of activations, and a warpgroup multiplies them (wgmma) with
- * the weights as the side of 64.  A step is 8 KB: what a warp does besides must stay below a third of a microsecond.
+ * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes a tile, or where there
+ * are many one after another: 64 rows of weights (or 32 of gate and 32 of up) and up to SLOTS rows of a group.  A warp has the copy
+ * engine bring 64 columns of k of weights at a time into a ring of stages, one those of activations, and a warpgroup multiplies them
+ * (wgmma) with the weights as the side of 64.  A step is 8 KB: what a warp does besides must stay below a third of a microsecond.
  * Lanes make bf16 of f16, and of quants, which come with the scales of their blocks, each rounded once: the bits of a bf16 copy
  * (widen.cu).
- * Weights that are known to be wanted are brought while the kernel before still works.
+ * Weights that are known to be wanted are brought while the kernel before still works; the next kernel starts when this one has waited.
  * Where a norm follows, blocks leave sums of squares, and the next product's outputs are divided by the root of their mean.
- * Where there are few tiles, the blocks of a cluster share a tile's k and send what they have to each other, to be added in the
- * order of their ranks.  Which block sums which k depends on the shape of the weights alone: an output has the same bits whatever
+ * Where there are few tiles, the blocks of a cluster share a tile's k and send what they have of each other's rows, to be added in
+ * the order of their ranks.  Which block sums which k depends on the shape of the weights alone: an output has the same bits whatever
  * rows are beside it. */
 #include "cuda/hopper.cuh"
 #include <cuda_fp16.h>
 
 enum { MULTIPLIERS = 128, THREADS = MULTIPLIERS + 64, ROOM = 108 * 1024, LD = TALL + 4 };
 
-/* COLS columns of outputs, turned round PIECE rows at a time.  Two blocks of ROOM fit a multiprocessor: one that works, one that
- * makes ready, or two that work. */
+/* COLS columns of outputs, turned round PIECE rows at a time where a block has several tiles.  Two blocks of ROOM fit a
+ * multiprocessor: one that works, one that makes ready, or two that work. */
 template <int SLOTS, int END> struct outputs { enum { COLS = END == GATED ? TALL / 2 : TALL, PIECE = SLOTS < 32 ? SLOTS : 32 }; };
 template <int TYPE, int SLOTS, int END> struct shape {
     enum { COLS = outputs<SLOTS, END>::COLS, PIECE = outputs<SLOTS, END>::PIECE, PAPER = PIECE * LD * 4 };
@@ -152,7 +152,7 @@ __device__ static void find_targets(const bm_product &p, const ending &end, cons
     to.scale[threadIdx.x] = end.of ? scale_of(p, end, i) : p.scale ? p.scale[row] : 1;
 }
 
-/* ---- outputs on their way: four columns from n on of EACH rows of a thread, i of the groups ------------------ */
+/* ---- outputs on their way: four columns from n on of EACH rows of a thread ----------------------------------- */
 
 /* What becomes of them, decided once: whatever it is; y, by rows scaled; sums before a norm; act(gate) up.  Rows made at once: code
  * that runs once costs its way into the processor, rows one after another cost each other's latencies. */
@@ -165,9 +165,17 @@ template <int EACH> struct fours { int n, i[EACH]; bool there[EACH]; float4 v[EA
 /* What sums need besides of a thread's first rows, asked for before their products are made. */
 template <int SLOTS> struct residuals { float4 r[at_once<SLOTS, SUMMED>::EACH], weight; };
 
-INLINE float4 scaled(float4 v, float by) { return make_float4(v.x * by, v.y * by, v.z * by, v.w * by); }
+INLINE float4 scaled(float4 v, float by) {
+    return make_float4(__fmul_rn(v.x, by), __fmul_rn(v.y, by), __fmul_rn(v.z, by), __fmul_rn(v.w, by));
+}
 INLINE float4 sum_of(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
+INLINE float4 biased(const bm_product &p, int e, int n, float4 v, float scale) {
+    const float2 a = biased(p, e, n, v.x, v.y, scale), b = biased(p, e, n + 2, v.z, v.w, scale);
+    return make_float4(a.x, a.y, b.x, b.y);
+}
+
+/* One tile has all rows. */
 template <int EACH> INLINE void put_stored(const bm_product &p, const targets &to, const fours<EACH> &o) {
 #pragma unroll
     for (int j = 0; j < EACH; j++)
@@ -177,12 +185,12 @@ template <int EACH> INLINE void ask(const ending &end, const fours<EACH> &o, int
 #pragma unroll
     for (int j = 0; j < EACH; j++) r[j] = *(const float4 *)(end.residual + (size_t)o.i[j] * N + o.n);
 }
-/* Squares are summed over sixteen lanes. */
+/* Likewise.  Squares are summed over sixteen lanes. */
 template <int EACH> INLINE void
 put_sums(const bm_product &p, const ending &end, const targets &to, const fours<EACH> &o, const float4 (&r)[EACH], float4 w) {
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-        const float4 v = sum_of(scaled(o.v[j], to.scale[o.i[j]]), r[j]);
+        const float4 v = sum_of(biased(p, 0, o.n, o.v[j], to.scale[o.i[j]]), r[j]);
         const size_t at = (size_t)o.i[j] * p.N + o.n;
         float square = norm_squares(v);
         for (int d = 8; d; d /= 2) square += __shfl_xor_sync(~0u, square, d);
@@ -196,9 +204,7 @@ template <int EACH> INLINE void put_any(const bm_product &p, const ending &end, 
     for (int j = 0; j < EACH; j++) {
         if (!o.there[j]) continue;
         const int row = to.row[o.i[j]];
-        const float scale = to.scale[o.i[j]];
-        const float2 a = biased(p, e, o.n, o.v[j].x, o.v[j].y, scale), b = biased(p, e, o.n + 2, o.v[j].z, o.v[j].w, scale);
-        const float4 v = make_float4(a.x, a.y, b.x, b.y);
+        const float4 v = biased(p, e, o.n, o.v[j], to.scale[o.i[j]]);
         float *y = p.y + (size_t)row * p.ldy + o.n;
         if (end.whole) *(float4 *)y = p.accumulate ? sum_of(*(const float4 *)y, v) : v;
         else put_four(p, y, o.n, v);
@@ -308,7 +314,7 @@ INLINE void send(float *to, float4 v, uint64_t *b, int rank) {
                  :: "r"(address(to)), "r"(address(b)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(rank) : "memory");
 }
 /* A cluster's only tile: the rings are done with, and have room for paper and a desk.  Block r has the r-th part of the rows; what
- * others have of them comes to its desk (blocks,SLOTS/blocks,LD). */
+ * others have of them comes to its desk (blocks,SLOTS/blocks,LD), once all have said that their rings are free. */
 template <int SLOTS, int END> __device__ static void
 put_one(const bm_product &p, const ending &end, const place &w, const tile &at, const targets &to, const float (&c)[SLOTS / 2],
         float *paper, uint64_t *sent, residuals<SLOTS> &beside) {
@@ -322,17 +328,16 @@ put_one(const bm_product &p, const ending &end, const place &w, const tile &at, 
     if (w.blocks > 1) {
         const int four = threadIdx.x % 16 * 4;
         if (!threadIdx.x && left > 0) barrier_expect(sent, (w.blocks - 1) * mine * TALL * 4);
+        __syncwarp();
         cluster_wait();
 #pragma unroll(SLOTS < 64 ? 1 : 4)
         for (int i = threadIdx.x / 16; i < rows; i += MULTIPLIERS / 16)
             if (i >> shift != w.rank)
                 send(desk + w.rank * part + (i & (own - 1)) * LD + four, *(const float4 *)(paper + i * LD + four), sent, i >> shift);
         if (left > 0) barrier_wait(sent, 0);
-        cluster_arrive();
     }
     if (left > 0)
         put_either<SLOTS, END, true>(p, end, at, to, { paper + w.rank * part, own * w.rank, mine, w.blocks, w.rank, part, desk }, beside);
-    if (w.blocks > 1) cluster_wait();       /* what was sent has arrived */
 }
 
 /* q d of bytes `two` and `two` + 2 of four numbers less ZERO: 2^15 + q + ZERO is a float with q in its second byte. */
@@ -391,8 +396,8 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
     for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
         int last = 0;
         residuals<SLOTS> beside;
-        if (t > w.cluster) meet_of<MULTIPLIERS>();
-        if (END == PLAIN && !(end.of && t > w.cluster)) find_targets(p, end, at, rows_of(at, SLOTS), to);
+        if (END == PLAIN && t > w.cluster) meet_of<MULTIPLIERS>();      /* what there was of them has been read */
+        if (END == PLAIN && (t == w.cluster || !end.of)) find_targets(p, end, at, rows_of(at, SLOTS), to);
         if (END == PLAIN && one) ask_first<SLOTS>(p, end, at, w, beside);
 #pragma unroll 1
         for (int k = w.begin; k < w.end; k++, last = now.stage, go_on<S::STAGES>(&now)) {
@@ -477,14 +482,15 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int blocks = bm_cuda_sharing(c, &p), all = c->chip.multiProcessorCount;
     const int tiles = (p.first ? p.M / SLOTS + p.X : blocks_of((size_t)p.M, SLOTS)) * blocks_of((size_t)p.N, S::COLS);
-    const bool one = blocks > 1 || tiles <= 2 * all;
+    const bool one = is_one_each(c, tiles);         /* of clusters too: they are for fewer tiles */
     const uintptr_t lies = (uintptr_t)p.y | 4 * p.ldy | 4 * (uintptr_t)p.N;
     ending end = j->end;
     end.whole = lies % 16 == 0;
     end.stored = end.whole && !p.bias && !p.first && !p.to && !p.scale && !p.accumulate && !end.copy;
     const int clusters = one ? tiles : (p.first ? 2 : 1) * all;
     p.from = j->from;
-    return bm_cuda_start_clusters(c, p.y, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, end, box, is_known(j),
+    const float *wrote = end.sum ? NULL : p.y;
+    return bm_cuda_start_clusters(c, wrote, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, end, box, is_known(j),
                                   one, m);
 }
 template <int TYPE, int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {

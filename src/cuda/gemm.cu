@@ -121,6 +121,7 @@ template <int TYPE> static void launch_tiles(bm_cuda *c, const bm_product *p) {
 }
 
 template <int TYPE> static void launch(bm_cuda *c, const bm_product *p) {
+    c->wrote = NULL;
     if constexpr (TYPE == BM_BF16 || TYPE == BM_F16 || TYPE == BM_Q8_0 || TYPE == BM_Q4_0)
         if (p->rounded) return launch_tiles<TYPE>(c, p);
     const dim3 few(blocks_of(p->N, WARPS), p->M, p->X), many(few.x, blocks_of(p->M, ROWS), p->X);
@@ -177,6 +178,7 @@ void bm_cuda_embed(bm_backend *b, const bm_op_embed *a) {
     const size_t stride = bm_cuda_row_bytes(a->table->type, (size_t)D);
     const uint8_t *table = (const uint8_t *)a->table->data;
     const dim3 grid(blocks_of((size_t)D, 8 * 128), a->M);
+    c->wrote = NULL;
     /* A plain launch: what comes later may read states while the kernel before it works, so the token before must be done with. */
 #define DO(TYPE) rows_of<TYPE><<<grid, 128, 0, c->stream>>>(table, stride, a->token, D, a->y)
     BM_CUDA_TYPES(a->table->type, DO)

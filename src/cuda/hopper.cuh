@@ -16,6 +16,7 @@ static inline bool taken_as_is(bm_dtype type, int rows) {
 
 /* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up.
  * copy: f32 outputs as bf16 too, rows of N; or NULL.
+ * whole, stored: few.cu's own, whether four columns may leave at once, and as they are but for their rows' scale.
  * few.cu, RMSNorm of outputs and the residual r: instead of y, sum = y + r and copy = sum weight; squares (N/TALL,FEW): sums over
  * TALL columns of a row.  Outputs of such a copy: by rows 1 / sqrt(mean of `of`, the squares, + eps) times. */
 enum { PLAIN, ACT, GATED, TALL = 64 };
@@ -35,6 +36,8 @@ static inline bool is_known(const job *j) {
 bool bm_cuda_few(bm_cuda *c, const job *j);
 /* Blocks that share a tile's k there: enough that most multiprocessors have some. */
 int bm_cuda_sharing(const bm_cuda *c, const bm_product *p);
+/* Whether so many tiles are few enough there for a block each, or a cluster: two blocks fit a multiprocessor. */
+static inline bool is_one_each(const bm_cuda *c, int tiles) { return tiles <= 2 * c->chip.multiProcessorCount; }
 
 /* Activations, and matrices (p->X, p->N, p->K): read `box` rows and DEPTH columns at a time, zeros past the edges; promotion: what
  * the second cache reads of a row at once. */
@@ -81,7 +84,7 @@ INLINE float2 biased(const bm_product &p, int e, int n, float x, float y, float 
         const float *b = p.bias + (size_t)e * p.bias_stride + n;
         x += n < p.N ? b[0] : 0, y += n + 1 < p.N ? b[1] : 0;
     }
-    return make_float2(x * scale, y * scale);
+    return make_float2(__fmul_rn(x, scale), __fmul_rn(y, scale));
 }
 /* act(gate) up of two columns, or act(gate), gate then being up itself.  What is known of all of them is decided outside: a branch at
  * each element keeps one from being made beside the other. */

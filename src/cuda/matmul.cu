@@ -401,6 +401,7 @@ bool bm_cuda_takes_rounded(const bm_cuda *c, const bm_op_linear *next, const flo
 bool bm_cuda_norm_follows(const bm_cuda *c, const bm_product *p, const bm_op_norm *n, const bm_op_linear *next) {
     const uintptr_t all = (uintptr_t)n->sum | (uintptr_t)n->residual | (uintptr_t)n->weight;
     if (!bm_cuda_wide_takes(c, p) || !bm_cuda_takes_rounded(c, next, n->y, n->M, n->D) || p->M > FEW || n->M != p->M) return false;
+    if (!is_one_each(c, p->N / TALL)) return false;
     if (n->x != p->y || n->D != p->N || p->N % TALL || p->ldy != (size_t)p->N || p->accumulate || n->centered || n->bias) return false;
     return !next->bias && !next->accumulate && n->sum && n->residual && all % 16 == 0;
 }

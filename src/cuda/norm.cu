@@ -9,6 +9,13 @@ __device__ static float4 four(const float *row, int k, int D, bool aligned) {
     if (aligned) return *(const float4 *)(row + k);
     return make_float4(row[k], k + 1 < D ? row[k + 1] : 0, k + 2 < D ? row[k + 2] : 0, k + 3 < D ? row[k + 3] : 0);
 }
+/* The same past the first cache, where what was there before may lie: no kernel has waited yet. */
+__device__ static float4 four_early(const float *row, int k, int D, bool aligned) {
+    if (!row) return make_float4(0, 0, 0, 0);
+    if (aligned) return __ldcg((const float4 *)(row + k));
+    return make_float4(__ldcg(row + k), k + 1 < D ? __ldcg(row + k + 1) : 0, k + 2 < D ? __ldcg(row + k + 2) : 0,
+                       k + 3 < D ? __ldcg(row + k + 3) : 0);
+}
 __device__ static void put_four(float *row, int k, int D, bool aligned, float4 v) {
     if (aligned) *(float4 *)(row + k) = v;
     else for (int i = 0; i < 4 && k + i < D; i++) row[k + i] = i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
@@ -27,7 +34,7 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
         const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
         if (k >= a.D) continue;
         w[i] = four(a.weight, k, a.D, aligned);
-        if (early) s[i] = four(residual, k, a.D, aligned);
+        if (early) s[i] = four_early(residual, k, a.D, aligned);
     }
     previous_done();
     float total = 0, square = 0;

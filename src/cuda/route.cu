@@ -8,9 +8,9 @@ enum { ROUTED = 8, EIGHTS = 8 };        /* experts; eights of a row that a lane 
 /* a is a better choice than b: NaN never wins. */
 __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !isnan(a)); }
 
-/* Of a choice, the best by softmax if top is its logit. */
-__device__ static float gate_of(const bm_op_route &a, const float *l, int choice) {
-    const float top = l[choice];
+/* Of the best choice. */
+__device__ static float gate_of(const bm_op_route &a, const float *l, int best) {
+    const float top = l[best];
     float sum = 0;
     if (a.rule == BM_ROUTE_SIGMOID) return 1 / (1 + expf(-top));
     for (int e = 0; e < a.X; e++) sum += expf(l[e] - top);
@@ -109,10 +109,13 @@ __device__ static int four_at(int j, int D) {
     const int threads = norm_threads(D);
     return (int)threadIdx.x < threads ? 4 * (int)(threadIdx.x + j * threads) : D;
 }
+/* Past the first cache, where what was there before may lie. */
 __device__ static void ask_residual(const bm_op_norm &a, int i, held &h) {
 #pragma unroll
-    for (int j = 0; j < NORM_HELD; j++)
-        h.r[j] = a.residual ? four_of(a.residual + (size_t)i * a.D, four_at(j, a.D), a.D) : make_float4(0, 0, 0, 0);
+    for (int j = 0; j < NORM_HELD; j++) {
+        const int k = four_at(j, a.D);
+        h.r[j] = a.residual && k < a.D ? __ldcg((const float4 *)(a.residual + (size_t)i * a.D + k)) : make_float4(0, 0, 0, 0);
+    }
 }
 /* Row i as norm_rows makes it (norm.cu), RMSNorm; also into y (D). */
 __device__ static void norm_row(const bm_op_norm &a, int i, const held &h, uint16_t *half, float *y) {
@@ -186,10 +189,10 @@ __device__ static int largest_of(const float *l, int n) {
     const unsigned most = __reduce_max_sync(~0u, mine);
     return __ffs(__ballot_sync(~0u, lane < n && mine == most)) - 1;
 }
-/* What was written before is there for who adds later. */
-__device__ static unsigned add_to(unsigned *count, unsigned n) {
+/* What was written before is there for who adds later; how many had. */
+__device__ static unsigned add_one(unsigned *count) {
     unsigned was;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(was) : "l"(count), "r"(n) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(was) : "l"(count) : "memory");
     return was;
 }
 /* Block i makes the logits of row i, a warp each, and chooses; the last block to end groups, and leaves *ended 0.  A logit is
@@ -228,7 +231,7 @@ route_rows(bm_op_norm n, bool early, uint16_t *half, bm_op_linear l, const float
     const int best = largest_of(logit, a.X);
     if (!threadIdx.x) {
         a.expert[i] = best;
-        last = add_to(ended, 1) + 1 == gridDim.x;
+        last = add_one(ended) + 1 == gridDim.x;
     }
     if (e + 1 == a.X && !lane) a.gate[i] = gate_of(a, logit, best);
     __syncthreads();

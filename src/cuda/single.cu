@@ -92,7 +92,7 @@ template <int MOST> INLINE void ask(const bm_op_conv &a, const part &here, own<M
         if (o.set >= o.sets || t >= here.texts) continue;
         o.state[i] = a.state + (size_t)a.slot[here.q0 + t] * a.stride + o.c;
 #pragma unroll
-        for (int k = 0; k < 3; k++) o.x[i][k] = *(const float4 *)(o.state[i] + (size_t)k * a.I);
+        for (int k = 0; k < 3; k++) o.x[i][k] = __ldcg((const float4 *)(o.state[i] + (size_t)k * a.I));
     }
 }
 /* u, also as bf16 where wgmma reads it; states move on. */
@@ -315,7 +315,7 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
         const float y = scan_out(scan_sum(p), D, u[0], z[0]);
         if (whole) a.y[(size_t)q * a.I + c] = y;
         if (half) half[(size_t)q * a.I + c] = (uint16_t)halves(y, 0);
-#pragma unroll
+#pragma unroll      /* registers have no index that a loop knows */
         for (int i = 0; i + 1 < EACH; i++) u[i] = u[i + 1], z[i] = z[i + 1];
     }
 #endif
