@@ -131,6 +131,8 @@ size_t bm_cuda_reserved(bm_backend *b);
 void bm_cuda_wide_close(bm_cuda *c);
 
 static inline bm_cuda *cuda_of(bm_backend *b) { return (bm_cuda *)b; }
+/* Whether a norm's residual was there before the last kernel, and may be read before that ends. */
+static inline bool bm_cuda_reads_early(const bm_cuda *c, const bm_op_norm *a) { return a->x && a->x == c->wrote; }
 static inline int blocks_of(size_t n, size_t size) { return (int)((n + size - 1) / size); }
 
 /* Starts a kernel that waits with previous_done() before it reads what the one before it writes: it is set up while that ends. */
@@ -178,6 +180,13 @@ __device__ inline float warp_sum(float v) {
 __device__ inline float warp_max(float v) {
     for (int d = 16; d; d /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, d));
     return v;
+}
+/* A warp's largest of n <= 32: NaN never wins, the lowest index where equal. */
+__device__ inline int warp_largest(const float *of, int n) {
+    const int lane = (int)threadIdx.x % 32;
+    const float v = lane < n ? of[lane] : -INFINITY, top = warp_max(v);     /* of NaN and a number the number */
+    const unsigned best = __ballot_sync(~0u, lane < n && v == top);
+    return best ? __ffs(best) - 1 : 0;
 }
 /* Of a block of whole warps, at most 1,024 threads; every thread gets it. */
 __device__ inline float block_sum(float v) {

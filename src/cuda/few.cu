@@ -168,8 +168,6 @@ template <int SLOTS> struct residuals { float4 r[at_once<SLOTS, SUMMED>::EACH], 
 INLINE float4 scaled(float4 v, float by) {
     return make_float4(__fmul_rn(v.x, by), __fmul_rn(v.y, by), __fmul_rn(v.z, by), __fmul_rn(v.w, by));
 }
-INLINE float4 sum_of(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-
 INLINE float4 biased(const bm_product &p, int e, int n, float4 v, float scale) {
     const float2 a = biased(p, e, n, v.x, v.y, scale), b = biased(p, e, n + 2, v.z, v.w, scale);
     return make_float4(a.x, a.y, b.x, b.y);
@@ -190,7 +188,7 @@ template <int EACH> INLINE void
 put_sums(const bm_product &p, const ending &end, const targets &to, const fours<EACH> &o, const float4 (&r)[EACH], float4 w) {
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-        const float4 v = sum_of(biased(p, 0, o.n, o.v[j], to.scale[o.i[j]]), r[j]);
+        const float4 v = plus(biased(p, 0, o.n, o.v[j], to.scale[o.i[j]]), r[j]);
         const size_t at = (size_t)o.i[j] * p.N + o.n;
         float square = norm_squares(v);
         for (int d = 8; d; d /= 2) square += __shfl_xor_sync(~0u, square, d);
@@ -206,7 +204,7 @@ template <int EACH> INLINE void put_any(const bm_product &p, const ending &end, 
         const int row = to.row[o.i[j]];
         const float4 v = biased(p, e, o.n, o.v[j], to.scale[o.i[j]]);
         float *y = p.y + (size_t)row * p.ldy + o.n;
-        if (end.whole) *(float4 *)y = p.accumulate ? sum_of(*(const float4 *)y, v) : v;
+        if (end.whole) *(float4 *)y = p.accumulate ? plus(*(const float4 *)y, v) : v;
         else put_four(p, y, o.n, v);
         if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + o.n) = halves(v);
     }
@@ -221,6 +219,7 @@ put_hidden(const bm_product &p, const ending &end, int e, int row0, const fours<
         if (o.there[j]) *(uint2 *)(end.act + (size_t)(row0 + o.i[j]) * p.N + o.n) = out;
     }
 }
+
 /* Rows [from, from + COUNT) of outputs onto paper (COUNT,LD).  A lane holds columns lane / 4 and 8 on of 16, two rows of each
  * eight. */
 template <int COUNT, int ALL> __device__ static void lay(const float (&c)[ALL], int from, float *paper) {
@@ -246,7 +245,7 @@ INLINE float4 sum_over(const sheet &s, int at) {
     float4 sum = *(const float4 *)((s.rank ? s.desk : s.paper) + at);
 #pragma unroll 1
     for (int rank = 1; rank < s.blocks; rank++)
-        sum = sum_of(sum, *(const float4 *)((rank == s.rank ? s.paper : s.desk + rank * s.apart) + at));
+        sum = plus(sum, *(const float4 *)((rank == s.rank ? s.paper : s.desk + rank * s.apart) + at));
     return sum;
 }
 
@@ -489,7 +488,7 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
     end.stored = end.whole && !p.bias && !p.first && !p.to && !p.scale && !p.accumulate && !end.copy;
     const int clusters = one ? tiles : (p.first ? 2 : 1) * all;
     p.from = j->from;
-    const float *wrote = end.sum ? NULL : p.y;
+    const float *wrote = END == PLAIN && !end.sum ? p.y : NULL;
     return bm_cuda_start_clusters(c, wrote, few<TYPE, SLOTS, END>, clusters * blocks, blocks, THREADS, S::SHARED, p, end, box, is_known(j),
                                   one, m);
 }

@@ -315,7 +315,8 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     if (!good) return bm_cuda_check(c, cudaErrorInvalidValue, "a matrix product");
     const int most = (p->M / S::ROWS + p->X) * blocks_of((size_t)p->N, COLS * CTAS), all = c->chip.multiProcessorCount / CTAS;
     const int clusters = most < all ? most : all;
-    return bm_cuda_start_clusters(c, p->y, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, box, is_known(j), x, w, gate);
+    const float *wrote = END == PLAIN ? p->y : NULL;
+    return bm_cuda_start_clusters(c, wrote, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, box, is_known(j), x, w, gate);
 }
 /* Tiles of 64 groups rows by cols columns, of which a gated one has half of each; what one costs.  Smaller ones read more. */
 typedef struct size { int groups, cols, each; } size;

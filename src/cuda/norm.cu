@@ -3,18 +3,17 @@
 
 enum { THREADS = 256, WIDEST = 1024 };
 
-/* Four elements of a row at k; what is past its end is 0. */
-__device__ static float4 four(const float *row, int k, int D, bool aligned) {
-    if (!row) return make_float4(0, 0, 0, 0);
-    if (aligned) return *(const float4 *)(row + k);
-    return make_float4(row[k], k + 1 < D ? row[k + 1] : 0, k + 2 < D ? row[k + 2] : 0, k + 3 < D ? row[k + 3] : 0);
+/* EARLY: past the first cache, where what was there before may lie: the kernel has not waited yet. */
+template <bool EARLY, class T> __device__ static T loaded(const T *at) {
+    if constexpr (EARLY) return __ldcg(at);
+    else return *at;
 }
-/* The same past the first cache, where what was there before may lie: no kernel has waited yet. */
-__device__ static float4 four_early(const float *row, int k, int D, bool aligned) {
+/* Four elements of a row at k; what is past its end is 0. */
+template <bool EARLY = false> __device__ static float4 four(const float *row, int k, int D, bool aligned) {
     if (!row) return make_float4(0, 0, 0, 0);
-    if (aligned) return __ldcg((const float4 *)(row + k));
-    return make_float4(__ldcg(row + k), k + 1 < D ? __ldcg(row + k + 1) : 0, k + 2 < D ? __ldcg(row + k + 2) : 0,
-                       k + 3 < D ? __ldcg(row + k + 3) : 0);
+    if (aligned) return loaded<EARLY>((const float4 *)(row + k));
+    return make_float4(loaded<EARLY>(row + k), k + 1 < D ? loaded<EARLY>(row + k + 1) : 0, k + 2 < D ? loaded<EARLY>(row + k + 2) : 0,
+                       k + 3 < D ? loaded<EARLY>(row + k + 3) : 0);
 }
 __device__ static void put_four(float *row, int k, int D, bool aligned, float4 v) {
     if (aligned) *(float4 *)(row + k) = v;
@@ -34,18 +33,18 @@ template <int HELD> __global__ void __launch_bounds__(WIDEST) norm_rows(bm_op_no
         const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
         if (k >= a.D) continue;
         w[i] = four(a.weight, k, a.D, aligned);
-        if (early) s[i] = four_early(residual, k, a.D, aligned);
+        if (early) s[i] = four<true>(residual, k, a.D, aligned);
     }
     previous_done();
     float total = 0, square = 0;
 #pragma unroll(HELD > 4 ? 1 : HELD)
     for (int i = 0; i < HELD; i++) {
         const int k = 4 * (int)(threadIdx.x + i * blockDim.x);
-        const float4 r = k >= a.D ? make_float4(0, 0, 0, 0) : early ? s[i] : four(residual, k, a.D, aligned);
-        s[i] = r;
-        if (k >= a.D) continue;
-        const float4 u = four(x, k, a.D, aligned);
-        s[i] = make_float4(u.x + r.x, u.y + r.y, u.z + r.z, u.w + r.w);
+        if (k >= a.D) {
+            s[i] = make_float4(0, 0, 0, 0);
+            continue;
+        }
+        s[i] = plus(four(x, k, a.D, aligned), early ? s[i] : four(residual, k, a.D, aligned));
         if (a.sum) put_four(a.sum + at, k, a.D, aligned, s[i]);
         total += sum_of(s[i]);
         square += norm_squares(s[i]);
@@ -80,7 +79,7 @@ static void norm(bm_cuda *c, const bm_op_norm *a, uint16_t *half) {
     const uintptr_t all = (uintptr_t)a->x | (uintptr_t)a->residual | (uintptr_t)a->weight | (uintptr_t)a->bias |
                           (uintptr_t)a->sum | (uintptr_t)a->y;
     const bool aligned = a->D % 4 == 0 && all % 16 == 0;
-    const bool early = a->x && a->x == c->wrote;
+    const bool early = bm_cuda_reads_early(c, a);
     if (a->D <= 16 * WIDEST) bm_cuda_start(c, norm_rows<NORM_HELD>, a->M, norm_threads(a->D), 0, *a, aligned, early, half);
     else bm_cuda_start(c, norm_rows<16>, a->M, WIDEST, 0, *a, aligned, false, half);      /* D up to 65536 */
     bm_cuda_check(c, cudaGetLastError(), "norm");

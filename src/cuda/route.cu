@@ -8,21 +8,13 @@ enum { ROUTED = 8, EIGHTS = 8 };        /* experts; eights of a row that a lane 
 /* a is a better choice than b: NaN never wins. */
 __device__ static bool better(float a, float b) { return a > b || (isnan(b) && !isnan(a)); }
 
-/* Of the best choice. */
-__device__ static float gate_of(const bm_op_route &a, const float *l, int best) {
-    const float top = l[best];
-    float sum = 0;
-    if (a.rule == BM_ROUTE_SIGMOID) return 1 / (1 + expf(-top));
-    for (int e = 0; e < a.X; e++) sum += expf(l[e] - top);
-    return 1 / sum;
-}
 /* The k best of row i with logits l, the lowest index where equal; gates by sigmoid or softmax.  Which was that choice. */
 __device__ static int choose_row(const bm_op_route &a, const float *l, int i, int choice) {
-    float top = l[0], last = 0, sum = 0;
+    float top = l[0], last = 0;
     int before = -1, found = -1;
 #pragma unroll 8
     for (int e = 1; e < a.X; e++) if (better(l[e], top)) top = l[e];
-    for (int e = 0; a.rule == BM_ROUTE_SOFTMAX && e < a.X; e++) sum += expf(l[e] - top);
+    const float sum = a.rule == BM_ROUTE_SOFTMAX ? gate_sum(l, a.X, top) : 0;
     for (int j = 0; j < a.k; j++) {
         int best = -1;          /* of those that come after `before` in the order of choices */
         float value = 0;
@@ -36,7 +28,7 @@ __device__ static int choose_row(const bm_op_route &a, const float *l, int i, in
         if (j == choice) found = best;
         const size_t at = (size_t)j * a.M + i;
         a.expert[at] = best;
-        a.gate[at] = a.rule == BM_ROUTE_SIGMOID ? 1 / (1 + expf(-value)) : j ? expf(value - top) / sum : 1 / sum;
+        a.gate[at] = a.rule == BM_ROUTE_SIGMOID ? gate_sigmoid(value) : j ? expf(value - top) / sum : 1 / sum;
     }
     return found;
 }
@@ -126,7 +118,7 @@ __device__ static void norm_row(const bm_op_norm &a, int i, const held &h, uint1
     for (int j = 0; j < NORM_HELD; j++) s[j] = a.x ? four_of(a.x + at, four_at(j, a.D), a.D) : make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int j = 0; j < NORM_HELD; j++) {
-        s[j] = make_float4(s[j].x + h.r[j].x, s[j].y + h.r[j].y, s[j].z + h.r[j].z, s[j].w + h.r[j].w);
+        s[j] = plus(s[j], h.r[j]);
         square += norm_squares(s[j]);
     }
     const float scale = norm_scale(block_sum(square) / (float)a.D, a.eps);
@@ -153,7 +145,7 @@ norm_by_warp(const bm_op_norm &a, int i, const float4 *weight, const float4 *x, 
     for (int v = 0; v < warps; v++) {
         float square = 0;
         for (int k = lane + 32 * v; 4 * k < a.D; k += 32 * warps) {
-            const float4 u = x[k], r = residual[k], sum = make_float4(u.x + r.x, u.y + r.y, u.z + r.z, u.w + r.w);
+            const float4 sum = plus(x[k], residual[k]);
             y[k] = sum;
             if (a.sum) ((float4 *)(a.sum + at))[k] = sum;
             square += norm_squares(sum);
@@ -180,14 +172,6 @@ __device__ static void fetch_row(const bm_op_norm &a, int i, int M, float4 *x, f
         if (a.x) copy_four(x + k, (const float4 *)(a.x + at) + k);
         if (a.residual) copy_four(residual + k, (const float4 *)(a.residual + at) + k);
     }
-}
-/* A warp's best of up to 32, as choose_row has it. */
-__device__ static int largest_of(const float *l, int n) {
-    const int lane = threadIdx.x % 32;
-    const float v = lane < n ? l[lane] + 0.0f : 0;          /* -0 is +0 */
-    const unsigned bits = __float_as_uint(v), order = bits >> 31 ? ~bits : bits | 0x80000000u, mine = lane < n && !isnan(v) ? order : 0;
-    const unsigned most = __reduce_max_sync(~0u, mine);
-    return __ffs(__ballot_sync(~0u, lane < n && mine == most)) - 1;
 }
 /* What was written before is there for who adds later; how many had. */
 __device__ static unsigned add_one(unsigned *count) {
@@ -228,12 +212,12 @@ route_rows(bm_op_norm n, bool early, uint16_t *half, bm_op_linear l, const float
     sum = warp_sum(sum);
     if (!lane) l.y[(size_t)i * a.X + e] = logit[e] = sum + (l.bias ? l.bias[e] : 0);
     __syncthreads();
-    const int best = largest_of(logit, a.X);
+    const int best = warp_largest(logit, a.X);
     if (!threadIdx.x) {
         a.expert[i] = best;
         last = add_one(ended) + 1 == gridDim.x;
     }
-    if (e + 1 == a.X && !lane) a.gate[i] = gate_of(a, logit, best);
+    if (e + 1 == a.X && !lane) a.gate[i] = gate_best(a.rule == BM_ROUTE_SOFTMAX, logit, a.X, best);
     __syncthreads();
     if (!last) return;
     if (!threadIdx.x) *ended = 0;
@@ -353,7 +337,7 @@ bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, c
         return false;
     uint16_t *half = n ? bm_cuda_rounded(c, n->y, n->M, K) : NULL;
     if (!few) return route_many(c, n, half, l, a, e, fit);
-    const bool early = n && n->x && n->x == c->wrote;
+    const bool early = n && bm_cuda_reads_early(c, n);
     bm_cuda_start(c, n ? route_rows<true> : route_rows<false>, a->M, 32 * a->X, n ? 4 * (size_t)K : 0, n ? *n : (bm_op_norm){}, early,
                   half, *l, (const float *)l->w->data, K, *a, &c->rows->blocks);
     return bm_cuda_check(c, cudaGetLastError(), "routing");

@@ -315,7 +315,7 @@ dt_scan(const __grid_constant__ bm_op_scan a, const uint16_t *weights, const flo
         const float y = scan_out(scan_sum(p), D, u[0], z[0]);
         if (whole) a.y[(size_t)q * a.I + c] = y;
         if (half) half[(size_t)q * a.I + c] = (uint16_t)halves(y, 0);
-#pragma unroll      /* registers have no index that a loop knows */
+#pragma unroll      /* the next text's are u[0] and z[0] then: by an index that a loop counts they would lie in memory */
         for (int i = 0; i + 1 < EACH; i++) u[i] = u[i + 1], z[i] = z[i + 1];
     }
 #endif

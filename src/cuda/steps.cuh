@@ -33,6 +33,7 @@ __device__ inline uint4 halves(const float (&v)[8]) {
     return make_uint4(halves(v[0], v[1]), halves(v[2], v[3]), halves(v[4], v[5]), halves(v[6], v[7]));
 }
 
+__device__ inline float4 plus(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 /* Four products more of a sum over k, in order. */
 __device__ inline float dot_four(float4 a, float4 b, float sum) {
     return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
@@ -48,6 +49,19 @@ __device__ inline float norm_out(float centred, float scale, float weight, float
 /* Threads that share a row's fours where it is short: thread j has fours j, j + threads, ..., HELD of them. */
 enum { NORM_HELD = 4 };
 __host__ __device__ inline int norm_threads(int D) { return (D + 32 * 4 * NORM_HELD - 1) / (32 * 4 * NORM_HELD) * 32; }
+
+/* ---- gates of a router's logits l (X) ---------------------------------------------------------- */
+
+__device__ inline float gate_sigmoid(float l) { return 1 / (1 + expf(-l)); }
+__device__ inline float gate_sum(const float *l, int X, float top) {
+    float sum = 0;
+    for (int e = 0; e < X; e++) sum += expf(l[e] - top);
+    return sum;
+}
+/* Of the best choice. */
+__device__ inline float gate_best(bool softmax, const float *l, int X, int best) {
+    return softmax ? 1 / gate_sum(l, X, l[best]) : gate_sigmoid(l[best]);
+}
 
 /* ---- convolution: s = bias, then K of these, the oldest input first; y = silu(s) --------------- */
 

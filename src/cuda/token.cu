@@ -325,12 +325,6 @@ INLINE float routed(int D, const float *x, const float *w, const float *norm) {
     }
     return warp_sum(v);
 }
-/* A warp's largest of n <= 32: NaN never wins, the lowest index where equal. */
-INLINE int largest(const float *of, int n) {
-    const float v = lane_of() < n ? of[lane_of()] : -INFINITY, top = warp_max(v);       /* of NaN and a number the number */
-    const unsigned best = __ballot_sync(~0u, lane_of() < n && v == top);
-    return best ? __ffs(best) - 1 : 0;
-}
 /* What a layer's router, without its bias, says of s.f, the stream before the layer in front of it: most often that layer does not
  * change it. */
 INLINE void guess(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out) {
@@ -343,7 +337,7 @@ INLINE void guess(const program &p, const shared &s, const layer &a, ring *r, un
     }
     meet();
     if (warp_of()) return;
-    const int expert = largest(logit, a.X);
+    const int expert = warp_largest(logit, a.X);
     if (lane_of()) return;
     r->guessed = 1u << expert;
     out->expert[0] = expert;
@@ -364,7 +358,7 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
             }
         meet();
         if (m < s.M) {      /* a warp for each slot */
-            const int expert = largest(logit[m], a.X);
+            const int expert = warp_largest(logit[m], a.X);
             if (lane == 0) out->expert[m] = expert;
         }
     } else if (tid() < s.M) out->expert[tid()] = 0;
@@ -374,12 +368,8 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
         r->chosen = all;
         barrier_arrive(&r->decided);
     }
-    if (tid() < s.M) {      /* while the weights are on their way */
-        const float *l = logit[tid()], top = l[out->expert[tid()]];
-        float sum = 0;
-        for (int e = 0; a.router && a.softmax && e < a.X; e++) sum += expf(l[e] - top);
-        out->gate[tid()] = !a.router ? 1 : a.softmax ? 1 / sum : 1 / (1 + expf(-top));
-    }
+    if (tid() < s.M)        /* while the weights are on their way */
+        out->gate[tid()] = a.router ? gate_best(a.softmax, logit[tid()], a.X, out->expert[tid()]) : 1;
     return all;
 }
 
