@@ -20,7 +20,7 @@ same() {
 greeting=$("${emulator[@]}" "$program" run -i -m "$model" </dev/null 2>&1 >/dev/null)
 same level "$(sed -n 's/.* on cpu \([a-z0-9]*\),.*/\1/p' <<<"$greeting")" "$LEVEL"
 for arith in native f32; do
-    words=(run -m "$model" -p "$prompt" -n 26 --temp 0 --arith "$arith")
+    words=(run -m "$model" -p "$prompt" -n 40 --temp 0 --arith "$arith")
     text=$(BM_CPU=scalar "$native" "${words[@]}" 2>/dev/null)
     same "words in $arith" "$([[ $(wc -w <<<"$text") -ge 20 ]] && echo enough)" enough
     same "text in $arith" "$("${emulator[@]}" "$program" "${words[@]}" 2>/dev/null)" "$text"
