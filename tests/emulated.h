@@ -84,6 +84,7 @@ static inline unsigned __ballot_sync(unsigned, bool p) {
         return all;
     });
 }
+static inline bool __all_sync(unsigned all, bool p) { return __ballot_sync(all, p) == all; }
 static inline unsigned __reduce_or_sync(unsigned, unsigned v) {
     return shown(v, [](const uint64_t *slot) {
         unsigned all = 0;
@@ -120,6 +121,7 @@ static inline ull atomicExch(ull *p, ull v) { return __atomic_exchange_n(p, v, _
 
 static inline float exp2_fast(float x) { return exp2f(x); }
 static inline float inverse_fast(float x) { return 1 / x; }
+static inline float inverse_root_fast(float x) { return 1 / sqrtf(x); }
 
 alignas(128) static uint8_t shared_bytes[SHARED_BYTES];
 [[noreturn]] static void wrong(const char *what) {

@@ -132,7 +132,8 @@ int bm_cuda_program_place(bm_cuda_program *p, int blocks, int bytes) {
     p->at_router = bytes - 4 * (p->most_X ? p->most_X + 1 : 0) * p->D;
     p->at_before = p->at_router - 8 * p->M * B;
     p->at_w = p->at_before - up_to((p->type == BM_BF16 || p->type == BM_F16 ? 4 : 8) * own / 2 * (B | 1), 16);
-    p->at_own = p->at_w - up_to(4 * BM_CUDA_SLOTS * (2 * own + stream), 16);
+    p->at_conv = p->at_w - up_to(4 * own * (p->K + 3 + p->M * (p->K - 1)), 16);
+    p->at_own = p->at_conv - up_to(4 * BM_CUDA_SLOTS * (2 * own + stream), 16);
     p->at_part = p->at_own - 4 * BM_CUDA_WARPS * p->M * BM_CUDA_GROUP;
     p->at_f = p->at_part - 4 * p->M * p->D;
     p->at_x = p->at_f - p->M * p->ldx;

@@ -6,7 +6,7 @@
 
 #define INLINE __device__ __forceinline__ static
 
-/* 2^x and 1/x, to 2 units in the last place and 1; no subnormal numbers. */
+/* 2^x, 1/x and 1/sqrt x, to 2 units in the last place, 1 and 2; no subnormal numbers. */
 INLINE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -15,6 +15,12 @@ INLINE float exp2_fast(float x) {
 INLINE float inverse_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+INLINE float inverse_root_fast(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -9,7 +9,9 @@
 #include "cuda/weights.cuh"
 
 enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP };
-enum { STEP = 32, BATCH = 2, RING_TILES = 16, ON_THE_WAY = 2 };         /* elements; tiles multiplied together, at most, before the last */
+enum { STEP = 32, BATCH = 2, RING_TILES = 16 };         /* elements; tiles multiplied together, at most */
+/* Bytes of a long row; of a tile of such rows and of those under way at once; else tiles. */
+enum { LONG = 4096, LONG_TILE = 32 << 10, LONG_UNDER_WAY = 64 << 10, UNDER_WAY = 2 };
 
 template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;     /* else quants */
 
@@ -18,8 +20,8 @@ typedef bm_cuda_program program;
 typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
 /* A block's rows of a stage that has a product: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are
- * multiplied together. */
-typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
+ * multiplied together, under_way copied at once. */
+typedef struct plan { int from, n, spans, K, steps, h, tiles, under_way; } plan;
 
 /* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
 template <int TYPE> __device__ constexpr int row_step(int K) {
@@ -36,9 +38,11 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
     q.spans = stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1;
     q.K = stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D;
     q.steps = q.K / STEP;
-    const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
+    const int bytes = row_bytes<TYPE>(q.K), tall = bytes < LONG ? 16 : max(1, min(16, LONG_TILE / bytes));
+    const int rows = min(q.n * q.spans, GROUP), most = min(tall, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
     q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
+    q.under_way = bytes < LONG ? UNDER_WAY : max(1, min(RING_TILES - 1, LONG_UNDER_WAY / (bytes * q.h)));
     return q;
 }
 
@@ -51,35 +55,34 @@ INLINE int warp_of() { return (int)threadIdx.x / 32; }
 
 typedef struct ring {
     uint64_t full[RING_TILES], empty[RING_TILES], routed, foreseen, decided;    /* routed: a router is there */
-    int at[RING_TILES], bytes[RING_TILES];      /* of a tile: its place; the copier's: what it takes, gaps included */
+    int4 tile[RING_TILES];                      /* of each where rows lie (row_at); w: bytes, a gap at the end of the ring included */
     unsigned guessed, chosen;                   /* a bit for each expert */
 } ring;
 /* The copier's side. */
 typedef struct copier { int at, used; unsigned made, freed; } copier;
 
-/* A place for a tile; its number in the ring. */
-INLINE int place(const program &p, ring *r, copier *c, int bytes) {
-    const bool wraps = c->at + bytes > p.ring;
-    const int gap = wraps ? p.ring - c->at : 0;
-    while (c->used + gap + bytes > p.ring || c->made - c->freed == RING_TILES) {
-        const int old = c->freed % RING_TILES;
-        barrier_wait(&r->empty[old], c->freed / RING_TILES);
-        c->used -= r->bytes[old];
-        c->freed++;
-        __syncwarp();
-    }
-    const int i = c->made++ % RING_TILES;
-    if (wraps) c->at = 0;
-    if (lane_of() == 0) {
-        r->at[i] = c->at;
-        r->bytes[i] = gap + bytes;
-    }
-    c->used += gap + bytes;
+/* Where row i of a tile lies: the first at t.x; from row t.y on they go on at the ring's beginning, t.z bytes before. */
+INLINE int row_at(const int4 &t, int i, int step) { return t.x + i * step - (i < t.y ? 0 : t.z); }
+/* Room for the oldest tile, once it has been multiplied. */
+INLINE void wait_for_room(ring *r, copier *c) {
+    const int old = c->freed % RING_TILES;
+    barrier_wait(&r->empty[old], c->freed++ / RING_TILES);
+    c->used -= r->tile[old].w;
+    __syncwarp();
+}
+/* A tile of h rows in the ring; its number. */
+INLINE int place(const program &p, ring *r, copier *c, int h, int step) {
+    while (c->made - c->freed == RING_TILES) wait_for_room(r, c);
+    const int i = c->made++ % RING_TILES, before = __popc(__ballot_sync(~0u, c->at + (lane_of() + 1) * step <= p.ring) & ((1u << h) - 1));
+    const int back = c->at + before * step, gap = before < h ? p.ring - back : 0;
+    if (lane_of() == 0) r->tile[i] = make_int4(c->at, before, back, h * step + gap);
+    __syncwarp();
     return i;
 }
-/* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices. */
-template <int TYPE> INLINE void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c, const uint8_t *const *a,
-                                           const uint8_t *const *b, unsigned chosen) {
+/* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices.  What is under way at once holds
+ * up other blocks' words. */
+template <int TYPE> __device__ __noinline__ static void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c,
+                                                                   const uint8_t *const *a, const uint8_t *const *b, unsigned chosen) {
     const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
 #pragma unroll 1
     for (int g = 0; g < q.n; g += most) {
@@ -89,19 +92,26 @@ template <int TYPE> INLINE void copy_stage(const program &p, const plan &q, ring
             const int x = __ffs(left) - 1;
 #pragma unroll 1
             for (int t = 0; t < rows; t += q.h) {
-                const int h = min(q.h, rows - t), i = place(p, r, c, h * step), row = t + lane_of();
-                if (c->made > ON_THE_WAY) {        /* what is asked for at once holds up other blocks' words */
-                    const unsigned last = c->made - 1 - ON_THE_WAY;
-                    barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
-                }
+                const int h = min(q.h, rows - t), i = place(p, r, c, h, step), row = t + lane_of();
+                const unsigned last = c->made - 1 - q.under_way;
+                const int4 tile = r->tile[i];
+                if (c->made > q.under_way) barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
                 if (lane_of() == 0) barrier_expect(&r->full[i], h * bytes);
                 __syncwarp();
-                if (lane_of() < h) {
-                    const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * bytes
-                                                  : b[x] + (size_t)(q.from + g + row - n) * bytes;
-                    copy_row(memory + c->at + lane_of() * step, from, bytes, &r->full[i]);
+                /* A row as soon as there is room for it and those before. */
+                const int needs = (lane_of() + 1) * step + (lane_of() < tile.y ? 0 : tile.w - h * step);
+                for (bool there = lane_of() >= h;;) {
+                    if (!there && needs <= p.ring - c->used) {
+                        const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * bytes
+                                                      : b[x] + (size_t)(q.from + g + row - n) * bytes;
+                        copy_row(memory + row_at(tile, lane_of(), step), from, bytes, &r->full[i]);
+                        there = true;
+                    }
+                    if (__all_sync(~0u, there)) break;
+                    wait_for_room(r, c);
                 }
-                c->at += h * step;
+                c->at = row_at(tile, h - 1, step) + step;
+                c->used += tile.w;
             }
         }
     }
@@ -207,10 +217,10 @@ template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
         barrier_wait(&r->full[(tile + j) % RING_TILES], (tile + j) / RING_TILES);
-        const uint32_t first = memory + r->at[(tile + j) % RING_TILES];
+        const int4 from = r->tile[(tile + j) % RING_TILES];
         const int last = min(q.h, rows - j * q.h) - 1;
-        if (PLAIN<TYPE>) at[j][0] = first + min(lane % 16, last) * step + lane / 16 * 16;
-        else at[j][0] = first + min(g, last) * step, at[j][1] = first + min(g + 8, last) * step;
+        if (PLAIN<TYPE>) at[j][0] = memory + row_at(from, min(lane % 16, last), step) + lane / 16 * 16;
+        else at[j][0] = memory + row_at(from, min(g, last), step), at[j][1] = memory + row_at(from, min(g + 8, last), step);
     }
 #pragma unroll (TYPE == BM_BF16 ? 4 : 2)
     for (int k = warp_of(); k < q.steps; k += WARPS) {

@@ -42,7 +42,7 @@ __device__ inline float dot_four(float4 a, float4 b, float sum) {
 /* ---- norm: a row whose squares (LayerNorm: of what is left of the mean) have this mean --------- */
 
 __device__ inline float norm_squares(float4 v) { return fmaf(v.x, v.x, v.y * v.y) + fmaf(v.z, v.z, v.w * v.w); }
-__device__ inline float norm_scale(float mean_square, float eps) { return 1 / sqrtf(mean_square + eps); }
+__device__ inline float norm_scale(float mean_square, float eps) { return inverse_root_fast(mean_square + eps); }
 __device__ inline float norm_out(float centred, float scale, float weight, float bias) {
     return __fadd_rn(__fmul_rn(__fmul_rn(centred, scale), weight), bias);
 }

@@ -52,7 +52,7 @@ INLINE void hear(uint4 v[AT_ONCE], const uint2 *row, int n, unsigned number) {
 /* ---- what stages begin with -------------------------------------------------------------------------------- */
 
 typedef struct shared {
-    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *router, *squares; uint32_t *w; unsigned long long *before; const bm_token *token;
+    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *squares; uint32_t *w; unsigned long long *before; const bm_token *token;
 } shared;
 
 /* Where two bf16 of a row of activations lie in s.x: of a single text as the lanes of a fragment have them, else in order. */
@@ -113,7 +113,7 @@ template <int TYPE> INLINE void stream_hear(const program &p, const shared &s, c
     meet();
 }
 INLINE float root(const program &p, const shared &s, int m, float eps) {
-    return norm_scale(over_warps(s.squares + m * WARPS) / (float)p.D, eps);
+    return norm_scale(over_warps(s.squares + m * WARPS) * inverse_fast((float)p.D), eps);
 }
 /* The mean of row m of s.f; s.squares are then those of what is left of it. */
 INLINE float mean_of(const shared &s, int m, int D) {
@@ -147,29 +147,35 @@ INLINE void last_norm(const program &p, const shared &s) {
 
 /* ---- Mamba --------------------------------------------------------------------------------------------------- */
 
-/* What the convolution of one channel of one slot needs besides its newest input. */
-typedef struct convolution { float old[3], w[4], bias, bias_x, bias_z, *state; } convolution;
-INLINE convolution convolution_of(const program &p, const layer &a, int m, int channel) {
-    convolution v = {};
-    v.state = a.conv_state + (size_t)p.slot[m] * p.stride + channel;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int from = k - (4 - p.K);         /* the newest last */
-        if (from >= 0) v.w[k] = __ldg(a.conv + (size_t)from * p.I + channel);
-        if (from >= 0 && k < 3) v.old[k] = v.state[(size_t)from * p.I];
+/* What the convolution of the block's channels needs besides its newest inputs, into s.conv (K + 3 + M (K-1), n): the filter, its bias,
+ * those of in for x and for z, states; there after words_wait(). */
+INLINE void conv_fetch(const program &p, const shared &s, const layer &a, const plan &q) {
+#pragma unroll 1
+    for (int r = warp_of(); r < p.K + 3 + s.M * (p.K - 1); r += WARPS) {
+        const int m = r < p.K + 3 ? 0 : (r - p.K - 3) / (p.K - 1), k = r - p.K - 3 - m * (p.K - 1);
+        const float *from = r < p.K ? a.conv + (size_t)r * p.I : r == p.K ? a.conv_bias
+                          : r < p.K + 3 ? (a.in_bias ? a.in_bias + (r - p.K - 1) * p.I : NULL)
+                          : a.conv_state + (size_t)p.slot[m] * p.stride + (size_t)k * p.I;
+#pragma unroll 1
+        for (int c = lane_of(); c < q.n; c += 32)
+            if (from) copy_half_word((uint32_t *)s.conv + r * q.n + c, from + q.from + c);
+            else s.conv[r * q.n + c] = 0;
     }
-    if (a.conv_bias) v.bias = __ldg(a.conv_bias + channel);
-    if (a.in_bias) v.bias_x = __ldg(a.in_bias + channel), v.bias_z = __ldg(a.in_bias + p.I + channel);
-    return v;
 }
-/* u of an input x; the state moves on. */
-INLINE float convolve(const program &p, const convolution &v, float x) {
-    float sum = v.bias;
+/* u of slot m's input x of channel c, without in's bias; the state moves on. */
+INLINE float convolve(const program &p, const shared &s, const layer &a, const plan &q, int m, int c, float x) {
+    const float *w = s.conv + c, *old = w + (p.K + 3 + m * (p.K - 1)) * q.n;
+    float *state = a.conv_state + (size_t)p.slot[m] * p.stride + q.from + c;
+    float sum = w[p.K * q.n];
+    x += w[(p.K + 1) * q.n];
 #pragma unroll
-    for (int k = 0; k < 3; k++) if (k >= 4 - p.K) sum = conv_step(sum, v.w[k], v.old[k]);
-#pragma unroll
-    for (int k = 0; k < 3; k++) if (k >= 4 - p.K) v.state[(size_t)(k - (4 - p.K)) * p.I] = k < 2 ? v.old[k < 2 ? k + 1 : 2] : x;
-    return silu(conv_step(sum, v.w[3], x));
+    for (int k = 0; k < 3; k++) {
+        if (k + 1 >= p.K) break;
+        sum = conv_step(sum, w[k * q.n], old[k * q.n]);
+        if (k) state[(size_t)(k - 1) * p.I] = old[k * q.n];
+    }
+    if (p.K > 1) state[(size_t)(p.K - 2) * p.I] = x;
+    return silu(conv_step(sum, w[(p.K - 1) * q.n], x));
 }
 
 /* ---- x -------------------------------------------------------------------------------------------------------- */
@@ -220,7 +226,7 @@ INLINE unsigned long long *x_word(const program &p, int m, int row) {
 }
 /* A row is a thread's, or two lanes'. */
 template <int TYPE> INLINE void x_add(const program &p, const shared &s, const plan &q) {
-    const int B = p.R + 2 * p.N, parts = 2 * B <= THREADS ? 2 : 1, row = tid() / parts, first = tid() % parts;
+    const int B = p.R + 2 * p.N, parts = 2 * B <= THREADS ? 2 : 1, row = parts == 2 ? tid() / 2 : tid(), first = parts == 2 ? tid() % 2 : 0;
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
         const float2 *u = (const float2 *)(s.u + m * q.n);
@@ -243,8 +249,9 @@ INLINE void x_hear(const program &p, const shared &s) {
     const int pairs = (p.R + 2 * p.N) / 2;
 #pragma unroll 1
     for (int i = tid(); i < s.M * pairs; i += THREADS) {
-        const int m = i / pairs, row = 2 * (i - m * pairs);
+        const int m = s.M == 1 ? 0 : i / pairs, row = 2 * (i - m * pairs);
         unsigned long long *before = s.before + 2 * i, word[2];
+#pragma unroll 1
         do {
             const uint4 v = look((const uint2 *)x_word(p, m, row));
             word[0] = (unsigned long long)v.y << 32 | v.x;
@@ -272,7 +279,7 @@ template <int TYPE> INLINE void scan(const program &p, const shared &s, const la
     const int n = tid() % 8, B = p.R + 2 * p.N, most = s.M * q.n, begin = warp_of() * 4;
 #pragma unroll 1
     for (int first = begin; first == begin || first < most; first += WARPS * 4) {
-        const int pair = min(first + tid() / 8 % 4, most - 1), m = pair / q.n, c = pair - m * q.n, channel = q.from + c;
+        const int pair = min(first + tid() / 8 % 4, most - 1), m = s.M == 1 ? 0 : pair / q.n, c = pair - m * q.n, channel = q.from + c;
         const bool real = first + tid() / 8 % 4 < most;
         float *state = a.state + (size_t)p.slot[m] * p.stride + channel;
         const float *x = s.f + m * B, D = __ldg(a.D + channel), bias = __ldg(a.dt_bias + channel);
@@ -414,7 +421,7 @@ typedef struct state {
 } state;
 
 /* Row `row` of a group of n rows that begins at g, of slot m: what it becomes and who hears of it. */
-template <int STAGE> INLINE void row_end(const program &p, const shared &s, const layer &a, const plan &q, state &t, const convolution &conv,
+template <int STAGE> INLINE void row_end(const program &p, const shared &s, const layer &a, const plan &q, state &t,
                                          unsigned long long *top, int g, int n, int m, int row) {
     const bool mine = row < n;
     const int at = q.from + g + row;
@@ -424,9 +431,9 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
         v = __fmul_rn(v, r);
         if (STAGE == EXPERT && mine) v = expert_end(p, a, q, t.k, m, g + row, v, second);
         if (STAGE == INPUT && mine) {
-            v = convolve(p, conv, v + conv.bias_x);
+            v = convolve(p, s, a, q, m, g + row, v);
             s.u[m * q.n + g + row] = v;
-            s.z[m * q.n + g + row] = second + conv.bias_z;
+            s.z[m * q.n + g + row] = second + s.conv[(p.K + 2) * q.n + g + row];
         }
         const float next = __shfl_down_sync(~0u, v, 1);
         if (STAGE == EXPERT && mine && row % 2 == 0) tell(p.act + (size_t)m * (p.F / 2) + at / 2, halves(v, next), t.number);
@@ -467,12 +474,6 @@ template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shar
 #pragma unroll 1
     for (int g = 0; g < q.n; g += most) {
         const int n = min(most, q.n - g), rows = n * q.spans;
-        convolution conv[ROUNDS] = {};
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            const int m = tid() / GROUP + i * (THREADS / GROUP);
-            if (STAGE == INPUT && m < s.M && row < n) conv[i] = convolution_of(p, a, m, q.from + g + row);
-        }
         const bool experts = STAGE == EXPERT || STAGE == DOWN;
         bool more = false;
 #pragma unroll 1
@@ -486,11 +487,12 @@ template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shar
                 t.tile += tiles;
             }
         }
+        if (STAGE == INPUT) words_wait();
         meet();
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int m = tid() / GROUP + i * (THREADS / GROUP);
-            if (m < s.M) row_end<STAGE>(p, s, a, q, t, conv[i], &t.top[i], g, n, m, row);
+            if (m < s.M) row_end<STAGE>(p, s, a, q, t, &t.top[i], g, n, m, row);
         }
         if (g + most < q.n) meet();
     }
@@ -524,7 +526,7 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, cons
     const int M = MOST == 1 ? 1 : p.M, own = SLOTS * plans[INPUT].n, lane = lane_of();
     float *u = (float *)(memory + p.at_own);
     const shared s = { M, memory + p.at_x, (float *)(memory + p.at_f), (float *)(memory + p.at_part), u, u + own, u + 2 * own,
-                       (float *)(memory + p.at_router), squares, (uint32_t *)(memory + p.at_w),
+                       (float *)(memory + p.at_conv), (float *)(memory + p.at_router), squares, (uint32_t *)(memory + p.at_w),
                        (unsigned long long *)(memory + p.at_before), token };
     const x_way way = x_way_of(plans[INPUT].n / 2);
     const int x_words = M * (p.R + 2 * p.N);
@@ -541,6 +543,7 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, cons
 #pragma unroll 1
     for (int l = 0; l < p.L; l++) {
         const layer &a = kept[l % 2];
+        if (!a.X) conv_fetch(p, s, a, plans[INPUT]);
         stream_hear<TYPE>(p, s, a.norm, l == 0, !a.X, t.number);
         for (int i = tid(); l + 1 < p.L && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
             copy_word((uint64_t *)&kept[(l + 1) % 2] + i, (const uint64_t *)(p.layers + l + 1) + i);
@@ -549,7 +552,6 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, cons
             guessed = false;
         } else {
             rows_end<TYPE, INPUT>(p, s, a, plans[INPUT], t);
-            words_wait();
             meet();
             x_add<TYPE>(p, s, plans[INPUT]);
             guessed = MOST == 1 && l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);

@@ -54,7 +54,7 @@ typedef struct bm_cuda_program {
     unsigned long long *key; unsigned *ended;   /* (M) of the best so far, blocks that ended; zeros between tokens */
     unsigned *number;                           /* of the last stage of the token before */
     int ring, ldx;                              /* bytes; from slot to slot of activations */
-    int at_x, at_f, at_part, at_own, at_w, at_before, at_router;        /* where in shared memory, in bytes; the ring is at 0 */
+    int at_x, at_f, at_part, at_own, at_conv, at_w, at_before, at_router;        /* where in shared memory, in bytes; the ring is at 0 */
 } bm_cuda_program;
 
 /* The kernel (9.0 and later: bulk copies) for bf16, f16, q8_0 or q4_0, of a single text or of up to BM_CUDA_SLOTS, its threads a block;
