@@ -9,9 +9,7 @@
 #include "cuda/weights.cuh"
 
 enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP };
-enum { STEP = 32, BATCH = 2, RING_TILES = 16 };         /* elements; tiles multiplied together, at most */
-/* Bytes of a long row; of a tile of such rows and of those under way at once; else tiles. */
-enum { LONG = 4096, LONG_TILE = 32 << 10, LONG_UNDER_WAY = 64 << 10, UNDER_WAY = 2 };
+enum { STEP = 32, BATCH = 2, RING_TILES = 16, UNDER_WAY = 2 };          /* elements; tiles multiplied together, copied at once, at most */
 
 template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;     /* else quants */
 
@@ -20,8 +18,8 @@ typedef bm_cuda_program program;
 typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
 /* A block's rows of a stage that has a product: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are
- * multiplied together, under_way copied at once. */
-typedef struct plan { int from, n, spans, K, steps, h, tiles, under_way; } plan;
+ * multiplied together. */
+typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
 
 /* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
 template <int TYPE> __device__ constexpr int row_step(int K) {
@@ -38,11 +36,9 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
     q.spans = stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1;
     q.K = stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D;
     q.steps = q.K / STEP;
-    const int bytes = row_bytes<TYPE>(q.K), tall = bytes < LONG ? 16 : max(1, min(16, LONG_TILE / bytes));
-    const int rows = min(q.n * q.spans, GROUP), most = min(tall, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
+    const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
     q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
-    q.under_way = bytes < LONG ? UNDER_WAY : max(1, min(RING_TILES - 1, LONG_UNDER_WAY / (bytes * q.h)));
     return q;
 }
 
@@ -79,8 +75,9 @@ INLINE int place(const program &p, ring *r, copier *c, int h, int step) {
     __syncwarp();
     return i;
 }
-/* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices.  What is under way at once holds
- * up other blocks' words. */
+/* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices.
+ * UNDER_WAY: what is asked for at once holds up other blocks' words.  Not inlined: once for each stage it makes 16 KB more of code,
+ * and a token 3% longer. */
 template <int TYPE> __device__ __noinline__ static void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c,
                                                                    const uint8_t *const *a, const uint8_t *const *b, unsigned chosen) {
     const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
@@ -93,9 +90,9 @@ template <int TYPE> __device__ __noinline__ static void copy_stage(const program
 #pragma unroll 1
             for (int t = 0; t < rows; t += q.h) {
                 const int h = min(q.h, rows - t), i = place(p, r, c, h, step), row = t + lane_of();
-                const unsigned last = c->made - 1 - q.under_way;
+                const unsigned last = c->made - 1 - UNDER_WAY;
                 const int4 tile = r->tile[i];
-                if (c->made > q.under_way) barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
+                if (c->made > UNDER_WAY) barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
                 if (lane_of() == 0) barrier_expect(&r->full[i], h * bytes);
                 __syncwarp();
                 /* A row as soon as there is room for it and those before. */

@@ -52,7 +52,8 @@ INLINE void hear(uint4 v[AT_ONCE], const uint2 *row, int n, unsigned number) {
 /* ---- what stages begin with -------------------------------------------------------------------------------- */
 
 typedef struct shared {
-    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *squares; uint32_t *w; unsigned long long *before; const bm_token *token;
+    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *squares; uint32_t *w; unsigned long long *before;
+    const bm_token *token;
 } shared;
 
 /* Where two bf16 of a row of activations lie in s.x: of a single text as the lanes of a fragment have them, else in order. */
