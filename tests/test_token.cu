@@ -135,7 +135,7 @@ static void texts(bm_session *s, double bound, int n, int blocks, bool little, f
             if (!bm_cuda_program_is(op, n_ops, p, layer)) fails("not a token the kernel knows");
             blocks = bm_cuda_program_place(p, blocks, SHARED_BYTES - 6 * 1024);
             bm_cuda_program_words(p, shared_zeros(bm_cuda_program_words(p, NULL)));
-            if (little) p->ring = 4 * (128 + 8) / 128 * 128 + 128;
+            if (little) p->ring = 136 * 128 + 128;       /* tiles of several rows, some of which go on at its beginning */
             float *first = layer[0].conv_state, *state = (float *)shared_zeros(bm_state_bytes(s) * TEXTS);
             for (int l = 0; l < p->L; l++)
                 if (!layer[l].X) layer[l].conv_state = state + (layer[l].conv_state - first), layer[l].state = state + (layer[l].state - first);
@@ -166,7 +166,7 @@ static int test(bm_dtype type, bm_arith arith, double bound) {
     bm_model *m;
     bm_session *s;
     const char *path = scratch_path("emulated.gguf");
-    c.family = BM_BLACKMAMBA, c.n_layers = 4, c.n_vocab = V, c.d_model = 96, c.d_inner = 128, c.d_state = 16, c.d_conv = 4, c.dt_rank = 4;
+    c.family = BM_BLACKMAMBA, c.n_layers = 4, c.n_vocab = V, c.d_model = 96, c.d_inner = 128, c.d_state = 16, c.d_conv = type == BM_F16 ? 3 : type == BM_Q8_0 ? 2 : type == BM_Q4_0 ? 1 : 4, c.dt_rank = 4;
     c.activation = BM_GELU, c.final_norm = BM_LAYERNORM, c.norm_eps = 1e-5f, c.gated = c.conv_bias = c.tied_head = true, c.top_k = 1;
     c.max_len = 64;
     c.layer[0].mixer = c.layer[3].mixer = BM_MIXER_MAMBA;

@@ -9,7 +9,7 @@
 #include "cuda/weights.cuh"
 
 enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP };
-enum { STEP = 32, BATCH = 2, RING_TILES = 16, UNDER_WAY = 2 };          /* elements; tiles multiplied together, copied at once, at most */
+enum { STEP = 32, BATCH = 2, RING_TILES = 16, UNDER_WAY = 2 };  /* elements; tiles, at most: multiplied together, in the ring, coming */
 
 template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;     /* else quants */
 
@@ -21,7 +21,8 @@ typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
  * multiplied together. */
 typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
 
-/* From row to row in the ring: what a warp reads of several rows at once meets no bank twice. */
+/* From row to row in the ring: what a warp reads of several rows at once meets no bank twice, but where a tile
+ * goes on at the ring's beginning. */
 template <int TYPE> __device__ constexpr int row_step(int K) {
     return PLAIN<TYPE> ? 2 * K + 16 : TYPE == BM_Q8_0 ? (row_bytes<TYPE>(K) + 31) / 32 * 32 | 32 : row_bytes<TYPE>(K) | 16;
 }
