@@ -166,7 +166,8 @@ static int test(bm_dtype type, bm_arith arith, double bound) {
     bm_model *m;
     bm_session *s;
     const char *path = scratch_path("emulated.gguf");
-    c.family = BM_BLACKMAMBA, c.n_layers = 4, c.n_vocab = V, c.d_model = 96, c.d_inner = 128, c.d_state = 16, c.d_conv = type == BM_F16 ? 3 : type == BM_Q8_0 ? 2 : type == BM_Q4_0 ? 1 : 4, c.dt_rank = 4;
+    c.family = BM_BLACKMAMBA, c.n_layers = 4, c.n_vocab = V, c.d_model = 96, c.d_inner = 128, c.d_state = 16, c.dt_rank = 4;
+    c.d_conv = type == BM_F16 ? 3 : type == BM_Q8_0 ? 2 : type == BM_Q4_0 ? 1 : 4;
     c.activation = BM_GELU, c.final_norm = BM_LAYERNORM, c.norm_eps = 1e-5f, c.gated = c.conv_bias = c.tied_head = true, c.top_k = 1;
     c.max_len = 64;
     c.layer[0].mixer = c.layer[3].mixer = BM_MIXER_MAMBA;
