@@ -55,6 +55,18 @@ typedef struct ring {
     int4 tile[RING_TILES];                      /* of each where rows lie (row_at); w: bytes, a gap at the end of the ring included */
     unsigned guessed, chosen;                   /* a bit for each expert */
 } ring;
+INLINE void ring_make(ring *r) {
+    if (lane_of() < RING_TILES) {
+        barrier_make(&r->full[lane_of()], 1);
+        barrier_make(&r->empty[lane_of()], WARPS);
+    }
+    if (lane_of() == 0) {
+        barrier_make(&r->decided, 1);
+        barrier_make(&r->routed, 1);
+        barrier_make(&r->foreseen, 1);
+    }
+    barriers_made();
+}
 /* The copier's side. */
 typedef struct copier { int at, used; unsigned made, freed; } copier;
 

@@ -53,7 +53,6 @@ INLINE void hear(uint4 v[AT_ONCE], const uint2 *row, int n, unsigned number) {
 
 typedef struct shared {
     int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *squares; uint32_t *w; unsigned long long *before;
-    const bm_token *token;
 } shared;
 
 /* Where two bf16 of a row of activations lie in s.x: of a single text as the lanes of a fragment have them, else in order. */
@@ -75,9 +74,16 @@ INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int 
     meet();
 }
 
-template <int TYPE> INLINE float embedded(const program &p, const bm_token *token, int m, int k) {
-    if (p.table_f32) return __ldg((const float *)p.table + (size_t)token[m] * p.D + k);
-    return weight_at<TYPE>(p.table + (size_t)token[m] * row_bytes<TYPE>(p.D), k, p.D);
+/* The block's part of the stream before the first layer: of the rows of the table that are `token`'s (M). */
+template <int TYPE> INLINE void embed(const program &p, const shared &s, const plan &q, const bm_token *token, unsigned number) {
+    for (int i = tid(); i < s.M * q.n; i += THREADS) {
+        const int m = s.M == 1 ? 0 : i / q.n, k = q.from + i - m * q.n;
+        const size_t row = (size_t)max(token[m], 0);
+        const float x = p.table_f32 ? __ldg((const float *)p.table + row * p.D + k)
+                                    : weight_at<TYPE>(p.table + row * row_bytes<TYPE>(p.D), k, p.D);
+        s.sum[i] = x;
+        tell(p.stream + (size_t)m * p.D + k, __float_as_uint(x), number);
+    }
 }
 INLINE float over_warps(const float *red) {
     float v = 0;
@@ -86,7 +92,7 @@ INLINE float over_warps(const float *red) {
     return v;
 }
 /* The stream times a norm's weights, bf16, into s.x; into s.f these, or as it is.  Its norm is `root` of them. */
-template <int TYPE> INLINE void stream_hear(const program &p, const shared &s, const float *weight, bool first, bool raw, unsigned number) {
+INLINE void stream_hear(const program &p, const shared &s, const float *weight, bool raw, unsigned number) {
     const int D = p.D;
     float2 w[AT_ONCE];
 #pragma unroll
@@ -96,13 +102,12 @@ template <int TYPE> INLINE void stream_hear(const program &p, const shared &s, c
     for (int m = 0; m < s.M; m++) {
         uint4 v[AT_ONCE];
         float square = 0;
-        if (!first) hear(v, p.stream + (size_t)m * D, D / 2, number);
+        hear(v, p.stream + (size_t)m * D, D / 2, number);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             const int k = tid() + i * THREADS;
             if (k >= D / 2) break;
-            const float2 x = first ? make_float2(embedded<TYPE>(p, s.token, m, 2 * k), embedded<TYPE>(p, s.token, m, 2 * k + 1))
-                                   : make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
+            const float2 x = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
             const float2 y = make_float2(__fmul_rn(x.x, w[i].x), __fmul_rn(x.y, w[i].y));
             *(float2 *)(s.f + m * D + 2 * k) = raw ? x : y;
             *(uint32_t *)(s.x + m * p.ldx + pair_at(s, k)) = halves(y.x, y.y);
@@ -528,24 +533,23 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, cons
     float *u = (float *)(memory + p.at_own);
     const shared s = { M, memory + p.at_x, (float *)(memory + p.at_f), (float *)(memory + p.at_part), u, u + own, u + 2 * own,
                        (float *)(memory + p.at_conv), (float *)(memory + p.at_router), squares, (uint32_t *)(memory + p.at_w),
-                       (unsigned long long *)(memory + p.at_before), token };
+                       (unsigned long long *)(memory + p.at_before) };
     const x_way way = x_way_of(plans[INPUT].n / 2);
     const int x_words = M * (p.R + 2 * p.N);
     state t = { r, memory, *p.number };
-    for (int i = tid(); i < x_words; i += THREADS) s.before[i] = p.before[i];
     t.k = &k;
     t.x = address(s.x) + (M == 1 ? lane % 4 * 16 : min(lane % 8, M - 1) * p.ldx + lane / 8 * 16);
-    for (int i = tid(); i < M * plans[OUTPUT].n; i += THREADS) {
-        const int m = i / plans[OUTPUT].n;
-        s.sum[i] = embedded<TYPE>(p, token, m, plans[OUTPUT].from + i - m * plans[OUTPUT].n);
-    }
-    bool guessed = false;
+    for (int i = tid(); i < x_words; i += THREADS) copy_word((uint64_t *)s.before + i, (const uint64_t *)p.before + i);
     x_fetch<TYPE>(p, s, plans[INPUT], way, p.first_x);
+    words_wait();
+    meet();
+    embed<TYPE>(p, s, plans[OUTPUT], token, ++t.number);
+    bool guessed = false;
 #pragma unroll 1
     for (int l = 0; l < p.L; l++) {
         const layer &a = kept[l % 2];
         if (!a.X) conv_fetch(p, s, a, plans[INPUT]);
-        stream_hear<TYPE>(p, s, a.norm, l == 0, !a.X, t.number);
+        stream_hear(p, s, a.norm, !a.X, t.number);
         for (int i = tid(); l + 1 < p.L && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
             copy_word((uint64_t *)&kept[(l + 1) % 2] + i, (const uint64_t *)(p.layers + l + 1) + i);
         if (a.X) {
@@ -565,7 +569,7 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, cons
         words_wait();
         meet();
     }
-    stream_hear<TYPE>(p, s, p.last_norm, false, true, t.number);
+    stream_hear(p, s, p.last_norm, true, t.number);
     last_norm(p, s);
     rows_end<TYPE, HEAD>(p, s, kept[0], plans[HEAD], t);
     best_end(p, t.top);
@@ -583,19 +587,16 @@ template <int TYPE, int MOST> __global__ void __launch_bounds__(THREADS + 32, 1)
     __shared__ plan plans[KINDS];
     __shared__ ring r;
     __shared__ bm_token token[SLOTS];
-    if (tid() < p.M) token[tid()] = max(p.token[tid()], 0);
-    if (tid() < KINDS) plans[tid()] = plan_of<TYPE>(p, tid());
-    if (tid() < RING_TILES) {
-        barrier_make(&r.full[tid()], 1);
-        barrier_make(&r.empty[tid()], WARPS);
-        if (tid() == 0) barrier_make(&r.decided, 1);
-        if (tid() == 0) barrier_make(&r.routed, 1);
-        if (tid() == 0) barrier_make(&r.foreseen, 1);
-        barriers_made();
+    const bool copies = tid() >= THREADS;
+    if (copies) {
+        if (lane_of() < KINDS) plans[lane_of()] = plan_of<TYPE>(p, lane_of());
+        ring_make(&r);
+    } else {        /* a GPU reads a token from the host's memory in 2 us: the ring fills meanwhile */
+        if (tid() < p.M) copy_half_word((uint32_t *)&token[tid()], p.token + tid());
+        for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS) copy_word((uint64_t *)&kept[0] + i, (const uint64_t *)p.layers + i);
     }
-    for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS + 32) ((uint64_t *)&kept[0])[i] = ((const uint64_t *)p.layers)[i];
     __syncthreads();
-    if (tid() >= THREADS) copy_all<TYPE>(p, plans, &r, memory);
+    if (copies) copy_all<TYPE>(p, plans, &r, memory);
     else work<TYPE, MOST>(p, plans, &r, kept, memory, token);
 #endif
 }
