@@ -89,10 +89,11 @@ INLINE int place(const program &p, ring *r, copier *c, int h, int step) {
     return i;
 }
 /* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices.
- * UNDER_WAY: what is asked for at once holds up other blocks' words.  Not inlined: once for each stage it makes 16 KB more of code,
- * and a token 3% longer. */
+ * At most `coming` tiles on their way: what is asked for at once holds up other blocks' words.  Not inlined: once for each stage it
+ * makes 16 KB more of code, and a token 3% longer. */
 template <int TYPE> __device__ __noinline__ static void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c,
-                                                                   const uint8_t *const *a, const uint8_t *const *b, unsigned chosen) {
+                                                                   const uint8_t *const *a, const uint8_t *const *b, unsigned chosen,
+                                                                   unsigned coming = UNDER_WAY) {
     const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
 #pragma unroll 1
     for (int g = 0; g < q.n; g += most) {
@@ -103,9 +104,9 @@ template <int TYPE> __device__ __noinline__ static void copy_stage(const program
 #pragma unroll 1
             for (int t = 0; t < rows; t += q.h) {
                 const int h = min(q.h, rows - t), i = place(p, r, c, h, step), row = t + lane_of();
-                const unsigned last = c->made - 1 - UNDER_WAY;
+                const unsigned last = c->made - 1 - coming;
                 const int4 tile = r->tile[i];
-                if (c->made > UNDER_WAY) barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
+                if (c->made > coming) barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
                 if (lane_of() == 0) barrier_expect(&r->full[i], h * bytes);
                 __syncwarp();
                 /* A row as soon as there is room for it and those before. */
@@ -163,7 +164,7 @@ template <int TYPE> __device__ __noinline__ static void copy_all(const program &
         }
         if (l + 1 < p.L && a[1].X) router_copy(p, a + 1, r, memory);
     }
-    copy_stage<TYPE>(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
+    copy_stage<TYPE>(p, q[HEAD], r, memory, &c, &p.head, NULL, 1, RING_TILES);       /* no words to hold up */
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------ */

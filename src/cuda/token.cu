@@ -413,7 +413,7 @@ INLINE void best_end(const program &p, const unsigned long long *top) {
     if (tid() == 0) before = atomicAdd(p.ended, 1);
     meet();
     if (before + 1 < gridDim.x) return;
-    if (tid() < p.M) p.best[tid()] = key_column(atomicExch(p.key + tid(), 0));
+    if (tid() < p.M) p.best[tid()] = p.fed[tid()] = key_column(atomicExch(p.key + tid(), 0));
     if (tid() == 0) *p.ended = 0;
 }
 
@@ -591,7 +591,7 @@ template <int TYPE, int MOST> __global__ void __launch_bounds__(THREADS + 32, 1)
     if (copies) {
         if (lane_of() < KINDS) plans[lane_of()] = plan_of<TYPE>(p, lane_of());
         ring_make(&r);
-    } else {        /* a GPU reads a token from the host's memory in 2 us: the ring fills meanwhile */
+    } else {        /* a token may come from the host's memory: the ring fills meanwhile */
         if (tid() < p.M) copy_half_word((uint32_t *)&token[tid()], p.token + tid());
         for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS) copy_word((uint64_t *)&kept[0] + i, (const uint64_t *)p.layers + i);
     }
