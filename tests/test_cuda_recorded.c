@@ -279,6 +279,42 @@ static void in_step(bm_session *s, int from, int n, bm_token ids[TEXTS][LENGTH],
         OK(bm_forward(s, in, n));
     }
 }
+/* Tokens that stay on the GPU are those that bm_forward gives one by one, beside another session that does the same; half way all
+ * texts but one stop. */
+static void next_of(bm_model *m, int n) {
+    const bm_session_options o = { .slots = TEXTS };
+    const int slots[] = { 0, 1, 2 };
+    bm_token best[2][LENGTH][3];
+    bm_session *s[2], *by;
+    OK(bm_session_open(&by, m, &o));
+    for (int k = 0; k < 2; k++) {
+        OK(bm_session_open(&s[k], m, &o));
+        for (int i = 0; i < n; i++) {
+            bm_token id = k * 13 + i * 71;
+            OK(bm_forward(s[k], &(bm_input){ .slot = i, .tokens = &id, .n = 1, .want = BM_WANT_BEST }, 1));
+            OK(bm_state_set(by, i, NULL));
+            for (int t = 0; t < LENGTH; t++) {
+                OK(bm_forward(by, &(bm_input){ .slot = i, .tokens = &id, .n = 1, .want = BM_WANT_BEST }, 1));
+                best[k][t][i] = id = bm_best(by, i);
+            }
+        }
+    }
+    for (int t = 0; t < LENGTH; t++)
+        for (int k = 0; k < 2; k++) {
+            const int left = t < LENGTH / 2 ? n : 1;
+            const bool alone = t > LENGTH / 4;      /* then one session, then the other */
+            if (alone && k) continue;
+            OK(bm_next(s[k], slots, left));
+            for (int i = 0; i < left; i++) assert_int_equal(bm_best(s[k], i), best[k][t][i]);
+        }
+    for (int t = LENGTH / 4 + 1; t < LENGTH; t++) {
+        OK(bm_next(s[1], slots, n));
+        for (int i = 0; i < n; i++) assert_int_equal(bm_best(s[1], i), best[1][t][i]);
+    }
+    bm_session_close(s[0]);
+    bm_session_close(s[1]);
+    bm_session_close(by);
+}
 static void token_of(bm_dtype type) {
     bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 6, .n_vocab = 200, .d_model = 64, .d_inner = 128, .d_state = 16, .d_conv = 4,
                     .dt_rank = 4, .max_len = 64, .activation = BM_GELU, .final_norm = BM_LAYERNORM, .norm_eps = 1e-5f, .gated = true,
@@ -330,6 +366,8 @@ static void token_of(bm_dtype type) {
     }
     drop(alone);
     bm_session_close(s);
+    next_of(m, 1);
+    next_of(m, 3);
     bm_model_close(m);
     bm_device_close(d);
     unlink(path);

@@ -209,9 +209,10 @@ bool bm_cuda_token_run(bm_cuda *c, const bm_cuda_token *t) {
     void *args[] = { &p };
     const dim3 grid((unsigned)t->blocks), block((unsigned)threads);
     if (p.token == c->told && p.M == c->n_told) p.token = c->fed;
-    c->told = p.best;
+    const bool launched = bm_cuda_check(c, cudaLaunchCooperativeKernel(kernel, grid, block, args, (size_t)t->bytes, c->stream), "a token");
+    c->told = launched ? p.best : NULL;
     c->n_told = p.M;
-    return bm_cuda_check(c, cudaLaunchCooperativeKernel(kernel, grid, block, args, (size_t)t->bytes, c->stream), "a token");
+    return launched;
 }
 
 void bm_cuda_token_free(bm_cuda_token *t) {

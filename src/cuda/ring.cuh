@@ -9,7 +9,8 @@
 #include "cuda/weights.cuh"
 
 enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP };
-enum { STEP = 32, BATCH = 2, RING_TILES = 16, UNDER_WAY = 2 };  /* elements; tiles, at most: multiplied together, in the ring, coming */
+enum { STEP = 32, BATCH = 2, RING_TILES = 16, UNDER_WAY = 2 };  /* elements; tiles, at most: multiplied together, in the ring, coming
+                                                                    * while words are told */
 
 template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;     /* else quants */
 

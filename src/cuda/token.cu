@@ -3,7 +3,7 @@
  *
  * In: a program (program.cu).  Out: logits and the best token of each slot; states moved on.
  *
- * A block per multiprocessor makes its share of rows of every matrix, in stages:
+ * A block per multiprocessor makes its share of rows of every matrix, in stages, the first of which is the token's row of the table:
  *   INPUT   norm, in, convolution, x                       its channels
  *   SCAN    dt, scan, gate                                 its channels
  *   OUTPUT  out, residual                                  its part of the stream
