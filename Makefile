@@ -18,7 +18,7 @@ VERSION := $(shell sed -n 's/^\#define BM_VERSION "\(.*\)"/\1/p' include/blackma
 PACKAGES := jansson libpcre2-8 libutf8proc libzip libxxhash libarchive
 PKG_CFLAGS := $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
 PKG_LIBS   := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null)
-CFLAGS  ?= $(if $(DEBUG),-O0,-O2) -g
+CFLAGS  ?= $(if $(DEBUG),-O0,$(if $(SAN),-O1,-O2)) -g
 SAN_FLAGS  = $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
 ALL_CFLAGS = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wstrict-prototypes -Werror=implicit -ffp-contract=off -pthread \
              -fPIC -fvisibility=hidden -Iinclude -Isrc $(if $(F64),-include src/base/f64.h) $(PKG_CFLAGS) $(SAN_FLAGS) $(CFLAGS)
