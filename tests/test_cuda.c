@@ -389,8 +389,9 @@ static void test_best(void **state) {
     for (int i = 0; i < 5; i++) {
         const int rows = size[i].M, V = size[i].V, ld = size[i].ld;
         twin l = random_twin((size_t)(rows * ld), 1);
-        bm_token *want = calloc((size_t)rows, sizeof *want), *got;
+        bm_token *want = calloc((size_t)rows, sizeof *want), *got, *again;
         OK(gpu->alloc_host(gpu, &got, (size_t)rows * sizeof *got, "a test"));
+        OK(gpu->alloc(gpu, &again, (size_t)rows * sizeof *again, "a test"));
         for (int r = 0; r < rows; r++) {
             float *row = l.host + r * ld;
             if (V < ld) row[V] = 9;                         /* not among the ids that count */
@@ -402,12 +403,16 @@ static void test_best(void **state) {
         gpu->put(gpu, l.at, l.host, l.n * sizeof(float));
         cpu->best(cpu, &(bm_op_best){ .M = rows, .V = V, .ld = ld, .logits = l.host, .best = want });
         for (int round = 0; round < 2; round++) {           /* the first leaves nothing behind */
-            gpu->best(gpu, &(bm_op_best){ .M = rows, .V = V, .ld = ld, .logits = l.at, .best = got });
+            gpu->best(gpu, &(bm_op_best){ .M = rows, .V = V, .ld = ld, .logits = l.at, .best = got, .again = round ? again : NULL });
             OK(gpu->sync(gpu));
             for (int r = 0; r < rows; r++)
                 if (got[r] != want[r]) fail_msg("best of row %d of %d: found %d, expected %d", r, rows, got[r], want[r]);
             memset(got, 0, (size_t)rows * sizeof *got);
         }
+        gpu->get(gpu, got, again, (size_t)rows * sizeof *got);
+        OK(gpu->sync(gpu));
+        assert_memory_equal(got, want, (size_t)rows * sizeof *got);
+        gpu->release(gpu, again);
         gpu->release_host(gpu, got);
         free(want);
         end(&l);

@@ -367,10 +367,11 @@ static void test_best(void **state) {
                              { -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, 9 }, { -0.0f, 0, -1, -0.0f, -2, 9 },
                              { 1, INFINITY, NAN, INFINITY, -INFINITY, 9 } };
     const bm_token want[M] = { 1, 1, -1, -1, 0, 1 };
-    bm_token got[M] = { 0 };
+    bm_token got[M] = { 0 }, again[M] = { 0 };
     bm_backend *b = open_level(0, 2);
-    b->best(b, &(bm_op_best){ .M = M, .V = V, .ld = LD, .logits = l[0], .best = got });
+    b->best(b, &(bm_op_best){ .M = M, .V = V, .ld = LD, .logits = l[0], .best = got, .again = again });
     assert_memory_equal(want, got, sizeof got);
+    assert_memory_equal(want, again, sizeof again);
     done(b);
 }
 

@@ -118,7 +118,7 @@ static bm_token id(int text, int t) { return (text * 37 + t * 29 + 5) % V; }
 static void texts(bm_session *s, double bound, int n, int blocks, bool little, float logits[TEXTS][V]) {
     static bm_cuda_layer layer[16];
     bm_cuda_program *p = &the_program;
-    bm_token *token = (bm_token *)shared_zeros(64), *best = (bm_token *)shared_zeros(64), *fed = (bm_token *)shared_zeros(64);
+    bm_token *token = (bm_token *)shared_zeros(64), *best = (bm_token *)shared_zeros(64), *again = (bm_token *)shared_zeros(64);
     float *out = (float *)shared_zeros(sizeof(float) * TEXTS * V);
     for (int i = 0; i < n; i++) ok(bm_state_set(s, i, NULL));
     for (int t = 0; t < TOKENS; t++) {
@@ -139,7 +139,7 @@ static void texts(bm_session *s, double bound, int n, int blocks, bool little, f
             float *first = layer[0].conv_state, *state = (float *)shared_zeros(bm_state_bytes(s) * TEXTS);
             for (int l = 0; l < p->L; l++)
                 if (!layer[l].X) layer[l].conv_state = state + (layer[l].conv_state - first), layer[l].state = state + (layer[l].state - first);
-            p->layers = layer, p->token = token, p->best = best, p->fed = fed, p->logits = out;
+            p->layers = layer, p->token = token, p->best = best, p->again = again, p->logits = out;
         }
         run(blocks);
         for (int i = 0; i < n; i++) {
@@ -152,7 +152,7 @@ static void texts(bm_session *s, double bound, int n, int blocks, bool little, f
                 if (got[v] > got[top]) top = v;
             }
             if (!(off <= bound * peak)) fails("logits are not the CPU's");
-            if (best[i] != top || fed[i] != top) fails("the best token is not that of the logits");
+            if (best[i] != top || again[i] != top) fails("the best token is not that of the logits");
         }
     }
     memcpy(logits, out, sizeof(float) * TEXTS * V);

@@ -44,6 +44,7 @@ static void best_part(void *arg, int64_t begin, int64_t end, int thread) {
         for (int v = 0; v < a->V; v++)
             if (l[v] > top) top = l[v], best = v;
         a->best[i] = best;
+        if (a->again) a->again[i] = best;
     }
 }
 

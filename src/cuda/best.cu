@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, b
         r->blocks = 0;
     }
     a.best[blockIdx.y] = key_column(key);
+    if (a.again) a.again[blockIdx.y] = key_column(key);
 }
 
 void bm_cuda_best(bm_backend *b, const bm_op_best *a) {
@@ -43,7 +44,6 @@ void bm_cuda_best(bm_backend *b, const bm_op_best *a) {
     const int pieces = blocks_of((size_t)a->V, THREADS), most = pieces < BLOCKS ? pieces : BLOCKS, share = TOGETHER / a->M;
     const int blocks = a->M > BM_CUDA_BEST_ROWS ? 1 : share < most ? share : most;
     const bool aligned = a->ld % 4 == 0 && (uintptr_t)a->logits % 16 == 0;
-    c->told = NULL;
     bm_cuda_start(c, best_of, dim3(blocks, a->M), THREADS, 0, *a, aligned, c->rows);
     bm_cuda_check(c, cudaGetLastError(), "best");
 }

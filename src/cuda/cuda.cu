@@ -60,13 +60,11 @@ static bm_status cuda_alloc_host(bm_backend *b, void *out, size_t bytes, const c
 }
 static void cuda_release_host(bm_backend *b, void *p) {
     bm_cuda_check(cuda_of(b), cudaStreamSynchronize(cuda_of(b)->stream), "waiting for the GPU");
-    cuda_of(b)->told = NULL;
     cudaFreeHost(p);
 }
 static void move(bm_backend *b, void *dst, const void *src, size_t bytes) {
     bm_cuda *c = cuda_of(b);
     bm_cuda_rounded(c, NULL, 0, 0);
-    c->told = NULL;
     if (!c->failed && bytes) bm_cuda_check(c, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, c->stream), "copying");
 }
 /* Other memory than alloc_host's: put returns when the bytes were taken, get when they are there. */
@@ -75,7 +73,6 @@ static void cuda_get(bm_backend *b, void *host, const void *src, size_t n) { mov
 static void cuda_copy(bm_backend *b, void *dst, const void *src, size_t n) { move(b, dst, src, n); }
 static void cuda_zero(bm_backend *b, void *dst, size_t n) {
     bm_cuda *c = cuda_of(b);
-    c->told = NULL;
     if (!c->failed) bm_cuda_check(c, cudaMemsetAsync(dst, 0, n, c->stream), "clearing memory");
 }
 
@@ -88,7 +85,6 @@ static double cuda_waited(bm_backend *, bool) { return 0; }
 
 static void drop(bm_cuda *c) {
     cudaFree(c->rows);
-    cudaFree(c->fed);
     cudaFree(c->widened);
     for (int i = 0; i < 2; i++) if (c->place[i]) cudaEventDestroy(c->place[i]);
     if (c->stream) cudaStreamDestroy(c->stream);
@@ -123,7 +119,6 @@ static bm_status choose(bm_cuda *c, int device, bm_cuda_fail_fn fail) {
     for (int i = 0; !e && i < 2; i++) e = cudaEventCreateWithFlags(&c->place[i], cudaEventDisableTiming);
     if (!e) e = cudaMalloc(&c->rows, BM_CUDA_BEST_ROWS * sizeof *c->rows);
     if (!e) e = cudaMemsetAsync(c->rows, 0, BM_CUDA_BEST_ROWS * sizeof *c->rows, c->stream);
-    if (!e) e = cudaMalloc(&c->fed, BM_CUDA_BEST_ROWS * sizeof *c->fed);
     return e ? fail(BM_EDEVICE, "cuda:%d: %s", device, cudaGetErrorString(e)) : BM_OK;
 }
 

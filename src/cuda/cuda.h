@@ -40,8 +40,6 @@ typedef struct bm_cuda {
     cudaDeviceProp chip;
     struct bm_cuda_graphs *graphs;          /* what was recorded: graph.cu */
     bm_cuda_row *rows;                      /* (BM_CUDA_BEST_ROWS) zeros between operations */
-    bm_token *fed;              /* the last best tokens of token.cu, which told them to the host's memory too: n_told at `told` */
-    const bm_token *told; int n_told;       /* NULL: another operation may have written there */
     struct bm_cuda_wide *wide;              /* products of many rows: matmul.cu */
     uint16_t *widened; size_t widened_room; /* bf16 copies of quantized matrices: widen.cu */
     const float *wrote;         /* the last kernel's y, where the next may read all f32 but that before it waits; NULL: not so */

@@ -77,7 +77,6 @@ static void issue(bm_backend *b, const bm_cuda_op *o) {
 
 static bool launch(bm_cuda *c, const recording *r) {
     if (r->token) return bm_cuda_token_run(c, r->token);
-    c->told = NULL;
     return bm_cuda_check(c, cudaGraphLaunch(r->graph, c->stream), "a recorded token");
 }
 

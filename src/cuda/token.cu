@@ -413,7 +413,11 @@ INLINE void best_end(const program &p, const unsigned long long *top) {
     if (tid() == 0) before = atomicAdd(p.ended, 1);
     meet();
     if (before + 1 < gridDim.x) return;
-    if (tid() < p.M) p.best[tid()] = p.fed[tid()] = key_column(atomicExch(p.key + tid(), 0));
+    if (tid() < p.M) {
+        const bm_token best = key_column(atomicExch(p.key + tid(), 0));
+        p.best[tid()] = best;
+        if (p.again) p.again[tid()] = best;
+    }
     if (tid() == 0) *p.ended = 0;
 }
 

@@ -50,7 +50,7 @@ typedef struct bm_cuda_program {
     unsigned long long *xdbl, *before;          /* sums and who added, (M,R+2N), four in 128 bytes; what they were after the token before */
     const float *last_norm, *last_bias, *head_bias; float last_eps; bool centered;
     const uint8_t *head; float *logits;
-    bm_token *best, *fed; int ids;              /* the largest of the first ids logits; fed: again, in the GPU's memory */
+    bm_token *best, *again; int ids;            /* the largest of the first ids logits; again: the same, may be NULL */
     unsigned long long *key; unsigned *ended;   /* (M) of the best so far, blocks that ended; zeros between tokens */
     unsigned *number;                           /* of the last stage of the token before */
     int ring, ldx;                              /* bytes; from slot to slot of activations */

@@ -286,6 +286,7 @@ struct bm_session {
     bm_acts acts;               /* what all layers share */
     float *head_in, *head_out, *head_loss;  /* (H,D) (H,V) (H) for H = head_rows at a time */
     bm_token *head_target, *head_best[2];   /* (H); head_best is host memory: of the last step and of the one before */
+    bm_token *head_fed[2];                  /* (H) the same for the next step, which reads them on the device some 4 us sooner */
     bm_input *next;                         /* (S) of bm_next */
     int turn; bool ahead;                   /* the last step's best tokens are, or will be, in head_best[turn]; not handed out yet */
     float *logits; bool *has_logits;        /* host: (S,V), NULL until wanted, (S) */

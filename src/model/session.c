@@ -35,7 +35,7 @@ static bm_status work_alloc(bm_session *s, uint64_t *bytes) {
         { &a->xz, M * w.xz }, { &a->u, M * (w.inner > w.y ? w.inner : w.y) }, { &a->xdbl, M * w.xdbl }, { &a->dt, M * w.inner },
         { &a->logits, M * w.X }, { &a->gate, k * M }, { &a->hidden, k * M * 2 * w.F }, { &a->expert, k * M }, { &a->order, k * M },
         { &a->first, k * (w.X + 1) }, { &s->head_in, H * D }, { &s->head_out, H * V }, { &s->head_loss, H },
-        { &s->head_target, H }, { &p->state, (size_t)s->slots * p->stride },
+        { &s->head_target, H }, { &s->head_fed[0], H }, { &s->head_fed[1], H }, { &p->state, (size_t)s->slots * p->stride },
     };
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         const size_t n = want[i].n * sizeof(float);
@@ -70,7 +70,8 @@ static void work_free(bm_session *s) {
     const bm_acts *a = &s->acts;
     void *const host[] = { p->token, s->head_best[0], s->head_best[1], s->logits };
     void *const all[] = { p->start, p->slot, p->out, a->sum, a->norm, a->xz, a->u, a->xdbl, a->dt, a->logits, a->gate,
-                          a->hidden, a->expert, a->order, a->first, s->head_in, s->head_out, s->head_loss, s->head_target, p->state };
+                          a->hidden, a->expert, a->order, a->first, s->head_in, s->head_out, s->head_loss, s->head_target, s->head_fed[0],
+                          s->head_fed[1], p->state };
     for (size_t k = 0; k < sizeof all / sizeof *all; k++)
         if (all[k]) s->be->release(s->be, all[k]);
     for (size_t k = 0; k < sizeof host / sizeof *host; k++)
@@ -158,8 +159,9 @@ void bm_session_close(bm_session *s) {
 
 /* ---- head ------------------------------------------------------------------------------------------- */
 
-/* head_out: logits of n <= head_rows rows of the chunk; rows side by side share a norm.  best (n), where asked for. */
-static void head(bm_session *s, const wanted *w, int n, bm_token *best) {
+/* head_out: logits of n <= head_rows rows of the chunk; rows side by side share a norm.  head_best[turn], head_fed[turn] (n);
+ * turn -1: not asked for. */
+static void head(bm_session *s, const wanted *w, int n, int turn) {
     const bm_config *c = &s->m->config;
     const size_t D = (size_t)c->d_model;
     bm_backend *be = s->be;
@@ -172,7 +174,8 @@ static void head(bm_session *s, const wanted *w, int n, bm_token *best) {
     }
     be->linear(be, &(bm_op_linear){ .M = n, .ldx = c->d_model, .w = &s->m->w.head, .x = s->head_in, .bias = s->m->w.head_bias,
                                     .y = s->head_out, .arith = s->arith });
-    if (best) be->best(be, &(bm_op_best){ .M = n, .V = s->ids, .ld = c->n_vocab, .logits = s->head_out, .best = best });
+    if (turn >= 0) be->best(be, &(bm_op_best){ .M = n, .V = s->ids, .ld = c->n_vocab, .logits = s->head_out, .best = s->head_best[turn],
+                                               .again = s->head_fed[turn] });
 }
 
 /* Scores of n rows of head_out, which follow one another in one text. */
@@ -254,12 +257,12 @@ static int pack(bm_session *s, feed *f, int n) {
 
 /* A token of each sequence, all of them wanted, is the same operations over the same memory every time. */
 static bool recordable(const bm_session *s) { return s->be->replay && !s->pass.profile && !s->pass.experts; }
-static void step(bm_session *s, const void *owner, bm_token *token, bm_token *best) {
+static void step(bm_session *s, const void *owner, bm_token *token, int turn) {
     bm_pass p = s->pass;
     p.token = token;
     if (recordable(s) && s->be->replay(s->be, owner, p.M)) return;
     bm_forward_layers(&p);
-    head(s, s->wanted, p.M, best);
+    head(s, s->wanted, p.M, turn);
     if (recordable(s)) s->be->recorded(s->be);
 }
 
@@ -269,7 +272,7 @@ static bm_status compute(bm_session *s, int W) {
     const wanted *w = s->wanted;
     bm_backend *be = s->be;
     if (recordable(s) && p->M == p->Q && W == p->M && W <= s->head_rows && !w->f->nll) {
-        step(s, s, p->token, s->head_best[0]);
+        step(s, s, p->token, 0);
         return hand_out(s, w, W);
     }
     if (recordable(s)) be->replay(be, NULL, p->M);
@@ -280,7 +283,7 @@ static bm_status compute(bm_session *s, int W) {
         bool best = false;
         n = W - at < s->head_rows ? W - at : s->head_rows;
         for (int i = 0; i < n; i++) best = best || w[at + i].f->in->want == BM_WANT_BEST;
-        head(s, w + at, n, best ? s->head_best[0] : NULL);
+        head(s, w + at, n, best ? 0 : -1);
         BM_TRY(hand_out(s, w + at, n));
     }
     return W ? BM_OK : be->sync(be);
@@ -383,7 +386,7 @@ static bool same_texts(const bm_session *s, const int *slots, int n) {
 static void next_step(bm_session *s, const void *owner, bm_token *token, int turn) {
     s->turn = turn;
     s->ahead = true;
-    step(s, owner, token, s->head_best[turn]);
+    step(s, owner, token, turn);
     if (s->be->mark) s->be->mark(s->be, turn);
 }
 /* A step of n texts whose best tokens are known. */
@@ -404,7 +407,7 @@ static bm_status next_of_known(bm_session *s, const int *slots, int n) {
 /* The same where the device knows them, or soon will; then those of the step before are told. */
 static bm_status next_of_device(bm_session *s) {
     const int before = s->turn;
-    next_step(s, &s->head_best[!before], s->head_best[before], !before);
+    next_step(s, &s->head_best[!before], s->head_fed[before], !before);
     return tell(s, s->be->reach ? s->be->reach(s->be, before) : s->be->sync(s->be), before);
 }
 
