@@ -167,8 +167,12 @@ template <int TYPE> __global__ void rows_of(const uint8_t *table, size_t stride,
     if (k >= D) return;
     alignas(16) float w[8];
     const uint8_t *row = table + (size_t)max(token[m], 0) * stride;
+    float *to = y + (size_t)m * D + k;
     weights8<TYPE>(row, k, D - k, D - k >= 8 && (uintptr_t)row % 16 == 0, w);
-    for (int i = 0; i < 8 && k + i < D; i++) y[(size_t)m * D + k + i] = w[i];
+    if (D - k >= 8 && (uintptr_t)to % 16 == 0) {
+        ((float4 *)to)[0] = *(const float4 *)w;
+        ((float4 *)to)[1] = *(const float4 *)(w + 4);
+    } else for (int i = 0; i < 8 && k + i < D; i++) to[i] = w[i];
 }
 
 void bm_cuda_embed(bm_backend *b, const bm_op_embed *a) {

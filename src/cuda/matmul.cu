@@ -320,7 +320,7 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
 }
 /* Tiles of 64 groups rows by cols columns, of which a gated one has half of each; what one costs.  Smaller ones read more. */
 typedef struct size { int groups, cols, each; } size;
-static const size sizes[] = { { 3, 192, 30 }, { 2, 192, 22 }, { 3, 144, 23 }, { 2, 144, 17 }, { 2, 96, 13 } };
+static const size sizes[] = { { 3, 192, 30 }, { 2, 192, 22 }, { 3, 144, 23 }, { 2, 144, 17 }, { 2, 96, 13 }, { 2, 72, 11 } };
 
 /* The first of n sizes whose rounds cost least, all blocks at once.  Groups of rows end anywhere in a tile. */
 static int cheapest(const bm_cuda *c, const bm_product *p, bool gated, int n) {
@@ -333,15 +333,24 @@ static int cheapest(const bm_cuda *c, const bm_product *p, bool gated, int n) {
     }
     return best;
 }
+/* Of a row of tiles a group, of which each has so many columns. */
+static int rounds_of(const bm_cuda *c, const bm_product *p, size_t cols) {
+    return blocks_of((size_t)(p->X * blocks_of((size_t)p->N, cols)), (size_t)c->chip.multiProcessorCount / 2);
+}
 template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
     const bool groups = j->p->X > 1;
-    if (is_ragged(j->p)) return launch<END == PLAIN ? 96 : 192, 3, 2, END>(c, j);
-    switch (cheapest(c, j->p, END == GATED, END != PLAIN ? 2 : groups ? 4 : 5)) {
+    if (is_ragged(j->p)) {
+        if constexpr (END != PLAIN) return launch<192, 3, 2, END>(c, j);
+        else if (rounds_of(c, j->p, 2 * 72) > rounds_of(c, j->p, 2 * 96)) return launch<96, 3, 2, END>(c, j);
+        else return launch<72, 3, 2, END>(c, j);
+    }
+    switch (cheapest(c, j->p, END == GATED, END != PLAIN ? 2 : groups ? 4 : 6)) {
     case 0: return launch<192, 3, 2, END>(c, j);
     case 1: return launch<192, 2, 2, END>(c, j);
     case 2: return launch<144, 3, 2, PLAIN>(c, j);
     case 3: return launch<144, 2, 2, PLAIN>(c, j);
-    default: return launch<96, 2, 2, PLAIN>(c, j);
+    case 4: return launch<96, 2, 2, PLAIN>(c, j);
+    default: return launch<72, 2, 2, PLAIN>(c, j);
     }
 }
 static bool launch_any(bm_cuda *c, const job *j) {

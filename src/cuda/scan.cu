@@ -1,7 +1,7 @@
 /* scan.cu - the selective scan (arXiv 2312.00752, equation 2), one step after another.  Room: cuda.
  * long_rows, N <= 16: eight lanes a channel, a pair of states each.  A second warp makes d and d u of each 16 steps before, a third
  *   sums C h after, by way of shared memory.
- * single_rows, N <= 16, one row a sequence: a thread for each channel, the same arithmetic and so the same bits.
+ * single_rows, N <= 16, one row a sequence: a thread for one or two channels, the same arithmetic and so the same bits.
  * wide_rows, N > 16: a thread for each channel, states where they are kept, sums over N in order. */
 #include "cuda/steps.cuh"
 
@@ -201,49 +201,83 @@ __global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool st
     for (int i = tiles > 1 ? tiles - 2 : 0; finishes && i < tiles; i++) put_rows(w.out[i % 3], a, p, begin + i * TILE);
 }
 
-/* Row q is the one row of sequence q; a block makes its channels of `some` sequences: one where there are few.  Eight blocks at once
- * would spill registers. */
-enum { SOME = 2, FEW = 128, AT_ONCE = 7 };
-__device__ static void read_state(const bm_op_scan &a, int q, int c, float (&h)[N16]) {
+/* Row q is the one row of sequence q; a block makes the channels of its threads, EACH neighbours, of `some` sequences: one where there
+ * are few. */
+enum { SOME = 2, FEW = 128, AT_ONCE = 6 };
+template <int EACH> struct __align__(4 * EACH) channels { float v[EACH]; };
+/* Zeros where nothing is. */
+template <int EACH> __device__ static channels<EACH> read(const float *p, bool there) {
+    channels<EACH> v = {};
+    return there ? *(const channels<EACH> *)p : v;
+}
+template <int EACH> __device__ static void read_state(const bm_op_scan &a, int q, int c, channels<EACH> (&h)[N16]) {
     const float *state = state_of(a, q) + c;
 #pragma unroll
-    for (int n = 0; n < N16; n++) h[n] = c < a.I && n < a.N ? state[(size_t)n * a.I] : 0;
+    for (int n = 0; n < N16; n++) h[n] = read<EACH>(state + (size_t)n * a.I, c < a.I && n < a.N);
 }
-__global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int some, uint16_t *half) {
+/* States 2 m and 2 m + 1 of a step moved on and written; the sum of both C h by channel. */
+template <int EACH> __device__ static channels<EACH>
+step_pair(const bm_op_scan &a, float *state, int m, const channels<EACH> (&h)[N16], const channels<EACH> *rate, channels<EACH> d,
+          channels<EACH> du, const float *B, const float *C) {
+    channels<EACH> v[2], sum;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int n = 2 * m + i;
+        const channels<EACH> r = rate[n * WIDTH];
+#pragma unroll
+        for (int k = 0; k < EACH; k++) v[i].v[k] = scan_state(h[n].v[k], d.v[k], r.v[k], du.v[k], B[n]);
+        if (n < a.N) *(channels<EACH> *)(state + (size_t)n * a.I) = v[i];
+    }
+#pragma unroll
+    for (int k = 0; k < EACH; k++) sum.v[k] = scan_pair(C[2 * m], v[0].v[k], C[2 * m + 1], v[1].v[k]);
+    return sum;
+}
+template <int EACH> __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int some, uint16_t *half) {
     next_may_start();
     __shared__ float B[2][N16], C[2][N16];
-    const int c = (int)(blockIdx.x * WIDTH + threadIdx.x), q0 = (int)blockIdx.y * some, q1 = q0 + some < a.Q ? q0 + some : a.Q;
-    const bool channel = c < a.I;
-    const float bias = channel ? a.dt_bias[c] : 0, D = channel ? a.D[c] : 0;
-    float rate[N16];
-#pragma unroll
-    for (int n = 0; n < N16; n++) rate[n] = channel && n < a.N ? scan_rate(a.A[(size_t)n * a.I + c]) : 0;
-    float h[N16];
+    __shared__ channels<EACH> rate[N16][WIDTH];
+    const int c = EACH * (int)(blockIdx.x * WIDTH + threadIdx.x), q0 = (int)blockIdx.y * some, q1 = q0 + some < a.Q ? q0 + some : a.Q;
+    const bool there = c < a.I;
+    const channels<EACH> bias = read<EACH>(a.dt_bias + c, there), D = read<EACH>(a.D + c, there);
+    channels<EACH> h[N16];
     read_state(a, q0, c, h);        /* nobody has written to states since the token before: bm_cuda_embed */
+#pragma unroll
+    for (int n = 0; n < N16; n++) {
+        channels<EACH> A = read<EACH>(a.A + (size_t)n * a.I + c, there && n < a.N);
+#pragma unroll
+        for (int k = 0; k < EACH; k++) A.v[k] = scan_rate(A.v[k]);
+        rate[n][threadIdx.x] = A;
+    }
     previous_done();
+#pragma unroll 1
     for (int q = q0; q < q1; q++) {
         const size_t at = (size_t)q * a.I + c;
-        float *state = state_of(a, q) + c, p[LANES], (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
+        float (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
         if (q > q0) read_state(a, q, c, h);
-        const float u = channel ? a.u[at] : 0, dt = channel ? a.dt[at] : 0, z = channel ? a.z[(size_t)q * a.ldz + c] : 0;
+        const channels<EACH> u = read<EACH>(a.u + at, there), z = read<EACH>(a.z + (size_t)q * a.ldz + c, there);
+        channels<EACH> d = read<EACH>(a.dt + at, there), du, p[LANES / 2], y;
         if (threadIdx.x < N16) {
             const int n = threadIdx.x;
             b[n] = n < a.N ? a.B[(size_t)q * a.ldbc + n] : 0;
             w[n] = n < a.N ? a.C[(size_t)q * a.ldbc + n] : 0;
         }
         __syncthreads();
-        if (!channel) continue;
-        const float d = softplus(dt + bias), du = d * u;
+        if (!there) continue;
 #pragma unroll
-        for (int n = 0; n < N16; n++) {
-            h[n] = scan_state(h[n], d, rate[n], du, b[n]);
-            if (n < a.N) state[(size_t)n * a.I] = h[n];
+        for (int k = 0; k < EACH; k++) d.v[k] = softplus(d.v[k] + bias.v[k]), du.v[k] = d.v[k] * u.v[k];
+#pragma unroll
+        for (int m = 0; m < LANES; m++) {
+            const channels<EACH> sum = step_pair(a, state_of(a, q) + c, m, h, &rate[0][threadIdx.x], d, du, b, w);
+#pragma unroll
+            for (int k = 0; k < EACH; k++) p[m % 4].v[k] = m < 4 ? sum.v[k] : __fadd_rn(p[m % 4].v[k], sum.v[k]);
         }
 #pragma unroll
-        for (int n = 0; n < N16; n += 2) p[n / 2] = scan_pair(w[n], h[n], w[n + 1], h[n + 1]);
-        const float y = scan_out(scan_sum(p), D, u, z);
-        if (a.y) a.y[at] = y;
-        if (half) half[at] = (uint16_t)halves(y, 0);
+        for (int k = 0; k < EACH; k++)
+            y.v[k] = scan_out(scan_fold(p[0].v[k], p[1].v[k], p[2].v[k], p[3].v[k]), D.v[k], u.v[k], z.v[k]);
+        if (a.y) *(channels<EACH> *)(a.y + at) = y;
+        if (!half) continue;
+        if constexpr (EACH == 2) *(uint32_t *)(half + at) = halves(y.v[0], y.v[1]);
+        else half[at] = (uint16_t)halves(y.v[0], 0);
     }
 }
 
@@ -272,9 +306,12 @@ static void scan(bm_cuda *c, const bm_op_scan *a, uint16_t *half) {
     const uintptr_t of_rows = (uintptr_t)a->dt | (uintptr_t)a->u | (uintptr_t)a->z | (uintptr_t)a->y;
     const bool rows = of_rows % 16 == 0 && (a->I | a->ldz) % 4 == 0;
     const bool states = ((uintptr_t)a->B | (uintptr_t)a->C) % 16 == 0 && (a->N | a->ldbc) % 4 == 0;
-    const int blocks = blocks_of((size_t)a->I, WIDTH), some = a->Q <= FEW ? 1 : SOME;
+    const uintptr_t of_pairs = of_rows | (uintptr_t)a->A | (uintptr_t)a->D | (uintptr_t)a->dt_bias | (uintptr_t)a->state;
+    const bool pairs = of_pairs % 8 == 0 && (a->I | a->ldz | (int)(a->stride % 2)) % 2 == 0;
+    const int blocks = blocks_of((size_t)a->I, WIDTH), some = a->Q <= FEW ? 1 : SOME, groups = blocks_of((size_t)a->Q, some);
     if (wide) bm_cuda_start(c, wide_rows, dim3(blocks, a->Q), WIDTH, 0, *a);
-    else if (single) bm_cuda_start(c, single_rows, dim3(blocks, blocks_of((size_t)a->Q, some)), WIDTH, 0, *a, some, half);
+    else if (single && pairs) bm_cuda_start(c, single_rows<2>, dim3(blocks_of((size_t)a->I, 2 * WIDTH), groups), WIDTH, 0, *a, some, half);
+    else if (single) bm_cuda_start(c, single_rows<1>, dim3(blocks, groups), WIDTH, 0, *a, some, half);
     else {
         const size_t all = c->chip.sharedMemPerBlockOptin, most = sizeof(memory) > all / 2 + 1 ? sizeof(memory) : all / 2 + 1;
         const size_t shared = a->Q == 1 ? most : sizeof(memory);    /* of one sequence no two blocks on a processor */

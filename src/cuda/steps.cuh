@@ -81,10 +81,11 @@ __device__ inline float scan_state(float h, float d, float rate, float du, float
 }
 /* Sum of C_n h_n: pairs of neighbours, then pairs m and m ^ 4, m ^ 2, m ^ 1; p is overwritten. */
 __device__ inline float scan_pair(float c0, float h0, float c1, float h1) { return fmaf(c1, h1, __fmul_rn(c0, h0)); }
+__device__ inline float scan_fold(float p0, float p1, float p2, float p3) { return __fadd_rn(__fadd_rn(p0, p2), __fadd_rn(p1, p3)); }
 __device__ inline float scan_sum(float (&p)[SCAN_STATES / 2]) {
 #pragma unroll
     for (int m = 0; m < 4; m++) p[m] = __fadd_rn(p[m], p[m + 4]);
-    return __fadd_rn(__fadd_rn(p[0], p[2]), __fadd_rn(p[1], p[3]));
+    return scan_fold(p[0], p[1], p[2], p[3]);
 }
 __device__ inline float scan_gate(float sum, float D, float u, float silu_z) { return __fmul_rn(fmaf(D, u, sum), silu_z); }
 __device__ inline float scan_out(float sum, float D, float u, float z) { return scan_gate(sum, D, u, silu(z)); }
