@@ -55,25 +55,36 @@ static inline int32_t *put_ints(const int32_t *host, size_t n) {
 
 /* rows x cols weights of a type, on both sides. */
 typedef struct pair { bm_tensor host, at; } pair;
-static inline pair make_pair(bm_dtype type, int rows, int cols) {
+static inline void fill_pair(pair *m, uint8_t *at, bm_dtype type, int rows, int cols) {
     const size_t n = (size_t)rows * (size_t)cols, bytes = bm_dtype_bytes(type, n);
-    float *x = normals(n, 0.5f);
-    void *host = malloc(bytes), *at;
     const size_t packed = bm_matrix_bytes(gpu, type, (size_t)rows, (size_t)cols);
-    void *form = malloc(packed);
+    float *x = normals(n, 0.5f);
+    void *host = malloc(bytes), *form = malloc(packed);
     bm_narrow(host, type, x, n);
     if (bm_packs(gpu, type)) gpu->pack(form, host, type, (size_t)rows, (size_t)cols);
     else memcpy(form, host, bytes);
-    OK(gpu->alloc(gpu, &at, packed, "a test"));
     gpu->put(gpu, at, form, packed);
     drop(x);
     free(form);
-    return (pair){ { host, type, rows, cols }, { at, type, rows, cols } };
+    *m = (pair){ { host, type, rows, cols }, { at, type, rows, cols } };
 }
-static inline void end_pair(pair *m) {
+/* X of them, one behind the other on the GPU, but for the last where they are not even. */
+static inline void make_pairs(pair *m, int X, bm_dtype type, int rows, int cols, bool even) {
+    const size_t apart = bm_matrix_bytes(gpu, type, (size_t)rows, (size_t)cols), gap = even ? 0 : 256;
+    uint8_t *at;
+    OK(gpu->alloc(gpu, &at, (size_t)X * apart + gap, "a test"));
+    for (int e = 0; e < X; e++) fill_pair(&m[e], at + (size_t)e * apart + (e && e + 1 == X ? gap : 0), type, rows, cols);
+}
+static inline void end_pairs(pair *m, int X) {
     gpu->release(gpu, (void *)(uintptr_t)m->at.data);
-    free((void *)(uintptr_t)m->host.data);
+    for (int e = 0; e < X; e++) free((void *)(uintptr_t)m[e].host.data);
 }
+static inline pair make_pair(bm_dtype type, int rows, int cols) {
+    pair m;
+    make_pairs(&m, 1, type, rows, cols, true);
+    return m;
+}
+static inline void end_pair(pair *m) { end_pairs(m, 1); }
 
 /* The same weights rounded to bf16. */
 static inline bm_tensor rounded(const bm_tensor *w) {

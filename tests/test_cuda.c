@@ -45,8 +45,9 @@ static void test_wide(void **state) {
     (void)state;
     for (int i = 0; i < 6; i++)
         for (int k = 0; k < 7; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
-    static const int large[][2] = { { 1500, 2304 }, { 2048, 1152 }, { 1408, 2304 }, { 2048, 4608 }, { 1400, 1152 } };   /* sizes of tiles */
-    for (int i = 0; i < 5; i++) linear_in(BM_ARITH_NATIVE, BM_BF16, large[i][0], large[i][1], 72, false, 1e-5);
+    static const int large[][2] = { { 1500, 2304 }, { 2048, 1152 }, { 1408, 2304 }, { 2048, 4608 }, { 1400, 1152 },
+                                    { 1024, 1152 } };      /* every size of tiles */
+    for (int i = 0; i < 6; i++) linear_in(BM_ARITH_NATIVE, BM_BF16, large[i][0], large[i][1], 72, false, 1e-5);
     for (int t = BM_F16; t < BM_DTYPE_COUNT; t++) {
         linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 65, 130, 1280, false, 1e-5);
         linear_in(BM_ARITH_NATIVE, (bm_dtype)t, 200, 37, 256, true, 1e-5);
@@ -158,11 +159,10 @@ static void experts_alone(int M, int n, int D, int F, bool gated) {
     twin y = empty_twin((size_t)(M * D)), z = empty_twin((size_t)(n * D));
     int32_t chosen[MOST], order[MOST], first[X + 1];
     for (int i = 0; i < M; i++) chosen[i] = i % 7 < 4 ? 1 : i % 3 + 2;        /* nobody takes expert 0, most take 1 */
-    for (int i = 0; i < 3; i++)
-        for (int e = 0; e < X; e++) {
-            m[i][e] = i < 2 ? make_pair(BM_BF16, F, D) : make_pair(BM_BF16, D, F);
-            w[i][e] = m[i][e].at;
-        }
+    for (int i = 0; i < 3; i++) {
+        make_pairs(m[i], X, BM_BF16, i < 2 ? F : D, i < 2 ? D : F, true);
+        for (int e = 0; e < X; e++) w[i][e] = m[i][e].at;
+    }
     for (int few = 0; few < 2; few++) {
         const int rows = few ? n : M, from = M - rows;
         grouped(chosen + from, rows, X, order, first);
@@ -178,7 +178,7 @@ static void experts_alone(int M, int n, int D, int F, bool gated) {
     if (memcmp(all + (M - n) * D, some, sizeof *some * (size_t)(n * D))) fail_msg("experts: %d of %d rows differ alone", n, M);
     drop(all);
     drop(some);
-    for (int i = 0; i < 3; i++) for (int e = 0; e < X; e++) end_pair(&m[i][e]);
+    for (int i = 0; i < 3; i++) end_pairs(m[i], X);
     end(&x); end(&gate); end(&hidden); end(&y); end(&z);
 }
 static void test_alone(void **state) {
@@ -194,37 +194,47 @@ static void test_alone(void **state) {
 enum { M = 103, Q = 3, SLOTS = 3 };
 static const int32_t start[Q + 1] = { 0, 9, 9, M }, slot[Q] = { 2, 1, 0 };
 
+/* M rows of Q sequences of `slots` slots, whose states lie `gap` floats apart. */
+typedef struct ragged { int M, Q, slots, gap; const int32_t *start, *slot; } ragged;
+static void conv_scan(ragged r, int I, int N, int K, bool biased) {
+    const int ld = 2 * N + 3;
+    const size_t stride = (size_t)I * (size_t)(N + K) + (size_t)r.gap, n = (size_t)r.M * (size_t)I, from = (size_t)(K * I);
+    int32_t *s = put_ints(r.start, (size_t)r.Q + 1), *l = put_ints(r.slot, (size_t)r.Q);
+    twin xz = random_twin(2 * n, 1), w = random_twin((size_t)(K * I), 1), bias = random_twin((size_t)I, 1), u = empty_twin(n);
+    twin h = random_twin(stride * (size_t)r.slots, 1), dt = random_twin(n, 1), A = random_twin((size_t)(N * I), 1);
+    twin D = random_twin((size_t)I, 1), bc = random_twin((size_t)(r.M * ld), 1), y = empty_twin(n);
+    for (size_t k = 0; k < A.n; k++) A.host[k] = -fabsf(A.host[k]) - 0.1f;
+    gpu->put(gpu, A.at, A.host, A.n * sizeof(float));
+    bm_op_conv c = { .M = r.M, .Q = r.Q, .start = r.start, .slot = r.slot, .I = I, .K = K, .ldx = 2 * I, .x = xz.host, .weight = w.host,
+                     .bias = biased ? bias.host : NULL, .y = u.host, .state = h.host, .stride = stride };
+    cpu->conv(cpu, &c);
+    c.start = s, c.slot = l, c.x = xz.at, c.weight = w.at, c.bias = biased ? bias.at : NULL, c.y = u.at, c.state = h.at;
+    gpu->conv(gpu, &c);
+    agree(&u, 2e-6, "conv");
+    agree(&h, 0, "conv's state");
+    bm_op_scan a = { .M = r.M, .Q = r.Q, .start = r.start, .slot = r.slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = ld, .u = u.host,
+                     .dt = dt.host, .dt_bias = bias.host, .A = A.host, .B = bc.host, .C = bc.host + N, .D = D.host, .z = xz.host + I,
+                     .y = y.host, .state = h.host + from, .stride = stride };
+    cpu->scan(cpu, &a);
+    a.start = s, a.slot = l, a.u = u.at, a.dt = dt.at, a.dt_bias = bias.at, a.A = A.at, a.B = bc.at, a.C = bc.at + N, a.D = D.at;
+    a.z = xz.at + I, a.y = y.at, a.state = h.at + from;
+    gpu->scan(gpu, &a);
+    agree(&y, 5e-6, "scan");
+    agree(&h, 5e-6, "scan's state");
+    gpu->release(gpu, s); gpu->release(gpu, l);
+    end(&xz); end(&w); end(&bias); end(&u); end(&h); end(&dt); end(&A); end(&D); end(&bc); end(&y);
+}
 static void test_conv_scan(void **state) {
     static const struct { int I, N, K; } size[] = { { 33, 16, 4 }, { 64, 1, 2 }, { 20, 40, 3 }, { 300, 7, 4 } };
+    enum { MANY = 131 };
+    int32_t first[MANY + 1], own[MANY];
     (void)state;
+    for (int i = 0; i <= MANY; i++) first[i] = i;
+    for (int i = 0; i < MANY; i++) own[i] = MANY - 1 - i;
     for (int i = 0; i < 4; i++) {
-        const int I = size[i].I, N = size[i].N, K = size[i].K, ld = 2 * N + 3;
-        const size_t stride = (size_t)I * (size_t)(N + K) + 5, n = (size_t)M * (size_t)I;
-        int32_t *s = put_ints(start, Q + 1), *l = put_ints(slot, Q);
-        twin xz = random_twin(2 * n, 1), w = random_twin((size_t)(K * I), 1), bias = random_twin((size_t)I, 1), u = empty_twin(n);
-        twin h = random_twin(stride * SLOTS, 1), dt = random_twin(n, 1), A = random_twin((size_t)(N * I), 1), D = random_twin((size_t)I, 1);
-        twin bc = random_twin((size_t)(M * ld), 1), y = empty_twin(n);
-        for (size_t k = 0; k < A.n; k++) A.host[k] = -fabsf(A.host[k]) - 0.1f;
-        gpu->put(gpu, A.at, A.host, A.n * sizeof(float));
-        bm_op_conv c = { .M = M, .Q = Q, .start = start, .slot = slot, .I = I, .K = K, .ldx = 2 * I, .x = xz.host, .weight = w.host,
-                         .bias = i % 2 ? bias.host : NULL, .y = u.host, .state = h.host, .stride = stride };
-        cpu->conv(cpu, &c);
-        c.start = s, c.slot = l, c.x = xz.at, c.weight = w.at, c.bias = i % 2 ? bias.at : NULL, c.y = u.at, c.state = h.at;
-        gpu->conv(gpu, &c);
-        agree(&u, 2e-6, "conv");
-        agree(&h, 0, "conv's state");
-        const size_t from = (size_t)(K * I);
-        bm_op_scan a = { .M = M, .Q = Q, .start = start, .slot = slot, .I = I, .N = N, .ldz = 2 * I, .ldbc = ld, .u = u.host, .dt = dt.host,
-                         .dt_bias = bias.host, .A = A.host, .B = bc.host, .C = bc.host + N, .D = D.host, .z = xz.host + I, .y = y.host,
-                         .state = h.host + from, .stride = stride };
-        cpu->scan(cpu, &a);
-        a.start = s, a.slot = l, a.u = u.at, a.dt = dt.at, a.dt_bias = bias.at, a.A = A.at, a.B = bc.at, a.C = bc.at + N, a.D = D.at;
-        a.z = xz.at + I, a.y = y.at, a.state = h.at + from;
-        gpu->scan(gpu, &a);
-        agree(&y, 5e-6, "scan");
-        agree(&h, 5e-6, "scan's state");
-        gpu->release(gpu, s); gpu->release(gpu, l);
-        end(&xz); end(&w); end(&bias); end(&u); end(&h); end(&dt); end(&A); end(&D); end(&bc); end(&y);
+        conv_scan((ragged){ M, Q, SLOTS, 5, start, slot }, size[i].I, size[i].N, size[i].K, i % 2);
+        for (int gap = 4; gap < 6; gap++)       /* a row each: two channels a thread, one */
+            conv_scan((ragged){ MANY, MANY, MANY, gap, first, own }, size[i].I, size[i].N, size[i].K, gap % 2);
     }
 }
 
@@ -251,9 +261,9 @@ static void experts_in(experts c, bool crowded) {
         host[i] = calloc(n[i], sizeof(int32_t));
         at[i] = put_ints(host[i], n[i]);
         for (int side = 0; side < 2; side++) w[i][side] = malloc(bytes);
+        const bm_dtype type = c.quants ? c.quants : i < 2 || c.arith == BM_ARITH_NATIVE ? BM_BF16 : BM_F32;
+        make_pairs(m + i * X, X, type, i < 2 ? F : D, i < 2 ? D : F, !c.accumulate);
         for (int e = 0; e < X; e++) {
-            const bm_dtype type = c.quants ? c.quants : i < 2 || c.arith == BM_ARITH_NATIVE ? BM_BF16 : BM_F32;
-            m[i * X + e] = i < 2 ? make_pair(type, F, D) : make_pair(type, D, F);
             half[i * X + e] = rounded(&m[i * X + e].host);
             w[i][0][e] = c.arith == BM_ARITH_NATIVE ? half[i * X + e] : m[i * X + e].host;
             w[i][1][e] = m[i * X + e].at;
@@ -285,10 +295,8 @@ static void experts_in(experts c, bool crowded) {
         for (int side = 0; side < 2; side++) free(w[i][side]);
         end(&bias[i]);
     }
-    for (int i = 0; i < 3 * X; i++) {
-        end_pair(&m[i]);
-        end_rounded(&half[i]);
-    }
+    for (int i = 0; i < 3; i++) end_pairs(m + i * X, X);
+    for (int i = 0; i < 3 * X; i++) end_rounded(&half[i]);
     free(m);
     free(half);
     end(&logits); end(&gate); end(&x); end(&y); end(&hidden);

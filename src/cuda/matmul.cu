@@ -2,8 +2,8 @@
  *
  * Activations are rounded to bf16 first, gathered in the order of groups.  A block takes one tile of outputs after another: two
  * threads have the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
- * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: what bounds large
- * products is the second cache.  An output sums its k in order, 16 at a time, whatever rows are beside it.
+ * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: apart, the second cache
+ * would bound large products.  An output sums its k in order, 16 at a time, whatever rows are beside it.
  * Up to 128 rows: few.cu; other chips, types and fewer rows: gemm.cu. */
 #include "cuda/hopper.cuh"
 #include <limits.h>
@@ -333,7 +333,7 @@ static int cheapest(const bm_cuda *c, const bm_product *p, bool gated, int n) {
     }
     return best;
 }
-/* Of a row of tiles a group, of which each has so many columns. */
+/* Rounds of all pairs of blocks, of which each makes so many columns of a group's rows. */
 static int rounds_of(const bm_cuda *c, const bm_product *p, size_t cols) {
     return blocks_of((size_t)(p->X * blocks_of((size_t)p->N, cols)), (size_t)c->chip.multiProcessorCount / 2);
 }

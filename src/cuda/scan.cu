@@ -8,7 +8,7 @@
 enum { N16 = SCAN_STATES, LANES = N16 / 2, SETS = 5, CHANNELS = SETS * 32 / LANES, GROUP = 16, TILE = 2 * GROUP };
 enum { ROLE = 32 * SETS, THREADS = 3 * ROLE };         /* a block of d_inner 2304 for nearly each of 132 processors */
 enum { AHEAD = 4, PAD = 12, HELD = 2 };                 /* tiles in memory; a stride that meets no bank twice; pairs of steps held */
-enum { WIDTH = 128 };                                   /* threads of a block where each has a channel */
+enum { WIDTH = 128 };                                   /* threads of a block where each has channels of its own */
 
 __device__ static float *state_of(const bm_op_scan &a, int q) { return a.state + (size_t)a.slot[q] * a.stride; }
 
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(THREADS) long_rows(const bm_op_scan a, bool st
 }
 
 /* Row q is the one row of sequence q; a block makes the channels of its threads, EACH neighbours, of `some` sequences: one where there
- * are few. */
+ * are few.  Blocks on a processor: more would spill registers. */
 enum { SOME = 2, FEW = 128, AT_ONCE = 6 };
 template <int EACH> struct __align__(4 * EACH) channels { float v[EACH]; };
 /* Zeros where nothing is. */
@@ -252,7 +252,7 @@ template <int EACH> __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_row
 #pragma unroll 1
     for (int q = q0; q < q1; q++) {
         const size_t at = (size_t)q * a.I + c;
-        float (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
+        float *state = state_of(a, q) + c, (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
         if (q > q0) read_state(a, q, c, h);
         const channels<EACH> u = read<EACH>(a.u + at, there), z = read<EACH>(a.z + (size_t)q * a.ldz + c, there);
         channels<EACH> d = read<EACH>(a.dt + at, there), du, p[LANES / 2], y;
@@ -267,7 +267,7 @@ template <int EACH> __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_row
         for (int k = 0; k < EACH; k++) d.v[k] = softplus(d.v[k] + bias.v[k]), du.v[k] = d.v[k] * u.v[k];
 #pragma unroll
         for (int m = 0; m < LANES; m++) {
-            const channels<EACH> sum = step_pair(a, state_of(a, q) + c, m, h, &rate[0][threadIdx.x], d, du, b, w);
+            const channels<EACH> sum = step_pair(a, state, m, h, &rate[0][threadIdx.x], d, du, b, w);
 #pragma unroll
             for (int k = 0; k < EACH; k++) p[m % 4].v[k] = m < 4 ? sum.v[k] : __fadd_rn(p[m % 4].v[k], sum.v[k]);
         }
