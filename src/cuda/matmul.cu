@@ -318,39 +318,37 @@ template <int BN, int GROUPS, int CTAS, int END> static bool launch(bm_cuda *c, 
     const float *wrote = END == PLAIN ? p->y : NULL;
     return bm_cuda_start_clusters(c, wrote, kernel, CTAS * clusters, CTAS, S::THREADS, S::SHARED, *p, j->end, box, is_known(j), x, w, gate);
 }
-/* Tiles of 64 groups rows by cols columns, of which a gated one has half of each; what one costs.  Smaller ones read more. */
+/* Tiles of 64 groups rows by cols columns, of which a gated one has half of each; what one costs.  Smaller ones read more.  The last
+ * two are for groups that end within a tile. */
 typedef struct size { int groups, cols, each; } size;
-static const size sizes[] = { { 3, 192, 30 }, { 2, 192, 22 }, { 3, 144, 23 }, { 2, 144, 17 }, { 2, 96, 13 }, { 2, 72, 11 } };
+static const size sizes[] = { { 3, 192, 30 }, { 2, 192, 22 }, { 3, 144, 23 }, { 2, 144, 17 }, { 2, 96, 13 }, { 2, 72, 11 },
+                              { 3, 96, 13 }, { 3, 72, 11 } };
+enum { SIZES = sizeof sizes / sizeof *sizes, RAGGED = SIZES - 2 };
 
-/* The first of n sizes whose rounds cost least, all blocks at once.  Groups of rows end anywhere in a tile. */
-static int cheapest(const bm_cuda *c, const bm_product *p, bool gated, int n) {
-    int best = 0, least = INT_MAX;
-    for (int i = 0; i < n; i++) {
+/* Of sizes first to end - 1 the first whose rounds cost least, all blocks at once.  Groups of rows end anywhere in a tile. */
+static int cheapest(const bm_cuda *c, const bm_product *p, bool gated, int first, int end) {
+    int best = first, least = INT_MAX;
+    for (int i = first; i < end; i++) {
         const int rows = 64 * sizes[i].groups, cols = sizes[i].cols * (gated ? 1 : 2);
-        const int tiles = (p->M / rows + (p->X > 1 ? p->X / 2 : p->M % rows > 0)) * blocks_of((size_t)p->N, (size_t)cols);
+        const int down = is_ragged(p) ? p->X : p->M / rows + (p->X > 1 ? p->X / 2 : p->M % rows > 0);
+        const int tiles = down * blocks_of((size_t)p->N, (size_t)cols);
         const int cost = blocks_of((size_t)tiles, c->chip.multiProcessorCount / 2) * sizes[i].each;
         if (cost < least) best = i, least = cost;
     }
     return best;
 }
-/* Rounds of all pairs of blocks, of which each makes so many columns of a group's rows. */
-static int rounds_of(const bm_cuda *c, const bm_product *p, size_t cols) {
-    return blocks_of((size_t)(p->X * blocks_of((size_t)p->N, cols)), (size_t)c->chip.multiProcessorCount / 2);
-}
 template <int END> static bool launch_tall(bm_cuda *c, const job *j) {
-    const bool groups = j->p->X > 1;
-    if (is_ragged(j->p)) {
-        if constexpr (END != PLAIN) return launch<192, 3, 2, END>(c, j);
-        else if (rounds_of(c, j->p, 2 * 72) > rounds_of(c, j->p, 2 * 96)) return launch<96, 3, 2, END>(c, j);
-        else return launch<72, 3, 2, END>(c, j);
-    }
-    switch (cheapest(c, j->p, END == GATED, END != PLAIN ? 2 : groups ? 4 : 6)) {
+    const bool ragged = is_ragged(j->p), plain = END == PLAIN;
+    const int first = ragged && plain ? RAGGED : 0, end = ragged ? (plain ? SIZES : 1) : !plain ? 2 : j->p->X > 1 ? 4 : RAGGED;
+    switch (cheapest(c, j->p, END == GATED, first, end)) {
     case 0: return launch<192, 3, 2, END>(c, j);
     case 1: return launch<192, 2, 2, END>(c, j);
     case 2: return launch<144, 3, 2, PLAIN>(c, j);
     case 3: return launch<144, 2, 2, PLAIN>(c, j);
     case 4: return launch<96, 2, 2, PLAIN>(c, j);
-    default: return launch<72, 2, 2, PLAIN>(c, j);
+    case 5: return launch<72, 2, 2, PLAIN>(c, j);
+    case RAGGED: return launch<96, 3, 2, PLAIN>(c, j);
+    default: return launch<72, 3, 2, PLAIN>(c, j);
     }
 }
 static bool launch_any(bm_cuda *c, const job *j) {
