@@ -95,7 +95,7 @@ $B/tests/fuzz/replay_%: $B/tests/fuzz/fuzz_%.o $B/tests/fuzz/replay.o $B/libblac
 # a kernel of the GPU's on emulated blocks
 CUDA_DIR := $(dir $(NVCC))../include
 $B/tests/test_token: tests/test_token.cu tests/emulated.h $(wildcard src/cuda/*.cu src/cuda/*.cuh src/cuda/*.h) $B/src/cuda/program.cu.o $(TEST_LIB) $B/libblackmamba.a
-	$(CXX) -O2 -std=c++17 -x c++ -fno-strict-aliasing -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-unused-function \
+	$(CXX) -O2 -std=c++17 -x c++ -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-unused-function \
 	  -Iinclude -Isrc -Itests -I$(CUDA_DIR) -c $< -o $@.o
 	$(NVCC) -o $@ $@.o $B/src/cuda/program.cu.o $(TEST_LIB) $B/libblackmamba.a $(PKG_LIBS) -lcmocka
 TESTS  := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c)) $(if $(NVCC),test_token)

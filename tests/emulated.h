@@ -42,19 +42,21 @@ enum { MOST_WARPS = 16, MOST_BARRIERS = 64, SHARED_BYTES = 227 << 10 };
 
 struct meeting {
     std::atomic<unsigned> here{0}, round{0};
+    bool arrive(unsigned all) {
+        if (++here < all) return false;
+        here = 0;
+        ++round;
+        return true;
+    }
     void wait(unsigned all) {
         const unsigned r = round;
-        if (++here < all) while (round == r) sched_yield();
-        else {
-            here = 0;
-            ++round;
-        }
+        if (!arrive(all)) while (round == r) sched_yield();
     }
 };
 /* What the lanes of a warp show one another. */
 struct warp_board { meeting meet; uint64_t slot[32]; uint32_t a[32][4], b[32][2]; };
 static warp_board boards[MOST_WARPS];
-static meeting block_meeting, some_meeting;
+static meeting block_meeting, some_meeting[4];
 static inline warp_board &board() { return boards[threadIdx.x / 32]; }
 static inline unsigned lane() { return threadIdx.x % 32; }
 
@@ -130,9 +132,11 @@ alignas(128) static uint8_t shared_bytes[SHARED_BYTES];
 }
 static void aligned(const void *p, const char *what) { if ((uintptr_t)p % 16) wrong(what); }
 
-template <int THREADS> static void meet_of() { some_meeting.wait(THREADS); }
+template <int THREADS, int BARRIER = 1> static void meet_of() { some_meeting[BARRIER].wait(THREADS); }
+template <int THREADS, int BARRIER> static void arrive_of() { some_meeting[BARRIER].arrive(THREADS); }
 static inline uint8_t *shared_memory() { return shared_bytes; }
 static inline uint32_t address(const void *p) { return (uint32_t)((const uint8_t *)p - shared_bytes); }
+template <class V> static V *anchored(V *p) { return p; }
 
 /* mbarrier: a phase ends when all have arrived and all bytes have. */
 struct phases { uint64_t *of; int all, missing, bytes; unsigned ended; };
@@ -182,6 +186,7 @@ static inline void words_wait() { }
 static inline void tell(uint2 *to, uint32_t v, unsigned number) {
     __atomic_store_n((uint64_t *)to, (uint64_t)number << 32 | v, __ATOMIC_SEQ_CST);
 }
+static inline void tell(uint32_t *to, uint32_t v) { __atomic_store_n(to, v, __ATOMIC_SEQ_CST); }
 static inline void add(unsigned long long *to, unsigned long long v) { __atomic_fetch_add(to, v, __ATOMIC_SEQ_CST); }
 static inline uint4 look(const uint2 *from) {
     aligned(from, "two words at an address that is no multiple of 16");

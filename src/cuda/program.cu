@@ -147,14 +147,15 @@ size_t bm_cuda_program_words(bm_cuda_program *p, void *memory) {
     if (memory) {
         p->number = (unsigned *)memory;
         p->ended = p->number + 1;
+        p->turn = p->number + 32;
         p->key = (unsigned long long *)memory + 1;
         p->xdbl = (unsigned long long *)memory + 32;
         p->before = p->xdbl + X;
-        p->stream = (uint2 *)(p->before + M * B);
-        p->y = p->stream + M * D;
+        p->stream = (uint32_t *)(p->before + M * B);
+        p->y = (uint2 *)(p->stream + M * D);
         p->act = p->y + M * (I / 2);
     }
-    return 256 + sizeof(uint2) * (X + M * (B + D + I / 2 + F / 2));
+    return 256 + sizeof(uint2) * (X + M * (B + D / 2 + I / 2 + F / 2));
 }
 
 /* ---- on the GPU ------------------------------------------------------------------------------------------ */

@@ -61,22 +61,31 @@ template <class V> INLINE V load(uint32_t at) { return *(const V *)__cvta_shared
 
 /* ---- barriers in shared memory, copies --------------------------------------------------------------------------- */
 
-/* Of some of a block's threads, whole warps. */
-template <int THREADS> INLINE void meet_of() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
+/* Of some of a block's threads, whole warps; or without waiting for the others. */
+template <int THREADS, int BARRIER = 1> INLINE void meet_of() { asm volatile("bar.sync %0, %1;" :: "n"(BARRIER), "n"(THREADS) : "memory"); }
+template <int THREADS, int BARRIER> INLINE void arrive_of() { asm volatile("bar.arrive %0, %1;" :: "n"(BARRIER), "n"(THREADS) : "memory"); }
 INLINE uint8_t *shared_memory() {
     extern __shared__ __align__(128) uint8_t bytes[];
     return bytes;
 }
 INLINE uint32_t address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+/* A variable of the block, its address held: else each use makes it anew, from the block's place in its cluster. */
+template <class V> INLINE V *anchored(V *p) { return (V *)__cvta_shared_to_generic(__shfl_sync(~0u, address(p), 0)); }
 INLINE void barrier_make(uint64_t *b, int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(address(b)), "r"(count)); }
 INLINE void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 INLINE void barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(address(b)) : "memory"); }
 INLINE void barrier_expect(uint64_t *b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(address(b)), "r"(bytes) : "memory");
 }
+INLINE bool barrier_ended(uint64_t *b, unsigned round) {
+    uint32_t ended;
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(ended) : "r"(address(b)), "r"(round & 1) : "memory");
+    return ended;
+}
+/* The loop is for those that have to wait: its head takes 40 cycles. */
 INLINE void barrier_wait(uint64_t *b, unsigned round) {
-    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra L; }"
-                 :: "r"(address(b)), "r"(round & 1) : "memory");
+    if (!barrier_ended(b, round)) while (!barrier_ended(b, round)) { }
 }
 /* Weights pass through the second-level cache: what else lies there (states, small tensors, code) stays. */
 INLINE uint64_t passing() {
@@ -101,6 +110,7 @@ INLINE void copy_word(uint64_t *to, const uint64_t *from) {
 INLINE void tell(uint2 *to, uint32_t v, unsigned number) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"((uint64_t)number << 32 | v) : "memory");
 }
+INLINE void tell(uint32_t *to, uint32_t v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(v) : "memory"); }
 INLINE void add(unsigned long long *to, unsigned long long v) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(to), "l"(v) : "memory");
 }

@@ -9,8 +9,8 @@
 #include "cuda/weights.cuh"
 
 enum { WARPS = BM_CUDA_WARPS, THREADS = 32 * WARPS, SLOTS = BM_CUDA_SLOTS, MOST_X = BM_CUDA_MOST_X, GROUP = BM_CUDA_GROUP };
-enum { STEP = 32, BATCH = 2, RING_TILES = 16, UNDER_WAY = 2 };  /* elements; tiles, at most: multiplied together, in the ring, coming
-                                                                    * while words are told */
+enum { STEP = 32, RING_TILES = 16, UNDER_WAY = 48 << 10 };     /* elements; tiles in the ring, at most; bytes that come while words
+                                                                    * are told */
 
 template <int TYPE> constexpr bool PLAIN = TYPE == BM_BF16 || TYPE == BM_F16;     /* else quants */
 
@@ -19,8 +19,14 @@ typedef bm_cuda_program program;
 typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
 /* A block's rows of a stage that has a product: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are
- * multiplied together. */
-typedef struct plan { int from, n, spans, K, steps, h, tiles; } plan;
+ * multiplied together, so many come at once. */
+typedef struct plan { int from, n, spans, K, h, tiles; unsigned coming; } plan;
+
+/* Tiles multiplied together, at most: of these a block seldom has two. */
+__device__ constexpr int batch_of(int stage) { return stage == OUTPUT || stage == DOWN ? 1 : 2; }
+/* Matrices whose rows go together, their columns. */
+INLINE int spans_of(const program &p, int stage) { return stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1; }
+INLINE int columns_of(const program &p, int stage) { return stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D; }
 
 /* From row to row in the ring: what a warp reads of several rows at once meets no bank twice, but where a tile
  * goes on at the ring's beginning. */
@@ -35,19 +41,20 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
     plan q;
     q.from = all / unit * b / G * unit;
     q.n = all / unit * (b + 1) / G * unit - q.from;
-    q.spans = stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1;
-    q.K = stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D;
-    q.steps = q.K / STEP;
+    q.spans = spans_of(p, stage);
+    q.K = columns_of(p, stage);
     const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
-    q.tiles = max(1, min(BATCH, p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
+    q.tiles = max(1, min(batch_of(stage), p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
+    q.coming = stage == HEAD ? (unsigned)RING_TILES         /* no words to hold up */
+                             : (unsigned)max(1, min((int)RING_TILES, UNDER_WAY / (q.h * row_bytes<TYPE>(q.K))));
     return q;
 }
 
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
-INLINE int tid() { return (int)threadIdx.x; }
-INLINE int lane_of() { return (int)threadIdx.x % 32; }
-INLINE int warp_of() { return (int)threadIdx.x / 32; }
+INLINE int tid() { return (int)(threadIdx.x % 1024); }      /* says that it is not negative, where all that follows needs no sign */
+INLINE int lane_of() { return tid() % 32; }
+INLINE int warp_of() { return tid() / 32; }
 
 /* ---- the ring ------------------------------------------------------------------------------------------------ */
 
@@ -90,11 +97,10 @@ INLINE int place(const program &p, ring *r, copier *c, int h, int step) {
     return i;
 }
 /* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices.
- * At most `coming` tiles on their way: what is asked for at once holds up other blocks' words.  Not inlined: once for each stage it
- * makes 16 KB more of code, and a token 3% longer. */
+ * No more at once than the plan says: it holds up other blocks' words.  Not inlined: once for each stage it makes 16 KB more of code,
+ * and a token 3% longer. */
 template <int TYPE> __device__ __noinline__ static void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c,
-                                                                   const uint8_t *const *a, const uint8_t *const *b, unsigned chosen,
-                                                                   unsigned coming = UNDER_WAY) {
+                                                                   const uint8_t *const *a, const uint8_t *const *b, unsigned chosen) {
     const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
 #pragma unroll 1
     for (int g = 0; g < q.n; g += most) {
@@ -105,9 +111,9 @@ template <int TYPE> __device__ __noinline__ static void copy_stage(const program
 #pragma unroll 1
             for (int t = 0; t < rows; t += q.h) {
                 const int h = min(q.h, rows - t), i = place(p, r, c, h, step), row = t + lane_of();
-                const unsigned last = c->made - 1 - coming;
+                const unsigned last = c->made - 1 - q.coming;
                 const int4 tile = r->tile[i];
-                if (c->made > coming) barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
+                if (c->made > q.coming) barrier_wait(&r->full[last % RING_TILES], last / RING_TILES);
                 if (lane_of() == 0) barrier_expect(&r->full[i], h * bytes);
                 __syncwarp();
                 /* A row as soon as there is room for it and those before. */
@@ -165,7 +171,7 @@ template <int TYPE> __device__ __noinline__ static void copy_all(const program &
         }
         if (l + 1 < p.L && a[1].X) router_copy(p, a + 1, r, memory);
     }
-    copy_stage<TYPE>(p, q[HEAD], r, memory, &c, &p.head, NULL, 1, RING_TILES);       /* no words to hold up */
+    copy_stage<TYPE>(p, q[HEAD], r, memory, &c, &p.head, NULL, 1);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
@@ -220,7 +226,7 @@ template <int TYPE> INLINE void multiply_step(float (&c)[2][4], const uint32_t (
 }
 /* part (WARPS,M,GROUP) (+)= this warp's steps of TILES tiles of h rows, `rows` in all, the first of which is row t of the
  * group.  x: where this lane reads activations; use: the slot of its fragment is multiplied by these weights, the others
- * add 0. */
+ * add 0; more: to what is there. */
 template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint32_t memory, unsigned tile, int rows, uint32_t x,
                                                     bool use, int M, float *part, int t, bool more) {
     const int lane = lane_of(), g = lane / 4, l = lane % 4, step = row_step<TYPE>(q.K);
@@ -235,7 +241,7 @@ template <int TYPE, int TILES> INLINE void multiply(const plan &q, ring *r, uint
         else at[j][0] = memory + row_at(from, min(g, last), step), at[j][1] = memory + row_at(from, min(g + 8, last), step);
     }
 #pragma unroll (TYPE == BM_BF16 ? 4 : 2)
-    for (int k = warp_of(); k < q.steps; k += WARPS) {
+    for (int k = warp_of(); k < q.K / STEP; k += WARPS) {
         quad b = M == 1 ? load<quad>(x + 64 * k) : matrices(x + 64 * k);
         if (M > 1 && !use) b = {};
 #pragma unroll

@@ -10,49 +10,62 @@
  *   EXPERT  norm, router, choice, gate and up, activation  its hidden units of the chosen experts
  *   DOWN    down, residual                                 its part of the stream
  *   HEAD    norm, head                                     its logits
- * No barrier parts them: what a block makes it stores in words of a value and the number of its stage, and who reads a
- * word reads it until the number is right.  Every block makes something in each stage but HEAD, and all read all of it, so a buffer
- * is written again only after all have read it.  Of x each block makes its channels' part of every row and adds it to a word that
- * counts who has: sums of integers, which their order does not change.
- * One warp copies the block's rows (ring.cuh).  An expert's rows wait for the choice, but for a single text: there the router is
- * asked before the Mamba layer in front of it, and what it says is copied, multiplied and told; where the choice is another after
- * all, every block sees that, drops the rest of it and does the stage again.  The other warps multiply by tensor cores: up to 16
- * rows of weights by 8 slots; steps of 32 elements go to warps in turn, whose sums are added in order.  No sum depends on the
- * number of slots. */
+ * No barrier parts them: what a block makes it stores in words of a value and the number of its stage, of the stream in floats whose
+ * last bit changes from turn to turn, and who reads a word reads it until that is right.  Every block makes something in each stage
+ * but HEAD, and all read all of it, so a buffer is written again only after all have read it.  Of x each block makes its channels'
+ * part of every row and adds it to a word that counts who has: sums of integers, which their order does not change.
+ * One warp copies the block's rows (ring.cuh), one makes norms' roots.  An expert's rows wait for the choice, but for a single
+ * text: there the router is asked before the Mamba layer in front of it, and what it says is copied, multiplied and told; where the
+ * choice is another after all, every block sees that, drops the rest of it and does the stage again.  The other warps multiply by
+ * tensor cores: up to 16 rows of weights by 8 slots; steps of 32 elements go to warps in turn, whose sums are added in order.  No
+ * sum depends on the number of slots. */
 #include "cuda/ring.cuh"
 
-/* Pairs of words a thread hears; columns of dt a lane holds. */
-enum { AT_ONCE = BM_CUDA_PAIRS / THREADS, HELD_R = 9, ROUNDS = SLOTS * GROUP / THREADS };
+/* Of a thread: pairs of words it hears, fours of the stream's floats; pairs of channels whose products for x it makes beside each
+ * other.  Of a lane: pairs of dt's columns it holds. */
+enum { AT_ONCE = BM_CUDA_PAIRS / THREADS, FOURS = (BM_CUDA_PAIRS / 2 + THREADS - 1) / THREADS, X_AT_ONCE = 5, HELD_R = 5,
+       ROUNDS = SLOTS * GROUP / THREADS };
 
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
 /* ---- words --------------------------------------------------------------------------------------------------- */
 
-/* Of the warps that multiply. */
+/* Of the warps that multiply; with the one that makes norms' roots: once the stream is there, and once its root is. */
 INLINE void meet() { meet_of<THREADS>(); }
+enum { ALSO_ROOTS = THREADS + 32, HEARD = 2, ROOTED = 3 };
 
-INLINE bool said(const uint4 &v, unsigned number) { return v.y == number && v.w == number; }
+/* Two words of this number; four floats of this turn. */
+template <bool WORDS> INLINE unsigned unsaid(const uint4 &v, unsigned number) {
+    return WORDS ? (v.y ^ number) | (v.w ^ number) : ((v.x ^ number) | (v.y ^ number) | (v.z ^ number) | (v.w ^ number)) & 1;
+}
 /* Words of a row, two at a time: pair tid() + i THREADS of n is v[i].  A warp looks at its first pair until that is there, then at
  * those that are not: what all blocks ask of the second cache holds up what it brings. */
-INLINE void hear(uint4 v[AT_ONCE], const uint2 *row, int n, unsigned number) {
-    const int first = tid() / 32 * 32;
-    bool all;
-    if (first < n) while (!said(look(row + 2 * first), number)) { }
+template <bool WORDS, int MOST> INLINE void hear(uint4 (&v)[MOST], const uint2 *row, int n, unsigned number) {
+    const uint2 *first = row + 2 * (tid() / 32 * 32), *at = row + 2 * tid();
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) v[i].y = ~number;
-    do {
-        all = true;
+    for (int i = 0; i < MOST; i++) v[i].x = v[i].y = v[i].z = v[i].w = number;
+    if (tid() / 32 * 32 < n) while (unsaid<WORDS>(look(first), number)) { }
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (tid() + i * THREADS < n && !said(v[i], number)) v[i] = look(row + 2 * (tid() + i * THREADS));
+    for (int i = 0; i < MOST; i++) if (tid() + i * THREADS < n) v[i] = look(at + 2 * i * THREADS);
+    for (;;) {
+        unsigned missing = 0;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) all = all && (tid() + i * THREADS >= n || said(v[i], number));
-    } while (!all);
+        for (int i = 0; i < MOST; i++) missing |= unsaid<WORDS>(v[i], number);
+        if (!missing) break;
+#pragma unroll
+        for (int i = 0; i < MOST; i++) if (unsaid<WORDS>(v[i], number)) v[i] = look(at + 2 * i * THREADS);
+    }
 }
 
 /* ---- what stages begin with -------------------------------------------------------------------------------- */
 
+typedef struct chosen { int expert[SLOTS]; float gate[SLOTS]; } chosen;
+/* In shared memory whatever the shapes. */
+typedef struct block_data {
+    layer kept[2]; plan plans[KINDS]; ring r; bm_token token[SLOTS]; chosen k;
+    float root[SLOTS], squares[SLOTS * WARPS], logit[SLOTS * MOST_X];
+} block_data;
 typedef struct shared {
-    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *squares; uint32_t *w; unsigned long long *before;
+    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *root, *squares, *logit; uint32_t *w; unsigned long long *before;
 } shared;
 
 /* Where two bf16 of a row of activations lie in s.x: of a single text as the lanes of a fragment have them, else in order. */
@@ -62,7 +75,7 @@ INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int 
     uint4 v[AT_ONCE];
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
-        hear(v, from + (size_t)m * (K / 2), K / 4, number);
+        hear<true>(v, from + (size_t)m * (K / 2), K / 4, number);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             const int k = tid() + i * THREADS;
@@ -74,15 +87,18 @@ INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int 
     meet();
 }
 
+/* A float of the stream, told; heard. */
+INLINE uint32_t in_turn(float x, unsigned turn) { return (__float_as_uint(x) & ~1u) | turn; }
+INLINE float of_turn(uint32_t v) { return __uint_as_float(v & ~1u); }
 /* The block's part of the stream before the first layer: of the rows of the table that are `token`'s (M). */
-template <int TYPE> INLINE void embed(const program &p, const shared &s, const plan &q, const bm_token *token, unsigned number) {
+template <int TYPE> INLINE void embed(const program &p, const shared &s, const plan &q, const bm_token *token, unsigned turn) {
     for (int i = tid(); i < s.M * q.n; i += THREADS) {
         const int m = s.M == 1 ? 0 : i / q.n, k = q.from + i - m * q.n;
         const size_t row = (size_t)max(token[m], 0);
         const float x = p.table_f32 ? __ldg((const float *)p.table + row * p.D + k)
                                     : weight_at<TYPE>(p.table + row * row_bytes<TYPE>(p.D), k, p.D);
         s.sum[i] = x;
-        tell(p.stream + (size_t)m * p.D + k, __float_as_uint(x), number);
+        tell(p.stream + (size_t)m * p.D + k, in_turn(x, turn));
     }
 }
 INLINE float over_warps(const float *red) {
@@ -91,35 +107,45 @@ INLINE float over_warps(const float *red) {
     for (int w = 0; w < WARPS; w++) v += red[w];
     return v;
 }
-/* The stream times a norm's weights, bf16, into s.x; into s.f these, or as it is.  Its norm is `root` of them. */
-INLINE void stream_hear(const program &p, const shared &s, const float *weight, bool raw, unsigned number) {
+/* The stream into s.f and, times a norm's weights, bf16, into s.x. */
+INLINE void stream_hear(const program &p, const shared &s, const float *weight, unsigned turn) {
     const int D = p.D;
-    float2 w[AT_ONCE];
+    float4 w[FOURS];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++)
-        w[i] = tid() + i * THREADS < D / 2 ? __ldg((const float2 *)weight + tid() + i * THREADS) : make_float2(0, 0);
+    for (int i = 0; i < FOURS; i++)
+        w[i] = tid() + i * THREADS < D / 4 ? __ldg((const float4 *)weight + tid() + i * THREADS) : make_float4(0, 0, 0, 0);
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
-        uint4 v[AT_ONCE];
-        float square = 0;
-        hear(v, p.stream + (size_t)m * D, D / 2, number);
+        uint4 v[FOURS];
+        hear<false>(v, (const uint2 *)(p.stream + (size_t)m * D), D / 4, turn);
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
+        for (int i = 0; i < FOURS; i++) {
             const int k = tid() + i * THREADS;
-            if (k >= D / 2) break;
-            const float2 x = make_float2(__uint_as_float(v[i].x), __uint_as_float(v[i].z));
-            const float2 y = make_float2(__fmul_rn(x.x, w[i].x), __fmul_rn(x.y, w[i].y));
-            *(float2 *)(s.f + m * D + 2 * k) = raw ? x : y;
-            *(uint32_t *)(s.x + m * p.ldx + pair_at(s, k)) = halves(y.x, y.y);
-            square = fmaf(x.y, x.y, fmaf(x.x, x.x, square));
+            if (k >= D / 4) break;
+            const float4 x = make_float4(of_turn(v[i].x), of_turn(v[i].y), of_turn(v[i].z), of_turn(v[i].w));
+            *(float4 *)(s.f + m * D + 4 * k) = x;
+            *(uint32_t *)(s.x + m * p.ldx + pair_at(s, 2 * k)) = halves(__fmul_rn(x.x, w[i].x), __fmul_rn(x.y, w[i].y));
+            *(uint32_t *)(s.x + m * p.ldx + pair_at(s, 2 * k + 1)) = halves(__fmul_rn(x.z, w[i].z), __fmul_rn(x.w, w[i].w));
         }
-        square = warp_sum(square);
-        if (lane_of() == 0) s.squares[m * WARPS + warp_of()] = square;
     }
-    meet();
+    meet_of<ALSO_ROOTS, HEARD>();
 }
-INLINE float root(const program &p, const shared &s, int m, float eps) {
-    return norm_scale(over_warps(s.squares + m * WARPS) * inverse_fast((float)p.D), eps);
+/* The root of each text's norm, (M), by a warp that does nothing else: the others multiply meanwhile. */
+template <int MOST> __device__ __noinline__ static void roots(const program &p, block_data *b, const float *f) {
+#pragma unroll 1
+    for (int l = 0; l <= p.L; l++) {
+        meet_of<ALSO_ROOTS, HEARD>();
+        const float eps = l < p.L ? b->kept[l % 2].eps : p.last_eps;
+#pragma unroll 1
+        for (int m = 0; m < (MOST == 1 ? 1 : p.M); m++) {
+            float square = 0;
+#pragma unroll 4
+            for (int k = 4 * lane_of(); k < p.D; k += 128) square += norm_squares(*(const float4 *)(f + m * p.D + k));
+            square = warp_sum(square);
+            if (lane_of() == 0) b->root[m] = norm_scale(square * inverse_fast((float)p.D), eps);
+        }
+        arrive_of<ALSO_ROOTS, ROOTED>();
+    }
 }
 /* The mean of row m of s.f; s.squares are then those of what is left of it. */
 INLINE float mean_of(const shared &s, int m, int D) {
@@ -138,10 +164,11 @@ INLINE float mean_of(const shared &s, int m, int D) {
 /* The last norm, of what stream_hear left in s.f as it is. */
 INLINE void last_norm(const program &p, const shared &s) {
     const int D = p.D;
+    meet_of<ALSO_ROOTS, ROOTED>();
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
         const float mean = p.centered ? mean_of(s, m, D) : 0;
-        const float r = root(p, s, m, p.last_eps);
+        const float r = p.centered ? norm_scale(over_warps(s.squares + m * WARPS) * inverse_fast((float)D), p.last_eps) : s.root[m];
         for (int k = tid(); k < D / 2; k += THREADS) {
             const float2 f = *(const float2 *)(s.f + m * D + 2 * k), w = __ldg((const float2 *)p.last_norm + k);
             const float2 b = p.last_bias ? __ldg((const float2 *)p.last_bias + k) : make_float2(0, 0);
@@ -158,7 +185,7 @@ INLINE void last_norm(const program &p, const shared &s) {
 INLINE void conv_fetch(const program &p, const shared &s, const layer &a, const plan &q) {
 #pragma unroll 1
     for (int r = warp_of(); r < p.K + 3 + s.M * (p.K - 1); r += WARPS) {
-        const int m = r < p.K + 3 ? 0 : (r - p.K - 3) / (p.K - 1), k = r - p.K - 3 - m * (p.K - 1);
+        const int m = r < p.K + 3 || s.M == 1 ? 0 : (r - p.K - 3) / (p.K - 1), k = r - p.K - 3 - m * (p.K - 1);
         const float *from = r < p.K ? a.conv + (size_t)r * p.I : r == p.K ? a.conv_bias
                           : r < p.K + 3 ? (a.in_bias ? a.in_bias + (r - p.K - 1) * p.I : NULL)
                           : a.conv_state + (size_t)p.slot[m] * p.stride + (size_t)k * p.I;
@@ -232,15 +259,27 @@ INLINE unsigned long long *x_word(const program &p, int m, int row) {
 }
 /* A row is a thread's, or two lanes'. */
 template <int TYPE> INLINE void x_add(const program &p, const shared &s, const plan &q) {
-    const int B = p.R + 2 * p.N, parts = 2 * B <= THREADS ? 2 : 1, row = parts == 2 ? tid() / 2 : tid(), first = parts == 2 ? tid() % 2 : 0;
+    const int B = p.R + 2 * p.N, n = q.n / 2, parts = 2 * B <= THREADS ? 2 : 1;
+    const int row = parts == 2 ? tid() / 2 : tid(), first = parts == 2 ? tid() % 2 : 0;
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
         const float2 *u = (const float2 *)(s.u + m * q.n);
-        const uint32_t *w = s.w + min(row, B - 1), *scales = w + q.n / 2 * (B | 1);
+        const uint32_t *w = s.w + min(row, B - 1), *scales = w + n * (B | 1);
         long long sum = 0;
-#pragma unroll 4
-        for (int i = first; i < q.n / 2; i += parts)
-            sum += in_units<TYPE>(w[i * (B | 1)], PLAIN<TYPE> ? 0 : scales[i * (B | 1)], q.from + 2 * i, u[i]);
+#pragma unroll 1
+        for (int i = first; i < n; i += parts * X_AT_ONCE) {
+            uint32_t v[X_AT_ONCE], c[X_AT_ONCE] = {};
+            float2 x[X_AT_ONCE];
+#pragma unroll
+            for (int j = 0; j < X_AT_ONCE; j++) {
+                const int at = i + j * parts, k = min(at, n - 1);
+                v[j] = w[k * (B | 1)];
+                if (!PLAIN<TYPE>) c[j] = scales[k * (B | 1)];
+                x[j] = at < n ? u[k] : make_float2(0, 0);
+            }
+#pragma unroll
+            for (int j = 0; j < X_AT_ONCE; j++) sum += in_units<TYPE>(v[j], c[j], q.from + 2 * (i + j * parts), x[j]);
+        }
         if (parts == 2) sum += __shfl_xor_sync(~0u, sum, 1);
         if (row < B && !first) add(x_word(p, m, row), (unsigned long long)sum + ADDED);
     }
@@ -250,7 +289,7 @@ INLINE unsigned who_added(unsigned long long word, unsigned long long before) { 
 INLINE float what_added(unsigned long long word, unsigned long long before) {
     return (float)(long long)(word - before - gridDim.x * ADDED) * (1 / UNITS);
 }
-/* (M,R+2N) into s.f. */
+/* (M,R+2N) into s.f; what dt is made of rounded to bf16. */
 INLINE void x_hear(const program &p, const shared &s) {
     const int pairs = (p.R + 2 * p.N) / 2;
 #pragma unroll 1
@@ -265,21 +304,27 @@ INLINE void x_hear(const program &p, const shared &s) {
         } while (who_added(word[0], before[0]) != gridDim.x || who_added(word[1], before[1]) != gridDim.x);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            s.f[2 * i + k] = what_added(word[k], before[k]);
+            const float x = what_added(word[k], before[k]);
+            s.f[2 * i + k] = row + k < p.R ? rounded(x) : x;
             before[k] = word[k];
         }
     }
     meet();
 }
 
-/* A channel of a slot is eight lanes, two states each, summed as scan_sum does. */
+/* A channel of a slot is eight lanes, two states and every eighth pair of dt's columns each, summed as scan_sum does. */
 INLINE float over_8(float v) {
     for (int d = 4; d; d /= 2) v = __fadd_rn(v, __shfl_xor_sync(~0u, v, d));
     return v;
 }
-/* A weight of dt's. */
-template <int TYPE> INLINE float dt_weight(uint16_t bits) {
-    return TYPE == BM_F16 ? rounded(__half2float(__ushort_as_half(bits))) : bf16_at(bits);
+/* d + a pair of dt's weights times these. */
+template <int TYPE> INLINE float dt_step(uint32_t w, float2 x, float d) {
+    float2 v = make_float2(bf16_at(w), __uint_as_float(w & 0xffff0000));
+    if (TYPE == BM_F16) {
+        v = __half22float2(*(const __half2 *)&w);
+        v = make_float2(rounded(v.x), rounded(v.y));
+    }
+    return fmaf(v.y, x.y, fmaf(v.x, x.x, d));
 }
 template <int TYPE> INLINE void scan(const program &p, const shared &s, const layer &a, const plan &q, unsigned number) {
     const int n = tid() % 8, B = p.R + 2 * p.N, most = s.M * q.n, begin = warp_of() * 4;
@@ -289,11 +334,12 @@ template <int TYPE> INLINE void scan(const program &p, const shared &s, const la
         const bool real = first + tid() / 8 % 4 < most;
         float *state = a.state + (size_t)p.slot[m] * p.stride + channel;
         const float *x = s.f + m * B, D = __ldg(a.D + channel), bias = __ldg(a.dt_bias + channel);
-        const uint16_t *w = (const uint16_t *)a.dt + (size_t)channel * p.R;
+        const uint32_t *w = (const uint32_t *)a.dt + (size_t)channel * (p.R / 2);
+        const float u = s.u[m * q.n + c], gate = silu(s.z[m * q.n + c]);
         float h[2], A[2], C[2], d = 0;
-        uint16_t dt[HELD_R];
+        uint32_t dt[HELD_R];
 #pragma unroll
-        for (int i = 0; i < HELD_R; i++) dt[i] = n + 8 * i < p.R ? __ldg(w + n + 8 * i) : 0;
+        for (int i = 0; i < HELD_R; i++) dt[i] = n + 8 * i < p.R / 2 ? __ldg(w + n + 8 * i) : 0;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const bool in = 2 * n + i < p.N;
@@ -302,9 +348,9 @@ template <int TYPE> INLINE void scan(const program &p, const shared &s, const la
         }
         if (first == begin) x_hear(p, s);
 #pragma unroll
-        for (int i = 0; i < HELD_R; i++) if (n + 8 * i < p.R) d = fmaf(dt_weight<TYPE>(dt[i]), rounded(x[n + 8 * i]), d);
-        for (int r = n + 8 * HELD_R; r < p.R; r += 8) d = fmaf(dt_weight<TYPE>(__ldg(w + r)), rounded(x[r]), d);
-        const float u = s.u[m * q.n + c];
+        for (int i = 0; i < HELD_R; i++) if (n + 8 * i < p.R / 2) d = dt_step<TYPE>(dt[i], ((const float2 *)x)[n + 8 * i], d);
+#pragma unroll 1
+        for (int r = n + 8 * HELD_R; r < p.R / 2; r += 8) d = dt_step<TYPE>(__ldg(w + r), ((const float2 *)x)[r], d);
         d = softplus(over_8(d) + bias);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -313,7 +359,7 @@ template <int TYPE> INLINE void scan(const program &p, const shared &s, const la
             C[i] = in ? x[p.R + p.N + 2 * n + i] : 0;
             if (real && in) state[(size_t)(2 * n + i) * p.I] = h[i];
         }
-        const float sum = over_8(scan_pair(C[0], h[0], C[1], h[1])), out = scan_out(sum, D, u, s.z[m * q.n + c]);
+        const float sum = over_8(scan_pair(C[0], h[0], C[1], h[1])), out = scan_gate(sum, D, u, gate);
         const float next = __shfl_down_sync(~0u, out, 8);
         if (real && n == 0 && c % 2 == 0) tell(p.y + (size_t)m * (p.I / 2) + channel / 2, halves(out, next), number);
     }
@@ -321,44 +367,45 @@ template <int TYPE> INLINE void scan(const program &p, const shared &s, const la
 
 /* ---- experts -------------------------------------------------------------------------------------------------- */
 
-typedef struct chosen { int expert[SLOTS]; float gate[SLOTS]; } chosen;
-
-/* A warp's product of x (D) with a router's row w (D); norm: weights of x's elements, NULL: none. */
+/* A warp's product of x (D), times a norm's weights, with a router's row w (D). */
 INLINE float routed(int D, const float *x, const float *w, const float *norm) {
     float v = 0;
 #pragma unroll 3
     for (int k = 4 * lane_of(); k < D; k += 128) {
-        float4 a = *(const float4 *)(x + k);
-        const float4 b = *(const float4 *)(w + k);
-        if (norm) {
-            const float4 n = *(const float4 *)(norm + k);
-            a = make_float4(a.x * n.x, a.y * n.y, a.z * n.z, a.w * n.w);
-        }
-        v = fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, v))));
+        const float4 a = *(const float4 *)(x + k), b = *(const float4 *)(w + k), n = *(const float4 *)(norm + k);
+        v = fmaf(a.x * n.x, b.x, fmaf(a.y * n.y, b.y, fmaf(a.z * n.z, b.z, fmaf(a.w * n.w, b.w, v))));
     }
     return warp_sum(v);
 }
 /* What a layer's router, without its bias, says of s.f, the stream before the layer in front of it: most often that layer does not
  * change it. */
 INLINE void guess(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out) {
-    __shared__ float logit[MOST_X];
     barrier_wait(&r->routed, round);
 #pragma unroll 1
     for (int e = warp_of(); e < a.X; e += WARPS) {
         const float v = routed(p.D, s.f, s.router + e * p.D, s.router + a.X * p.D);
-        if (lane_of() == 0) logit[e] = v;
+        if (lane_of() == 0) s.logit[e] = v;
     }
     meet();
     if (warp_of()) return;
-    const int expert = warp_largest(logit, a.X);
+    const int expert = warp_largest(s.logit, a.X);
     if (lane_of()) return;
     r->guessed = 1u << expert;
     out->expert[0] = expert;
     barrier_arrive(&r->foreseen);
 }
+/* A choice's gate.  Not inlined: few threads need it, and all would have to come around its code. */
+__device__ __noinline__ static float gate_of(bool softmax, const float *logit, int X, int best) {
+    return gate_best(softmax, logit, X, best);
+}
+/* Once the root is there. */
+INLINE void meet_rooted(bool *rooted) {
+    if (*rooted) meet();
+    else meet_of<ALSO_ROOTS, ROOTED>();
+    *rooted = true;
+}
 /* The choice of every slot, a bit for each that some slot made. */
-INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out) {
-    __shared__ float logit[SLOTS][MOST_X];
+INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out, bool *rooted) {
     const int lane = lane_of(), m = warp_of();
     if (a.router) {
         barrier_wait(&r->routed, round);
@@ -366,12 +413,15 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
         for (int i = 0; i < s.M; i++)
 #pragma unroll 1
             for (int e = warp_of(); e < a.X; e += WARPS) {
-                const float v = routed(p.D, s.f + i * p.D, s.router + e * p.D, NULL);
-                if (lane == 0) logit[i][e] = __fadd_rn(__fmul_rn(v, root(p, s, i, a.eps)), a.router_bias ? __ldg(a.router_bias + e) : 0);
+                const float v = routed(p.D, s.f + i * p.D, s.router + e * p.D, s.router + a.X * p.D);
+                if (lane == 0) s.logit[i * MOST_X + e] = v;
             }
-        meet();
+        meet_rooted(rooted);
         if (m < s.M) {      /* a warp for each slot */
-            const int expert = warp_largest(logit[m], a.X);
+            float *logit = s.logit + m * MOST_X + lane;
+            if (lane < a.X) *logit = __fadd_rn(__fmul_rn(*logit, s.root[m]), a.router_bias ? __ldg(a.router_bias + lane) : 0);
+            __syncwarp();
+            const int expert = warp_largest(s.logit + m * MOST_X, a.X);
             if (lane == 0) out->expert[m] = expert;
         }
     } else if (tid() < s.M) out->expert[tid()] = 0;
@@ -382,7 +432,7 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
         barrier_arrive(&r->decided);
     }
     if (tid() < s.M)        /* while the weights are on their way */
-        out->gate[tid()] = a.router ? gate_best(a.softmax, logit[tid()], a.X, out->expert[tid()]) : 1;
+        out->gate[tid()] = a.router ? gate_of(a.softmax, s.logit + tid() * MOST_X, a.X, out->expert[tid()]) : 1;
     return all;
 }
 
@@ -423,10 +473,11 @@ INLINE void best_end(const program &p, const unsigned long long *top) {
 
 /* What all stages share. */
 typedef struct state {
-    ring *r; uint8_t *memory;
-    unsigned number, tile, round;       /* of the last stage; tiles and routers so far */
+    ring *r; uint8_t *memory; plan plans[KINDS];
+    unsigned number, turn, tile, round; /* of the last stage, of the stream; tiles and routers so far */
     unsigned long long top[ROUNDS];     /* of this thread's rows of logits */
     chosen *k; unsigned experts;        /* of this layer; a bit for each expert that some slot chose */
+    bool rooted;                        /* whether its norm's root is there */
     uint32_t x;                         /* where this lane reads activations */
 } state;
 
@@ -437,7 +488,7 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
     const int at = q.from + g + row;
     float v = mine ? made(s.part, s.M, row, m) : 0;
     if (STAGE == INPUT || STAGE == EXPERT) {
-        const float r = root(p, s, m, a.eps), second = mine && q.spans == 2 ? __fmul_rn(made(s.part, s.M, n + row, m), r) : 0;
+        const float r = s.root[m], second = mine && q.spans == 2 ? __fmul_rn(made(s.part, s.M, n + row, m), r) : 0;
         v = __fmul_rn(v, r);
         if (STAGE == EXPERT && mine) v = expert_end(p, a, q, t.k, m, g + row, v, second);
         if (STAGE == INPUT && mine) {
@@ -460,47 +511,55 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
         if (STAGE == DOWN) v += a.down_bias ? a.down_bias[(size_t)t.k->expert[m] * p.D + at] : 0;
         float *sum = &s.sum[m * q.n + g + row];
         *sum = STAGE == DOWN ? fmaf(v, t.k->gate[m], *sum) : *sum + v;
-        tell(p.stream + m * p.D + at, __float_as_uint(*sum), t.number);
+        tell(p.stream + m * p.D + at, in_turn(*sum, t.turn));
     }
 }
 
-/* Tiles that nobody needs. */
-INLINE void release(state &t, int n) {
-    for (; n; n--, t.tile++) {
-        barrier_wait(&t.r->full[t.tile % RING_TILES], t.tile / RING_TILES);
-        if (lane_of() == 0) barrier_arrive(&t.r->empty[t.tile % RING_TILES]);
-    }
-}
-/* Tiles of a stage, of one expert. */
-INLINE int tiles_of(const plan &q) {
+/* Tiles of a stage, of one expert, that nobody needs; the next one. */
+__device__ __noinline__ static unsigned release(const plan &q, ring *r, unsigned tile) {
     const int most = q.spans == 2 ? GROUP / 2 : GROUP, rest = q.n % most * q.spans;
-    return q.n / most * ((most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h;
+    for (int n = q.n / most * ((most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h; n; n--, tile++) {
+        barrier_wait(&r->full[tile % RING_TILES], tile / RING_TILES);
+        if (lane_of() == 0) barrier_arrive(&r->empty[tile % RING_TILES]);
+    }
+    return tile;
 }
 /* A stage after what it begins with: products of the block's rows, a group at a time. */
-template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shared &s, const layer &a, const plan q, state &t) {
+template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shared &s, const layer &a, state &t) {
+    const bool experts = (STAGE == EXPERT || STAGE == DOWN) && s.M > 1;     /* of several texts several */
+    const int row = tid() % GROUP, mine = experts ? t.k->expert[lane_of() / 4] : 0;
+    constexpr int MOST = batch_of(STAGE);
     const uint32_t memory = address(t.memory);
-    const int most = q.spans == 2 ? GROUP / 2 : GROUP, row = tid() % GROUP, mine = t.k->expert[lane_of() / 4];
+    plan q = t.plans[STAGE];
+    q.spans = spans_of(p, STAGE);       /* which the compiler knows */
+    q.K = columns_of(p, STAGE);
+    const int most = q.spans == 2 ? GROUP / 2 : GROUP;
     t.number++;
+    if (STAGE == OUTPUT || STAGE == DOWN) t.turn ^= 1;
 #pragma unroll 1
     for (int g = 0; g < q.n; g += most) {
         const int n = min(most, q.n - g), rows = n * q.spans;
-        const bool experts = STAGE == EXPERT || STAGE == DOWN;
+        unsigned left = experts ? t.experts : 1;
         bool more = false;
 #pragma unroll 1
-        for (unsigned left = experts ? t.experts : 1; left; left &= left - 1, more = true) {
+        do {
             const bool use = !experts || mine == __ffs(left) - 1;
 #pragma unroll 1
             for (int r = 0; r < rows; r += q.tiles * q.h) {
-                const int part = min(q.tiles * q.h, rows - r), tiles = part <= q.h ? 1 : BATCH;
-                if (tiles == 1) multiply<TYPE, 1>(q, t.r, memory, t.tile, part, t.x, use, s.M, s.part, r, more);
-                else multiply<TYPE, BATCH>(q, t.r, memory, t.tile, part, t.x, use, s.M, s.part, r, more);
-                t.tile += tiles;
+                const int part = min(q.tiles * q.h, rows - r);
+                const bool several = MOST > 1 && part > q.h;
+                if (several) multiply<TYPE, MOST>(q, t.r, memory, t.tile, part, t.x, use, s.M, s.part, r, more);
+                else multiply<TYPE, 1>(q, t.r, memory, t.tile, part, t.x, use, s.M, s.part, r, more);
+                t.tile += several ? MOST : 1;
             }
-        }
+            left &= left - 1;
+            more = experts;
+        } while (experts && left);
         if (STAGE == INPUT) words_wait();
-        meet();
+        if (STAGE == INPUT || STAGE == EXPERT) meet_rooted(&t.rooted);
+        else meet();
 #pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
+        for (int i = 0; i < (s.M == 1 ? 1 : ROUNDS); i++) {
             const int m = tid() / GROUP + i * (THREADS / GROUP);
             if (m < s.M) row_end<STAGE>(p, s, a, q, t, &t.top[i], g, n, m, row);
         }
@@ -509,99 +568,102 @@ template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shar
 }
 
 /* An expert layer.  What is guessed is told before it is known to be right: all blocks know that together. */
-template <int TYPE> INLINE void experts(const program &p, const shared &s, const layer &a, const plan *plans, state &t, bool guessed) {
+template <int TYPE> INLINE void experts(const program &p, const shared &s, const layer &a, const plan &down, state &t, bool guessed) {
     bool chose = false;
     t.experts = guessed ? t.r->guessed : 0;
 #pragma unroll 1
     do {
         if (!guessed) {
-            const unsigned chosen = choose(p, s, a, t.r, t.round, t.k);
+            const unsigned chosen = choose(p, s, a, t.r, t.round, t.k, &t.rooted);
             if (a.router) t.round++;
             if (chosen == t.experts) break;
-            if (t.experts) release(t, tiles_of(plans[DOWN]));
+            if (t.experts) t.tile = release(down, t.r, t.tile);
             t.experts = chosen;
             chose = true;
         }
         guessed = false;
-        rows_end<TYPE, EXPERT>(p, s, a, plans[EXPERT], t);
+        rows_end<TYPE, EXPERT>(p, s, a, t);
     } while (!chose);
     hear_rows(p, s, p.act, p.F, t.number);
-    rows_end<TYPE, DOWN>(p, s, a, plans[DOWN], t);
+    rows_end<TYPE, DOWN>(p, s, a, t);
 }
 
-template <int TYPE, int MOST> __device__ static void work(const program &p, const plan *plans, ring *r, layer *kept, uint8_t *memory,
-                                                const bm_token *token) {
-    __shared__ chosen k;
-    __shared__ float squares[SLOTS * WARPS];
-    const int M = MOST == 1 ? 1 : p.M, own = SLOTS * plans[INPUT].n, lane = lane_of();
+template <int TYPE, int MOST> __device__ static void work(const program &p, block_data *b, uint8_t *memory) {
+    const int M = MOST == 1 ? 1 : p.M, own = SLOTS * b->plans[INPUT].n, lane = lane_of();
     float *u = (float *)(memory + p.at_own);
     const shared s = { M, memory + p.at_x, (float *)(memory + p.at_f), (float *)(memory + p.at_part), u, u + own, u + 2 * own,
-                       (float *)(memory + p.at_conv), (float *)(memory + p.at_router), squares, (uint32_t *)(memory + p.at_w),
-                       (unsigned long long *)(memory + p.at_before) };
-    const x_way way = x_way_of(plans[INPUT].n / 2);
+                       (float *)(memory + p.at_conv), (float *)(memory + p.at_router), b->root, b->squares, b->logit,
+                       (uint32_t *)(memory + p.at_w), (unsigned long long *)(memory + p.at_before) };
+    const x_way way = x_way_of(b->plans[INPUT].n / 2);
     const int x_words = M * (p.R + 2 * p.N);
-    state t = { r, memory, *p.number };
-    t.k = &k;
+    state t = { &b->r, memory };
+    t.number = *p.number;
+    t.turn = *p.turn ^ 1;
+    t.k = &b->k;
+#pragma unroll
+    for (int i = 0; i < KINDS; i++) t.plans[i] = b->plans[i];
     t.x = address(s.x) + (M == 1 ? lane % 4 * 16 : min(lane % 8, M - 1) * p.ldx + lane / 8 * 16);
     for (int i = tid(); i < x_words; i += THREADS) copy_word((uint64_t *)s.before + i, (const uint64_t *)p.before + i);
-    x_fetch<TYPE>(p, s, plans[INPUT], way, p.first_x);
+    x_fetch<TYPE>(p, s, t.plans[INPUT], way, p.first_x);
     words_wait();
     meet();
-    embed<TYPE>(p, s, plans[OUTPUT], token, ++t.number);
+    embed<TYPE>(p, s, t.plans[OUTPUT], b->token, t.turn);
     bool guessed = false;
 #pragma unroll 1
     for (int l = 0; l < p.L; l++) {
-        const layer &a = kept[l % 2];
-        if (!a.X) conv_fetch(p, s, a, plans[INPUT]);
-        stream_hear(p, s, a.norm, !a.X, t.number);
-        for (int i = tid(); l + 1 < p.L && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
-            copy_word((uint64_t *)&kept[(l + 1) % 2] + i, (const uint64_t *)(p.layers + l + 1) + i);
+        const layer &a = b->kept[l % 2];
+        layer *next = l + 1 < p.L ? &b->kept[(l + 1) % 2] : NULL;
+        if (!a.X) conv_fetch(p, s, a, t.plans[INPUT]);
+        stream_hear(p, s, a.norm, t.turn);
+        t.rooted = false;
+        for (int i = tid(); next && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
+            copy_word((uint64_t *)next + i, (const uint64_t *)(p.layers + l + 1) + i);
         if (a.X) {
-            experts<TYPE>(p, s, a, plans, t, guessed);
+            experts<TYPE>(p, s, a, b->plans[DOWN], t, guessed);
             guessed = false;
         } else {
-            rows_end<TYPE, INPUT>(p, s, a, plans[INPUT], t);
+            rows_end<TYPE, INPUT>(p, s, a, t);
             meet();
-            x_add<TYPE>(p, s, plans[INPUT]);
-            guessed = MOST == 1 && l + 1 < p.L && foreseen(p, &kept[(l + 1) % 2], &a);
-            if (guessed) guess(p, s, kept[(l + 1) % 2], r, t.round, &k);
-            scan<TYPE>(p, s, a, plans[INPUT], ++t.number);
-            x_fetch<TYPE>(p, s, plans[INPUT], way, a.next_x);       /* all have added */
+            x_add<TYPE>(p, s, t.plans[INPUT]);
+            guessed = MOST == 1 && next && foreseen(p, next, &a);
+            if (guessed) guess(p, s, *next, t.r, t.round, t.k);
+            scan<TYPE>(p, s, a, t.plans[INPUT], ++t.number);
+            x_fetch<TYPE>(p, s, t.plans[INPUT], way, a.next_x);       /* all have added */
             hear_rows(p, s, p.y, p.I, t.number);
-            rows_end<TYPE, OUTPUT>(p, s, a, plans[OUTPUT], t);
+            rows_end<TYPE, OUTPUT>(p, s, a, t);
         }
         words_wait();
         meet();
     }
-    stream_hear(p, s, p.last_norm, true, t.number);
+    stream_hear(p, s, p.last_norm, t.turn);
     last_norm(p, s);
-    rows_end<TYPE, HEAD>(p, s, kept[0], plans[HEAD], t);
+    rows_end<TYPE, HEAD>(p, s, b->kept[0], t);
     best_end(p, t.top);
     if (blockIdx.x) return;
-    if (tid() == 0) *p.number = t.number;
+    if (tid() == 0) *p.number = t.number, *p.turn = t.turn;
     for (int i = tid(); i < x_words; i += THREADS) p.before[i] = s.before[i];
 }
 #endif
 
 /* For a single text, or up to MOST. */
-template <int TYPE, int MOST> __global__ void __launch_bounds__(THREADS + 32, 1) token_kernel(const __grid_constant__ program p) {
+template <int TYPE, int MOST> __global__ void __launch_bounds__(THREADS + 64, 1) token_kernel(const __grid_constant__ program p) {
 #if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
-    uint8_t *memory = shared_memory();
-    __shared__ layer kept[2];
-    __shared__ plan plans[KINDS];
-    __shared__ ring r;
-    __shared__ bm_token token[SLOTS];
-    const bool copies = tid() >= THREADS;
-    if (copies) {
-        if (lane_of() < KINDS) plans[lane_of()] = plan_of<TYPE>(p, lane_of());
-        ring_make(&r);
-    } else {        /* a token may come from the host's memory: the ring fills meanwhile */
-        if (tid() < p.M) copy_half_word((uint32_t *)&token[tid()], p.token + tid());
-        for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS) copy_word((uint64_t *)&kept[0] + i, (const uint64_t *)p.layers + i);
+    __shared__ block_data of_block;
+    uint8_t *memory = anchored(shared_memory());
+    block_data *b = anchored(&of_block);
+    const int warp = warp_of();
+    if (warp == WARPS) {
+        if (lane_of() < KINDS) b->plans[lane_of()] = plan_of<TYPE>(p, lane_of());
+        ring_make(&b->r);
+    } else if (warp < WARPS) {      /* a token may come from the host's memory: the ring fills meanwhile */
+        if (tid() < p.M) copy_half_word((uint32_t *)&b->token[tid()], p.token + tid());
+        for (int i = tid(); i < (int)(sizeof(layer) / 8); i += THREADS)
+            copy_word((uint64_t *)&b->kept[0] + i, (const uint64_t *)p.layers + i);
     }
     __syncthreads();
-    if (copies) copy_all<TYPE>(p, plans, &r, memory);
-    else work<TYPE, MOST>(p, plans, &r, kept, memory, token);
+    if (warp == WARPS) copy_all<TYPE>(p, b->plans, &b->r, memory);
+    else if (warp > WARPS) roots<MOST>(p, b, (const float *)(memory + p.at_f));
+    else work<TYPE, MOST>(p, b, memory);
 #endif
 }
 
@@ -611,7 +673,7 @@ template <int TYPE> static const void *kernel_of(int texts) {
     return texts == 1 ? (const void *)token_kernel<TYPE, 1> : (const void *)token_kernel<TYPE, SLOTS>;
 }
 const void *bm_cuda_token_kernel(bm_dtype type, int texts, int *threads) {
-    *threads = THREADS + 32;
+    *threads = THREADS + 64;
     switch (type) {
     case BM_F16:  return kernel_of<BM_F16>(texts);
     case BM_Q8_0: return kernel_of<BM_Q8_0>(texts);

@@ -46,13 +46,14 @@ typedef struct bm_cuda_program {
     const bm_token *token; const int32_t *slot;
     const uint8_t *table; bool table_f32;       /* else of `type` */
     const bm_cuda_layer *layers; const uint8_t *first_x;
-    uint2 *stream, *y, *act;                    /* words: (M,D) f32; (M,I/2) (M,F/2) two bf16 */
+    uint32_t *stream;                           /* (M,D) f32 whose last bits are their turn's */
+    uint2 *y, *act;                             /* (M,I/2) (M,F/2) words of two bf16 and a number */
     unsigned long long *xdbl, *before;          /* sums and who added, (M,R+2N), four in 128 bytes; what they were after the token before */
     const float *last_norm, *last_bias, *head_bias; float last_eps; bool centered;
     const uint8_t *head; float *logits;
     bm_token *best, *again; int ids;            /* the largest of the first ids logits; again: the same, may be NULL */
     unsigned long long *key; unsigned *ended;   /* (M) of the best so far, blocks that ended; zeros between tokens */
-    unsigned *number;                           /* of the last stage of the token before */
+    unsigned *number, *turn;                    /* of the last stage, of the stream, after the token before */
     int ring, ldx;                              /* bytes; from slot to slot of activations */
     int at_x, at_f, at_part, at_own, at_conv, at_w, at_before, at_router;        /* where in shared memory, in bytes; the ring is at 0 */
 } bm_cuda_program;
