@@ -194,6 +194,12 @@ static inline uint4 look(const uint2 *from) {
     const uint64_t a = __atomic_load_n((const uint64_t *)from, __ATOMIC_SEQ_CST), b = __atomic_load_n((const uint64_t *)from + 1, __ATOMIC_SEQ_CST);
     return make_uint4((uint32_t)a, (uint32_t)(a >> 32), (uint32_t)b, (uint32_t)(b >> 32));
 }
+static inline uint4 look(const uint32_t *from) {
+    aligned(from, "four floats at an address that is no multiple of 16");
+    sched_yield();
+    return make_uint4(__atomic_load_n(from, __ATOMIC_SEQ_CST), __atomic_load_n(from + 1, __ATOMIC_SEQ_CST),
+                      __atomic_load_n(from + 2, __ATOMIC_SEQ_CST), __atomic_load_n(from + 3, __ATOMIC_SEQ_CST));
+}
 
 typedef struct quad { uint32_t v[4]; } quad;
 static inline quad matrices(uint32_t at) {

@@ -131,6 +131,7 @@ static void texts(bm_session *s, double bound, int n, int blocks, bool little, f
         ok(bm_forward(s, in, n));
         if (!t) {
             *p = {};
+            memset(layer, 0, sizeof layer);
             to_gpu();
             if (!bm_cuda_program_is(op, n_ops, p, layer)) fails("not a token the kernel knows");
             blocks = bm_cuda_program_place(p, blocks, SHARED_BYTES - 6 * 1024);
@@ -158,8 +159,9 @@ static void texts(bm_session *s, double bound, int n, int blocks, bool little, f
     memcpy(logits, out, sizeof(float) * TEXTS * V);
 }
 
-/* Returns how many things it found to be so.  Emulated blocks are slow: of other types only what differs from bf16. */
-static int test(bm_dtype type, bm_arith arith, double bound) {
+/* Returns how many things it found to be so.  Emulated blocks are slow: of other types only what differs from bf16.  dense: without
+ * feed-forward layers, with more columns of dt than lanes hold. */
+static int test(bm_dtype type, bm_arith arith, double bound, bool dense) {
     static float one[TEXTS][V], other[TEXTS][V];
     bm_config c = {};
     bm_device *d;
@@ -173,6 +175,10 @@ static int test(bm_dtype type, bm_arith arith, double bound) {
     c.layer[0].mixer = c.layer[3].mixer = BM_MIXER_MAMBA;
     c.layer[1].ffn = BM_FFN_MOE, c.layer[1].n_experts = 4, c.layer[2].ffn = BM_FFN_DENSE, c.layer[2].n_experts = 1;
     c.layer[1].d_ff = c.layer[2].d_ff = 96;
+    if (dense) {
+        c.family = BM_MAMBA, c.n_layers = 2, c.d_model = 128, c.dt_rank = 84, c.final_norm = BM_RMSNORM;
+        c.layer[1] = c.layer[0];
+    }
     ok(bm_init(&c, 9, type, path, NULL, NULL, NULL));      /* no two experts so near that rounding decides */
     ok(bm_device_open(&d, "cpu", 1));
     bm_backend *b = backend_of(d);
@@ -206,10 +212,10 @@ static int test(bm_dtype type, bm_arith arith, double bound) {
 int main() {
     /* Behind norms activations are rounded before they are divided by the root, not behind: as if each of 11 products in a row rounded
      * (docs/NUMERICS.md). */
-    int n = test(BM_BF16, BM_ARITH_NATIVE, sqrt(11) / 256);
-    n += test(BM_F16, BM_ARITH_F32, sqrt(11) * 1.5 / 256);      /* weights are rounded too */
-    n += test(BM_Q8_0, BM_ARITH_F32, sqrt(11) / 256);    /* a rounding to bf16 in each */
-    n += test(BM_Q4_0, BM_ARITH_F32, sqrt(11) / 256);
+    int n = test(BM_BF16, BM_ARITH_NATIVE, sqrt(11) / 256, false) + test(BM_BF16, BM_ARITH_NATIVE, sqrt(11) / 256, true);
+    n += test(BM_F16, BM_ARITH_F32, sqrt(11) * 1.5 / 256, false);       /* weights are rounded too */
+    n += test(BM_Q8_0, BM_ARITH_F32, sqrt(11) / 256, false);     /* a rounding to bf16 in each */
+    n += test(BM_Q4_0, BM_ARITH_F32, sqrt(11) / 256, false);
     printf("%d passed\n", n);
     return 0;
 }

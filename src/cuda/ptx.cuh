@@ -114,10 +114,16 @@ INLINE void tell(uint32_t *to, uint32_t v) { asm volatile("st.relaxed.gpu.global
 INLINE void add(unsigned long long *to, unsigned long long v) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(to), "l"(v) : "memory");
 }
-INLINE uint4 look(const uint2 *from) {    /* two words */
+/* Two words; four floats. */
+INLINE uint4 look(const uint2 *from) {
     uint64_t v, w;
     asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v), "=l"(w) : "l"(from) : "memory");
     return make_uint4((uint32_t)v, (uint32_t)(v >> 32), (uint32_t)w, (uint32_t)(w >> 32));
+}
+INLINE uint4 look(const uint32_t *from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
 }
 
 #endif

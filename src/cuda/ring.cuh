@@ -19,7 +19,7 @@ typedef bm_cuda_program program;
 typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
 /* A block's rows of a stage that has a product: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are
- * multiplied together, so many come at once. */
+ * multiplied together, `coming` are on their way at most. */
 typedef struct plan { int from, n, spans, K, h, tiles; unsigned coming; } plan;
 
 /* Tiles multiplied together, at most: of these a block seldom has two. */
@@ -47,7 +47,7 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
     q.tiles = max(1, min(batch_of(stage), p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
     q.coming = stage == HEAD ? (unsigned)RING_TILES         /* no words to hold up */
-                             : (unsigned)max(1, min((int)RING_TILES, UNDER_WAY / (q.h * row_bytes<TYPE>(q.K))));
+                             : (unsigned)max(1, min((int)RING_TILES, UNDER_WAY / (q.h * row_step<TYPE>(q.K))));
     return q;
 }
 
@@ -97,8 +97,8 @@ INLINE int place(const program &p, ring *r, copier *c, int h, int step) {
     return i;
 }
 /* This block's rows of a stage, of each expert chosen: from a, and from b where there are two matrices.
- * No more at once than the plan says: it holds up other blocks' words.  Not inlined: once for each stage it makes 16 KB more of code,
- * and a token 3% longer. */
+ * No more at once than the plan says, whatever came before: it holds up other blocks' words.  Not inlined: once for each stage it
+ * makes 16 KB more of code, and a token 3% longer. */
 template <int TYPE> __device__ __noinline__ static void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c,
                                                                    const uint8_t *const *a, const uint8_t *const *b, unsigned chosen) {
     const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);

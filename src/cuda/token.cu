@@ -33,26 +33,29 @@ enum { AT_ONCE = BM_CUDA_PAIRS / THREADS, FOURS = (BM_CUDA_PAIRS / 2 + THREADS -
 INLINE void meet() { meet_of<THREADS>(); }
 enum { ALSO_ROOTS = THREADS + 32, HEARD = 2, ROOTED = 3 };
 
-/* Two words of this number; four floats of this turn. */
-template <bool WORDS> INLINE unsigned unsaid(const uint4 &v, unsigned number) {
-    return WORDS ? (v.y ^ number) | (v.w ^ number) : ((v.x ^ number) | (v.y ^ number) | (v.z ^ number) | (v.w ^ number)) & 1;
+/* What tells words told in this stage from others, floats in this turn: 0 of such. */
+INLINE unsigned unsaid(const uint2 *, const uint4 &v, unsigned number) { return (v.y ^ number) | (v.w ^ number); }
+INLINE unsigned unsaid(const uint32_t *, const uint4 &v, unsigned turn) {
+    return ((v.x ^ turn) | (v.y ^ turn) | (v.z ^ turn) | (v.w ^ turn)) & 1;
 }
-/* Words of a row, two at a time: pair tid() + i THREADS of n is v[i].  A warp looks at its first pair until that is there, then at
- * those that are not: what all blocks ask of the second cache holds up what it brings. */
-template <bool WORDS, int MOST> INLINE void hear(uint4 (&v)[MOST], const uint2 *row, int n, unsigned number) {
-    const uint2 *first = row + 2 * (tid() / 32 * 32), *at = row + 2 * tid();
+/* A row of words, told in stage `number`, or of floats of that turn, sixteen bytes at a time: tid() + i THREADS of n are v[i].  A warp
+ * looks at its first until that is there, then at those that are not: what all blocks ask of the second cache holds up what it
+ * brings. */
+template <class V, int MOST> INLINE void hear(uint4 (&v)[MOST], const V *row, int n, unsigned number) {
+    enum { EACH = 16 / sizeof(V) };
+    const V *first = row + EACH * (tid() / 32 * 32), *at = row + EACH * tid();
 #pragma unroll
     for (int i = 0; i < MOST; i++) v[i].x = v[i].y = v[i].z = v[i].w = number;
-    if (tid() / 32 * 32 < n) while (unsaid<WORDS>(look(first), number)) { }
+    if (tid() / 32 * 32 < n) while (unsaid(row, look(first), number)) { }
 #pragma unroll
-    for (int i = 0; i < MOST; i++) if (tid() + i * THREADS < n) v[i] = look(at + 2 * i * THREADS);
+    for (int i = 0; i < MOST; i++) if (tid() + i * THREADS < n) v[i] = look(at + EACH * i * THREADS);
     for (;;) {
         unsigned missing = 0;
 #pragma unroll
-        for (int i = 0; i < MOST; i++) missing |= unsaid<WORDS>(v[i], number);
+        for (int i = 0; i < MOST; i++) missing |= unsaid(row, v[i], number);
         if (!missing) break;
 #pragma unroll
-        for (int i = 0; i < MOST; i++) if (unsaid<WORDS>(v[i], number)) v[i] = look(at + 2 * i * THREADS);
+        for (int i = 0; i < MOST; i++) if (unsaid(row, v[i], number)) v[i] = look(at + EACH * i * THREADS);
     }
 }
 
@@ -62,10 +65,10 @@ typedef struct chosen { int expert[SLOTS]; float gate[SLOTS]; } chosen;
 /* In shared memory whatever the shapes. */
 typedef struct block_data {
     layer kept[2]; plan plans[KINDS]; ring r; bm_token token[SLOTS]; chosen k;
-    float root[SLOTS], squares[SLOTS * WARPS], logit[SLOTS * MOST_X];
+    float root[SLOTS], logit[SLOTS * MOST_X];
 } block_data;
 typedef struct shared {
-    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *root, *squares, *logit; uint32_t *w; unsigned long long *before;
+    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *root, *logit; uint32_t *w; unsigned long long *before;
 } shared;
 
 /* Where two bf16 of a row of activations lie in s.x: of a single text as the lanes of a fragment have them, else in order. */
@@ -75,7 +78,7 @@ INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int 
     uint4 v[AT_ONCE];
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
-        hear<true>(v, from + (size_t)m * (K / 2), K / 4, number);
+        hear(v, from + (size_t)m * (K / 2), K / 4, number);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             const int k = tid() + i * THREADS;
@@ -117,7 +120,7 @@ INLINE void stream_hear(const program &p, const shared &s, const float *weight, 
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
         uint4 v[FOURS];
-        hear<false>(v, (const uint2 *)(p.stream + (size_t)m * D), D / 4, turn);
+        hear(v, p.stream + (size_t)m * D, D / 4, turn);
 #pragma unroll
         for (int i = 0; i < FOURS; i++) {
             const int k = tid() + i * THREADS;
@@ -147,7 +150,7 @@ template <int MOST> __device__ __noinline__ static void roots(const program &p, 
         arrive_of<ALSO_ROOTS, ROOTED>();
     }
 }
-/* The mean of row m of s.f; s.squares are then those of what is left of it. */
+/* The mean of row m of s.f; behind the warps' parts of it in s.part are then those of the squares of what is left. */
 INLINE float mean_of(const shared &s, int m, int D) {
     float total = 0, square = 0;
     for (int k = tid(); k < D; k += THREADS) total += s.f[m * D + k];
@@ -157,7 +160,7 @@ INLINE float mean_of(const shared &s, int m, int D) {
     const float mean = over_warps(s.part) / (float)D;
     for (int k = tid(); k < D; k += THREADS) square = fmaf(s.f[m * D + k] - mean, s.f[m * D + k] - mean, square);
     square = warp_sum(square);
-    if (lane_of() == 0) s.squares[m * WARPS + warp_of()] = square;
+    if (lane_of() == 0) s.part[WARPS + warp_of()] = square;
     meet();
     return mean;
 }
@@ -168,7 +171,7 @@ INLINE void last_norm(const program &p, const shared &s) {
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
         const float mean = p.centered ? mean_of(s, m, D) : 0;
-        const float r = p.centered ? norm_scale(over_warps(s.squares + m * WARPS) * inverse_fast((float)D), p.last_eps) : s.root[m];
+        const float r = p.centered ? norm_scale(over_warps(s.part + WARPS) * inverse_fast((float)D), p.last_eps) : s.root[m];
         for (int k = tid(); k < D / 2; k += THREADS) {
             const float2 f = *(const float2 *)(s.f + m * D + 2 * k), w = __ldg((const float2 *)p.last_norm + k);
             const float2 b = p.last_bias ? __ldg((const float2 *)p.last_bias + k) : make_float2(0, 0);
@@ -273,8 +276,8 @@ template <int TYPE> INLINE void x_add(const program &p, const shared &s, const p
 #pragma unroll
             for (int j = 0; j < X_AT_ONCE; j++) {
                 const int at = i + j * parts, k = min(at, n - 1);
-                v[j] = w[k * (B | 1)];
-                if (!PLAIN<TYPE>) c[j] = scales[k * (B | 1)];
+                v[j] = at < n ? w[k * (B | 1)] : 0;
+                if (!PLAIN<TYPE> && at < n) c[j] = scales[k * (B | 1)];
                 x[j] = at < n ? u[k] : make_float2(0, 0);
             }
 #pragma unroll
@@ -592,7 +595,7 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, bloc
     const int M = MOST == 1 ? 1 : p.M, own = SLOTS * b->plans[INPUT].n, lane = lane_of();
     float *u = (float *)(memory + p.at_own);
     const shared s = { M, memory + p.at_x, (float *)(memory + p.at_f), (float *)(memory + p.at_part), u, u + own, u + 2 * own,
-                       (float *)(memory + p.at_conv), (float *)(memory + p.at_router), b->root, b->squares, b->logit,
+                       (float *)(memory + p.at_conv), (float *)(memory + p.at_router), b->root, b->logit,
                        (uint32_t *)(memory + p.at_w), (unsigned long long *)(memory + p.at_before) };
     const x_way way = x_way_of(b->plans[INPUT].n / 2);
     const int x_words = M * (p.R + 2 * p.N);
