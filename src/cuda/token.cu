@@ -68,7 +68,7 @@ typedef struct block_data {
     float root[SLOTS], logit[SLOTS * MOST_X];
 } block_data;
 typedef struct shared {
-    int M; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router, *root, *logit; uint32_t *w; unsigned long long *before;
+    int M; block_data *b; uint8_t *x; float *f, *part, *u, *z, *sum, *conv, *router; uint32_t *w; unsigned long long *before;
 } shared;
 
 /* Where two bf16 of a row of activations lie in s.x: of a single text as the lanes of a fragment have them, else in order. */
@@ -171,7 +171,7 @@ INLINE void last_norm(const program &p, const shared &s) {
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
         const float mean = p.centered ? mean_of(s, m, D) : 0;
-        const float r = p.centered ? norm_scale(over_warps(s.part + WARPS) * inverse_fast((float)D), p.last_eps) : s.root[m];
+        const float r = p.centered ? norm_scale(over_warps(s.part + WARPS) * inverse_fast((float)D), p.last_eps) : s.b->root[m];
         for (int k = tid(); k < D / 2; k += THREADS) {
             const float2 f = *(const float2 *)(s.f + m * D + 2 * k), w = __ldg((const float2 *)p.last_norm + k);
             const float2 b = p.last_bias ? __ldg((const float2 *)p.last_bias + k) : make_float2(0, 0);
@@ -382,19 +382,20 @@ INLINE float routed(int D, const float *x, const float *w, const float *norm) {
 }
 /* What a layer's router, without its bias, says of s.f, the stream before the layer in front of it: most often that layer does not
  * change it. */
-INLINE void guess(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out) {
+INLINE void guess(const program &p, const shared &s, const layer &a, unsigned round) {
+    ring *r = &s.b->r;
     barrier_wait(&r->routed, round);
 #pragma unroll 1
     for (int e = warp_of(); e < a.X; e += WARPS) {
         const float v = routed(p.D, s.f, s.router + e * p.D, s.router + a.X * p.D);
-        if (lane_of() == 0) s.logit[e] = v;
+        if (lane_of() == 0) s.b->logit[e] = v;
     }
     meet();
     if (warp_of()) return;
-    const int expert = warp_largest(s.logit, a.X);
+    const int expert = warp_largest(s.b->logit, a.X);
     if (lane_of()) return;
     r->guessed = 1u << expert;
-    out->expert[0] = expert;
+    s.b->k.expert[0] = expert;
     barrier_arrive(&r->foreseen);
 }
 /* A choice's gate.  Not inlined: few threads need it, and all would have to come around its code. */
@@ -408,8 +409,10 @@ INLINE void meet_rooted(bool *rooted) {
     *rooted = true;
 }
 /* The choice of every slot, a bit for each that some slot made. */
-INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *r, unsigned round, chosen *out, bool *rooted) {
+INLINE unsigned choose(const program &p, const shared &s, const layer &a, unsigned round, bool *rooted) {
     const int lane = lane_of(), m = warp_of();
+    ring *r = &s.b->r;
+    chosen *out = &s.b->k;
     if (a.router) {
         barrier_wait(&r->routed, round);
 #pragma unroll 1
@@ -417,14 +420,15 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
 #pragma unroll 1
             for (int e = warp_of(); e < a.X; e += WARPS) {
                 const float v = routed(p.D, s.f + i * p.D, s.router + e * p.D, s.router + a.X * p.D);
-                if (lane == 0) s.logit[i * MOST_X + e] = v;
+                if (lane == 0) s.b->logit[i * MOST_X + e] = v;
             }
         meet_rooted(rooted);
         if (m < s.M) {      /* a warp for each slot */
-            float *logit = s.logit + m * MOST_X + lane;
-            if (lane < a.X) *logit = __fadd_rn(__fmul_rn(*logit, s.root[m]), a.router_bias ? __ldg(a.router_bias + lane) : 0);
+            float *logit = s.b->logit + m * MOST_X;
+            if (lane < a.X)
+                logit[lane] = __fadd_rn(__fmul_rn(logit[lane], s.b->root[m]), a.router_bias ? __ldg(a.router_bias + lane) : 0);
             __syncwarp();
-            const int expert = warp_largest(s.logit + m * MOST_X, a.X);
+            const int expert = warp_largest(logit, a.X);
             if (lane == 0) out->expert[m] = expert;
         }
     } else if (tid() < s.M) out->expert[tid()] = 0;
@@ -435,7 +439,7 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, ring *
         barrier_arrive(&r->decided);
     }
     if (tid() < s.M)        /* while the weights are on their way */
-        out->gate[tid()] = a.router ? gate_of(a.softmax, s.logit + tid() * MOST_X, a.X, out->expert[tid()]) : 1;
+        out->gate[tid()] = a.router ? gate_of(a.softmax, s.b->logit + tid() * MOST_X, a.X, out->expert[tid()]) : 1;
     return all;
 }
 
@@ -476,11 +480,10 @@ INLINE void best_end(const program &p, const unsigned long long *top) {
 
 /* What all stages share. */
 typedef struct state {
-    ring *r; uint8_t *memory; plan plans[KINDS];
+    uint8_t *memory; plan plans[KINDS];         /* the block's, held in registers */
     unsigned number, turn, tile, round; /* of the last stage, of the stream; tiles and routers so far */
     unsigned long long top[ROUNDS];     /* of this thread's rows of logits */
-    chosen *k; unsigned experts;        /* of this layer; a bit for each expert that some slot chose */
-    bool rooted;                        /* whether its norm's root is there */
+    unsigned experts; bool rooted;      /* of this layer: a bit for each expert that some slot chose; whether its norm's root is there */
     uint32_t x;                         /* where this lane reads activations */
 } state;
 
@@ -491,9 +494,9 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
     const int at = q.from + g + row;
     float v = mine ? made(s.part, s.M, row, m) : 0;
     if (STAGE == INPUT || STAGE == EXPERT) {
-        const float r = s.root[m], second = mine && q.spans == 2 ? __fmul_rn(made(s.part, s.M, n + row, m), r) : 0;
+        const float r = s.b->root[m], second = mine && q.spans == 2 ? __fmul_rn(made(s.part, s.M, n + row, m), r) : 0;
         v = __fmul_rn(v, r);
-        if (STAGE == EXPERT && mine) v = expert_end(p, a, q, t.k, m, g + row, v, second);
+        if (STAGE == EXPERT && mine) v = expert_end(p, a, q, &s.b->k, m, g + row, v, second);
         if (STAGE == INPUT && mine) {
             v = convolve(p, s, a, q, m, g + row, v);
             s.u[m * q.n + g + row] = v;
@@ -511,9 +514,9 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
     }
     if (STAGE == OUTPUT || STAGE == DOWN) {
         if (STAGE == OUTPUT && a.out_bias) v += a.out_bias[at];
-        if (STAGE == DOWN) v += a.down_bias ? a.down_bias[(size_t)t.k->expert[m] * p.D + at] : 0;
+        if (STAGE == DOWN) v += a.down_bias ? a.down_bias[(size_t)s.b->k.expert[m] * p.D + at] : 0;
         float *sum = &s.sum[m * q.n + g + row];
-        *sum = STAGE == DOWN ? fmaf(v, t.k->gate[m], *sum) : *sum + v;
+        *sum = STAGE == DOWN ? fmaf(v, s.b->k.gate[m], *sum) : *sum + v;
         tell(p.stream + m * p.D + at, in_turn(*sum, t.turn));
     }
 }
@@ -530,7 +533,7 @@ __device__ __noinline__ static unsigned release(const plan &q, ring *r, unsigned
 /* A stage after what it begins with: products of the block's rows, a group at a time. */
 template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shared &s, const layer &a, state &t) {
     const bool experts = (STAGE == EXPERT || STAGE == DOWN) && s.M > 1;     /* of several texts several */
-    const int row = tid() % GROUP, mine = experts ? t.k->expert[lane_of() / 4] : 0;
+    const int row = tid() % GROUP, mine = experts ? s.b->k.expert[lane_of() / 4] : 0;
     constexpr int MOST = batch_of(STAGE);
     const uint32_t memory = address(t.memory);
     plan q = t.plans[STAGE];
@@ -551,8 +554,8 @@ template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shar
             for (int r = 0; r < rows; r += q.tiles * q.h) {
                 const int part = min(q.tiles * q.h, rows - r);
                 const bool several = MOST > 1 && part > q.h;
-                if (several) multiply<TYPE, MOST>(q, t.r, memory, t.tile, part, t.x, use, s.M, s.part, r, more);
-                else multiply<TYPE, 1>(q, t.r, memory, t.tile, part, t.x, use, s.M, s.part, r, more);
+                if (several) multiply<TYPE, MOST>(q, &s.b->r, memory, t.tile, part, t.x, use, s.M, s.part, r, more);
+                else multiply<TYPE, 1>(q, &s.b->r, memory, t.tile, part, t.x, use, s.M, s.part, r, more);
                 t.tile += several ? MOST : 1;
             }
             left &= left - 1;
@@ -571,16 +574,16 @@ template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shar
 }
 
 /* An expert layer.  What is guessed is told before it is known to be right: all blocks know that together. */
-template <int TYPE> INLINE void experts(const program &p, const shared &s, const layer &a, const plan &down, state &t, bool guessed) {
+template <int TYPE> INLINE void experts(const program &p, const shared &s, const layer &a, state &t, bool guessed) {
     bool chose = false;
-    t.experts = guessed ? t.r->guessed : 0;
+    t.experts = guessed ? s.b->r.guessed : 0;
 #pragma unroll 1
     do {
         if (!guessed) {
-            const unsigned chosen = choose(p, s, a, t.r, t.round, t.k, &t.rooted);
+            const unsigned chosen = choose(p, s, a, t.round, &t.rooted);
             if (a.router) t.round++;
             if (chosen == t.experts) break;
-            if (t.experts) t.tile = release(down, t.r, t.tile);
+            if (t.experts) t.tile = release(s.b->plans[DOWN], &s.b->r, t.tile);
             t.experts = chosen;
             chose = true;
         }
@@ -594,15 +597,14 @@ template <int TYPE> INLINE void experts(const program &p, const shared &s, const
 template <int TYPE, int MOST> __device__ static void work(const program &p, block_data *b, uint8_t *memory) {
     const int M = MOST == 1 ? 1 : p.M, own = SLOTS * b->plans[INPUT].n, lane = lane_of();
     float *u = (float *)(memory + p.at_own);
-    const shared s = { M, memory + p.at_x, (float *)(memory + p.at_f), (float *)(memory + p.at_part), u, u + own, u + 2 * own,
-                       (float *)(memory + p.at_conv), (float *)(memory + p.at_router), b->root, b->logit,
+    const shared s = { M, b, memory + p.at_x, (float *)(memory + p.at_f), (float *)(memory + p.at_part), u, u + own, u + 2 * own,
+                       (float *)(memory + p.at_conv), (float *)(memory + p.at_router),
                        (uint32_t *)(memory + p.at_w), (unsigned long long *)(memory + p.at_before) };
     const x_way way = x_way_of(b->plans[INPUT].n / 2);
     const int x_words = M * (p.R + 2 * p.N);
-    state t = { &b->r, memory };
+    state t = { memory };
     t.number = *p.number;
     t.turn = *p.turn ^ 1;
-    t.k = &b->k;
 #pragma unroll
     for (int i = 0; i < KINDS; i++) t.plans[i] = b->plans[i];
     t.x = address(s.x) + (M == 1 ? lane % 4 * 16 : min(lane % 8, M - 1) * p.ldx + lane / 8 * 16);
@@ -622,14 +624,14 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, bloc
         for (int i = tid(); next && i < (int)(sizeof(layer) / 8); i += THREADS)      /* nobody reads what was there */
             copy_word((uint64_t *)next + i, (const uint64_t *)(p.layers + l + 1) + i);
         if (a.X) {
-            experts<TYPE>(p, s, a, b->plans[DOWN], t, guessed);
+            experts<TYPE>(p, s, a, t, guessed);
             guessed = false;
         } else {
             rows_end<TYPE, INPUT>(p, s, a, t);
             meet();
             x_add<TYPE>(p, s, t.plans[INPUT]);
             guessed = MOST == 1 && next && foreseen(p, next, &a);
-            if (guessed) guess(p, s, *next, t.r, t.round, t.k);
+            if (guessed) guess(p, s, *next, t.round);
             scan<TYPE>(p, s, a, t.plans[INPUT], ++t.number);
             x_fetch<TYPE>(p, s, t.plans[INPUT], way, a.next_x);       /* all have added */
             hear_rows(p, s, p.y, p.I, t.number);
