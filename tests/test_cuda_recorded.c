@@ -196,6 +196,61 @@ static void test_norm_between(void **state) {
     norm_case(7, 6, 64, 17024, false);
 }
 
+/* A product of whose rows only the largest of the first columns are wanted, recorded: those of its outputs, which stay unmade where there
+ * are kernels for it.  Behind a product and a norm, too; rows of no numbers, of one column twice. */
+static void best_case(int T, int N, bm_dtype type, bool behind) {
+    enum { D = 192, LEFT_OUT = 3 };
+    pair w = make_pair(type, N, D), out = make_pair(BM_BF16, D, D);
+    twin x = random_twin((size_t)(T * D), 1), weight = random_twin(D, 1), y = empty_twin(x.n), normed = empty_twin(x.n), sum = empty_twin(x.n);
+    twin bias = random_twin((size_t)N, 1), past = empty_twin(x.n), logits = empty_twin((size_t)T * (size_t)N);
+    bm_token *best[2], *again;
+    for (int k = 0; k < D; k++) x.host[k] = NAN, x.host[(T - 1) * D + k] = 0;       /* the last row: all alike but for the bias */
+    gpu->put(gpu, x.at, x.host, x.n * sizeof(float));
+    for (int i = 0; i < N; i++) bias.host[i] = i % 7 == 3 ? 1 : -0.0f;
+    for (int i = N - LEFT_OUT; i < N; i++) bias.host[i] = 100;
+    gpu->put(gpu, bias.at, bias.host, bias.n * sizeof(float));
+    OK(gpu->alloc(gpu, &again, sizeof *again * (size_t)T, "a test"));
+    for (int r = 0; r < 2; r++) {
+        OK(gpu->alloc_host(gpu, &best[r], sizeof *best[r] * (size_t)T, "a test"));
+        put_mark(&logits);
+        for (int round = 0; round < 2; round++) {           /* the first leaves nothing behind */
+            memset(best[r], 1, sizeof *best[r] * (size_t)T);
+            if (gpu->replay(gpu, &w, T)) continue;
+            if (behind) {
+                gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = D, .w = &out.at, .x = x.at, .y = y.at, .arith = BM_ARITH_NATIVE });
+                gpu->norm(gpu, &(bm_op_norm){ .M = T, .D = D, .eps = 1e-5f, .x = y.at, .residual = past.at, .weight = weight.at, .sum = sum.at,
+                                              .y = normed.at });
+            }
+            gpu->linear(gpu, &(bm_op_linear){ .M = T, .ldx = D, .w = &w.at, .x = behind ? normed.at : x.at, .bias = behind ? NULL : bias.at,
+                                              .y = logits.at, .arith = BM_ARITH_NATIVE });
+            gpu->best(gpu, &(bm_op_best){ .M = T, .V = N - LEFT_OUT, .ld = N, .logits = logits.at, .best = best[r], .again = again, .only = r });
+            gpu->recorded(gpu);
+        }
+        OK(gpu->sync(gpu));
+        gpu->forget(gpu, &w);
+        const bool unmade = r && T >= 6 && gpu->reserving(gpu, T, D);
+        if (has_mark(&logits) != unmade) fail_msg("%d rows of %d, type %d: logits were %smade", T, N, type, unmade ? "" : "not ");
+        same(best[r], again, (size_t)T, "best token told again");
+    }
+    for (int i = 0; i < T; i++)
+        if (best[0][i] != best[1][i]) fail_msg("best of row %d of %d, %d columns: found %d, expected %d", i, T, N, best[1][i], best[0][i]);
+    assert_int_equal(best[1][0], -1);
+    if (!behind) assert_int_equal(best[1][T - 1], 3);
+    for (int r = 0; r < 2; r++) gpu->release_host(gpu, best[r]);
+    gpu->release(gpu, again);
+    end(&x); end(&weight); end(&y); end(&normed); end(&sum); end(&bias); end(&past); end(&logits); end_pair(&w); end_pair(&out);
+}
+static void test_best_alone(void **state) {
+    (void)state;
+    for (int i = 0; i < 9; i++) {
+        const int rows = (int[]){ 3, 6, 17, 40, 64, 128, 129, 300, 1000 }[i];
+        best_case(rows, 1000, BM_BF16, false);
+        best_case(rows, 5003, BM_BF16, false);
+        best_case(rows, 1000, BM_BF16, true);
+        best_case(rows, 1000, BM_Q8_0, false);
+    }
+}
+
 /* A norm whose rows one product alone reads, done once: the bits of both operations; the rows are there as bf16 only. */
 static void rounded_case(int T) {
     enum { D = 264, N = 200 };
@@ -382,8 +437,8 @@ static void test_token(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest test[] = {
-        cmocka_unit_test(test_token), cmocka_unit_test(test_router), cmocka_unit_test(test_between),
-        cmocka_unit_test(test_norm_between), cmocka_unit_test(test_rounded), cmocka_unit_test(test_gathered),
+        cmocka_unit_test(test_token), cmocka_unit_test(test_router), cmocka_unit_test(test_between), cmocka_unit_test(test_norm_between),
+        cmocka_unit_test(test_best_alone), cmocka_unit_test(test_rounded), cmocka_unit_test(test_gathered),
     };
     return run_cuda("cuda, recorded", test, sizeof test / sizeof *test, argc, argv);
 }

@@ -1,10 +1,15 @@
 /* best.cu - the largest logit of each row.  Room: cuda.
- * Of few rows several blocks have each, the last of which to end says what they found. */
+ * Of few rows several blocks have each, the last of which to end says what they found; of a product that nobody else reads it raises
+ * keys of rows itself, and leaves no logits. */
 #include "cuda/cuda.h"
 
 enum { THREADS = 512, BLOCKS = 32, TOGETHER = 1024 };       /* at most: blocks of a row, of all rows that share */
 
 __device__ static unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
+__device__ static void tell(const bm_op_best &a, int i, unsigned long long key) {
+    a.best[i] = key_column(key);
+    if (a.again) a.again[i] = key_column(key);
+}
 
 /* Row blockIdx.y, of which block blockIdx.x takes every gridDim.x-th piece; between: what blocks of a row share, zeros
  * before and after. */
@@ -34,8 +39,28 @@ __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, b
         key = atomicExch(&r->key, 0);
         r->blocks = 0;
     }
-    a.best[blockIdx.y] = key_column(key);
-    if (a.again) a.again[blockIdx.y] = key_column(key);
+    tell(a, blockIdx.y, key);
+}
+
+/* Of keys that a product raised. */
+__global__ void __launch_bounds__(THREADS) best_of_keys(bm_op_best a, bm_cuda_row *row) {
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    after_previous();
+    if (i >= a.M) return;
+    tell(a, i, row[i].key);
+    row[i].key = 0;
+}
+bool bm_cuda_best_alone(bm_cuda *c, bm_product *p, const bm_op_best *a) {
+    if (!a->only || a->logits != p->y || a->M != p->M || a->ld != p->N || p->accumulate) return false;
+    if (a->M > BM_CUDA_BEST_ROWS || !bm_cuda_is_wide(c, p)) return false;
+    p->best = c->rows;
+    p->ids = a->V;
+    return true;
+}
+void bm_cuda_best_tell(bm_cuda *c, const bm_op_best *a) {
+    if (c->failed) return;
+    bm_cuda_start(c, best_of_keys, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a, c->rows);
+    bm_cuda_check(c, cudaGetLastError(), "best");
 }
 
 void bm_cuda_best(bm_backend *b, const bm_op_best *a) {

@@ -29,7 +29,7 @@ void bm_cuda_unpack(uint8_t *to, const uint8_t *from, bm_dtype type, size_t rows
 #include <cuda_runtime.h>
 #pragma GCC visibility push(hidden)
 
-enum { BM_CUDA_BEST_ROWS = 512 };
+enum { BM_CUDA_BEST_ROWS = 1024 };
 typedef struct bm_cuda_row { unsigned long long key; unsigned blocks; } bm_cuda_row;     /* best.cu */
 
 typedef struct bm_cuda {
@@ -74,6 +74,9 @@ bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, 
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a);
 void bm_cuda_attention(bm_backend *b, const bm_op_attention *a);
 void bm_cuda_best(bm_backend *b, const bm_op_best *a);
+/* Whether p, whose y alone a->logits is, makes keys of its rows instead; then they are told. */
+bool bm_cuda_best_alone(bm_cuda *c, struct bm_product *p, const bm_op_best *a);
+void bm_cuda_best_tell(bm_cuda *c, const bm_op_best *a);
 bm_status bm_cuda_bandwidth(bm_backend *b, size_t bytes, int repeats, double *out);
 bm_status bm_cuda_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
 
@@ -91,6 +94,7 @@ typedef struct bm_product {
     const float *bias; size_t bias_stride;              /* bias may be NULL */
     const float *scale;                                 /* by row to(i); may be NULL */
     float *y; size_t ldy; const int32_t *to;
+    bm_cuda_row *best; int ids; /* instead of y, if not NULL: (M) keys raised to that of the largest of the first ids; where wide */
     bool accumulate, rounded;   /* rounded: activations and weights to bf16 first */
     bool made;                  /* w is what a kernel just before makes: not to be read ahead of it */
 } bm_product;
@@ -116,7 +120,7 @@ void bm_cuda_wide_hidden(bm_cuda *c, const bm_product *gate, const bm_product *u
 /* Few rows: whether a norm and a product of its rows alone follow p as they can take each other's sums; then both products. */
 bool bm_cuda_norm_follows(const bm_cuda *c, const bm_product *p, const bm_op_norm *n, const bm_op_linear *next);
 void bm_cuda_product_norm(bm_cuda *c, const bm_product *p, const bm_op_norm *n);
-void bm_cuda_normed_product(bm_cuda *c, const bm_op_norm *n, const bm_op_linear *next);
+void bm_cuda_normed_product(bm_cuda *c, const bm_op_norm *n, const bm_product *next);
 /* The same of f32 weights with few columns. */
 bool bm_cuda_narrow_takes(const bm_product *p);
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p);

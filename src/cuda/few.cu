@@ -154,11 +154,11 @@ __device__ static void find_targets(const bm_product &p, const ending &end, cons
 
 /* ---- outputs on their way: four columns from n on of EACH rows of a thread ----------------------------------- */
 
-/* What becomes of them, decided once: whatever it is; y, by rows scaled; sums before a norm; act(gate) up.  Rows made at once: code
- * that runs once costs its way into the processor, rows one after another cost each other's latencies. */
-enum { ANY, STORED, SUMMED, HIDDEN };
+/* What becomes of them, decided once: whatever it is; y, by rows scaled; sums before a norm; act(gate) up; keys of rows.  Rows made at
+ * once: code that runs once costs its way into the processor, rows one after another cost each other's latencies. */
+enum { ANY, STORED, SUMMED, HIDDEN, RAISED };
 template <int SLOTS, int KIND> struct at_once {
-    enum { EACH = KIND == STORED ? (SLOTS < 64 ? SLOTS / 16 : 4) : KIND == SUMMED && SLOTS > 32 ? 2 : 1 };
+    enum { EACH = KIND == STORED || KIND == RAISED ? (SLOTS < 64 ? SLOTS / 16 : 4) : KIND == SUMMED && SLOTS > 32 ? 2 : 1 };
 };
 /* i: of the tile's rows; of one that is not there another's.  Of a gated tile v is gate. */
 template <int EACH> struct fours { int n, i[EACH]; bool there[EACH]; float4 v[EACH], up[EACH]; };
@@ -207,6 +207,21 @@ template <int EACH> INLINE void put_any(const bm_product &p, const ending &end, 
         if (end.whole) *(float4 *)y = p.accumulate ? plus(*(const float4 *)y, v) : v;
         else put_four(p, y, o.n, v);
         if (end.copy) *(uint2 *)(end.copy + (size_t)row * p.N + o.n) = halves(v);
+    }
+}
+/* Sixteen lanes share a row. */
+template <int EACH> INLINE void raise_keys(const bm_product &p, const targets &to, int e, const fours<EACH> &o) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const float4 v = biased(p, e, o.n, o.v[j], to.scale[o.i[j]]);
+        float top = -INFINITY;
+        int column = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) if (o.n + i < p.ids && (&v.x)[i] > top) top = (&v.x)[i], column = o.n + i;
+        const unsigned long long key = logit_key(top, column);
+        const unsigned order = (unsigned)(key >> 32), lanes = 0xffffu << threadIdx.x % 32 / 16 * 16;
+        const unsigned most = __reduce_max_sync(lanes, order), low = __reduce_max_sync(lanes, order == most ? (unsigned)key : 0);
+        if (o.there[j] && threadIdx.x % 16 == 0) atomicMax(&p.best[to.row[o.i[j]]].key, (unsigned long long)most << 32 | low);
     }
 }
 template <int END, bool GELU, int EACH> INLINE void
@@ -264,7 +279,8 @@ put_rows(const bm_product &p, const ending &end, const tile &at, const targets &
             o.v[j] = sum_over(s, from);
             if (END == GATED) o.up[j] = sum_over(s, from + COLS);
         }
-        if (o.n >= p.N) continue;
+        if constexpr (KIND == RAISED) raise_keys(p, to, at.e, o);
+        if (KIND == RAISED || o.n >= p.N) continue;
         if constexpr (KIND == STORED) put_stored(p, to, o);
         else if constexpr (KIND == SUMMED) put_sums(p, end, to, o, beside.r, beside.weight);
         else if constexpr (KIND == ANY) put_any(p, end, to, at.e, o);
@@ -274,7 +290,8 @@ put_rows(const bm_product &p, const ending &end, const tile &at, const targets &
 }
 template <int SLOTS, int END, bool ONE> __device__ static void
 put_either(const bm_product &p, const ending &end, const tile &at, const targets &to, const sheet &s, residuals<SLOTS> &beside) {
-    if constexpr (END != PLAIN) put_rows<SLOTS, END, HIDDEN>(p, end, at, to, s, beside);
+    if constexpr (END == KEYS) put_rows<SLOTS, END, RAISED>(p, end, at, to, s, beside);
+    else if constexpr (END != PLAIN) put_rows<SLOTS, END, HIDDEN>(p, end, at, to, s, beside);
     else if (ONE && end.sum) put_rows<SLOTS, END, SUMMED>(p, end, at, to, s, beside);
     else if (end.stored) put_rows<SLOTS, END, STORED>(p, end, at, to, s, beside);
     else put_rows<SLOTS, END, ANY>(p, end, at, to, s, beside);
@@ -386,7 +403,9 @@ template <int TYPE> __device__ static void widen_step(const uint8_t *stage, int 
 template <int TYPE, int SLOTS, int END> __device__ static void
 multiply_steps(const bm_product &p, const ending &end, const ring &r, const place &w, bool one, uint64_t *sent) {
     typedef shape<TYPE, SLOTS, END> S;
-    __shared__ targets to;
+    enum { PLACED = END == PLAIN || END == KEYS };
+    __shared__ targets of_tile;
+    targets &to = *anchored(&of_tile);
     const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     float c[SLOTS / 2];
     tile at = { -1 };
@@ -395,8 +414,8 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
     for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
         int last = 0;
         residuals<SLOTS> beside;
-        if (END == PLAIN && t > w.cluster) meet_of<MULTIPLIERS>();      /* what there was of them has been read */
-        if (END == PLAIN && (t == w.cluster || !end.of)) find_targets(p, end, at, rows_of(at, SLOTS), to);
+        if (PLACED && t > w.cluster) meet_of<MULTIPLIERS>();        /* what there was of them has been read */
+        if (PLACED && (t == w.cluster || !end.of)) find_targets(p, end, at, rows_of(at, SLOTS), to);
         if (END == PLAIN && one) ask_first<SLOTS>(p, end, at, w, beside);
 #pragma unroll 1
         for (int k = w.begin; k < w.end; k++, last = now.stage, go_on<S::STAGES>(&now)) {
@@ -430,8 +449,9 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     typedef shape<TYPE, SLOTS, END> S;
     extern __shared__ uint8_t memory[];
-    __shared__ uint64_t full[S::STAGES], empty[S::STAGES], sent;
-    const ring r = { memory + (1024 - address(memory) % 1024) % 1024, full, empty };
+    __shared__ uint64_t barriers[2 * S::STAGES + 1];
+    uint64_t *full = anchored(barriers), *empty = full + S::STAGES, *sent = empty + S::STAGES;
+    const ring r = { anchored(memory + (1024 - address(memory) % 1024) % 1024), full, empty };
     const place here = place_of(p.K);
     if (threadIdx.x == MULTIPLIERS) {
         look_up(&m.x);
@@ -443,7 +463,7 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
             barrier_make(&full[s], 1);
             barrier_make(&empty[s], MULTIPLIERS / 32);
         }
-        barrier_make(&sent, 1);
+        barrier_make(sent, 1);
         barriers_made();
     }
     __syncthreads();
@@ -453,7 +473,7 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
     else if (threadIdx.x < MULTIPLIERS) {
         previous_done();
         next_may_start();       /* a kernel that starts knows the groups, and what was there before */
-        multiply_steps<TYPE, SLOTS, END>(p, end, r, here, one, &sent);
+        multiply_steps<TYPE, SLOTS, END>(p, end, r, here, one, sent);
     }
 #endif
 }
@@ -493,7 +513,9 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
                                   one, m);
 }
 template <int TYPE, int SLOTS> static bool launch_end(bm_cuda *c, const job *j) {
-    return j->gate ? launch<TYPE, SLOTS, GATED>(c, j) : j->end.act ? launch<TYPE, SLOTS, ACT>(c, j) : launch<TYPE, SLOTS, PLAIN>(c, j);
+    if (j->gate) return launch<TYPE, SLOTS, GATED>(c, j);
+    if (j->end.act) return launch<TYPE, SLOTS, ACT>(c, j);
+    return j->p->best ? launch<TYPE, SLOTS, KEYS>(c, j) : launch<TYPE, SLOTS, PLAIN>(c, j);
 }
 template <int SLOTS> static bool launch_type(bm_cuda *c, const job *j) {
     const bm_dtype type = j->p->type;
@@ -506,5 +528,5 @@ bool bm_cuda_few(bm_cuda *c, const job *j) {
     const int M = j->p->M, most = M / j->p->X * 3 / 2 + 4, rows = j->p->first && most < M ? most : M;
     if (rows <= 16) return launch_type<16>(c, j);
     if (rows <= 32) return launch_type<32>(c, j);
-    return rows <= 64 ? launch_type<64>(c, j) : launch_type<128>(c, j);
+    return rows <= 64 || rows > FEW ? launch_type<64>(c, j) : launch_type<128>(c, j);
 }

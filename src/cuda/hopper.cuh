@@ -14,12 +14,12 @@ static inline bool taken_as_is(bm_dtype type, int rows) {
     return type == BM_BF16 || (rows <= FEW && (type == BM_F16 || type == BM_Q8_0 || type == BM_Q4_0));
 }
 
-/* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up.
+/* How an output leaves: f32 with bias, scale and place; bf16 act(up); act(gate) up where a tile is half gate, half up; as keys of rows.
  * copy: f32 outputs as bf16 too, rows of N; or NULL.
  * whole, stored: few.cu's own, whether four columns may leave at once, and as they are but for their rows' scale.
  * few.cu, RMSNorm of outputs and the residual r: instead of y, sum = y + r and copy = sum weight; squares (N/TALL,FEW): sums over
  * TALL columns of a row.  Outputs of such a copy: by rows 1 / sqrt(mean of `of`, the squares, + eps) times. */
-enum { PLAIN, ACT, GATED, TALL = 64 };
+enum { PLAIN, ACT, GATED, KEYS, TALL = 64 };
 typedef struct ending {
     uint16_t *act, *copy; const float *gate_bias; bool is_gelu, apart, whole, stored;
     float *sum, *squares; const float *residual, *weight, *of; float eps;

@@ -4,7 +4,7 @@
  * threads have the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
  * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: apart, the second cache
  * would bound large products.  An output sums its k in order, 16 at a time, whatever rows are beside it.
- * Up to 128 rows: few.cu; other chips, types and fewer rows: gemm.cu. */
+ * Up to 128 rows, of few columns to 512: few.cu; other chips, types and fewer rows: gemm.cu. */
 #include "cuda/hopper.cuh"
 #include <limits.h>
 #include <stdlib.h>
@@ -137,6 +137,26 @@ put_hidden(const bm_product &p, const ending &end, const tile &at, int row0, int
         }
     }
 }
+/* The keys of these rows, raised to those of their largest outputs. */
+template <int BN> __device__ static void raise_keys(const bm_product &p, const tile &at, int row0, int col0, const float (&c)[BN / 2]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int i = row0 + lane / 4 + 8 * h;
+        float top = -INFINITY;
+        int column = 0;
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++) {
+            const int n = col0 + 8 * j + 2 * (lane % 4);
+            const float2 v = biased(p, at.e, n, c[4 * j + 2 * h], c[4 * j + 2 * h + 1], 1);
+            if (n < p.ids && v.x > top) top = v.x, column = n;
+            if (n + 1 < p.ids && v.y > top) top = v.y, column = n + 1;
+        }
+        unsigned long long key = logit_key(top, column);
+        for (int d = 2; d; d /= 2) key = max(key, __shfl_xor_sync(~0u, key, d));
+        if (lane % 4 == 0 && i < at.end) atomicMax(&p.best[i].key, key);
+    }
+}
 
 template <int BN, int GROUPS, int CTAS, int END> __device__ static void
 multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) {
@@ -166,7 +186,8 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
         if (lane < CTAS) barrier_arrive(&r.empty[last], lane);
         if (!any) continue;
         const int row = at.row + 16 * (threadIdx.x / 32), col = at.col + rank * COLS;
-        if constexpr (END == PLAIN) put_rows<BN>(p, end.copy, at, row, col, c, paper);
+        if constexpr (END == KEYS) raise_keys<BN>(p, at, row, col, c);
+        else if constexpr (END == PLAIN) put_rows<BN>(p, end.copy, at, row, col, c, paper);
         else if (end.is_gelu) put_hidden<BN, END, true>(p, end, at, row, col, c, (uint32_t *)paper);
         else put_hidden<BN, END, false>(p, end, at, row, col, c, (uint32_t *)paper);
     }
@@ -266,8 +287,9 @@ bool bm_cuda_gathers(const bm_cuda *c, const bm_product *p) {
 
 /* ---- launches ------------------------------------------------------------------------------ */
 
-/* Rows of a group from which weights are not read once more for its end alone; on average, to which nearly all fit 192. */
-enum { APART = 512, SMALL = 160, NARROWEST = 256 };
+/* Rows of a group from which weights are not read once more for its end alone; on average, to which nearly all fit 192.  Columns, and
+ * rows of so many, for which few.cu's clusters, which share k, are more blocks. */
+enum { APART = 512, SMALL = 160, NARROWEST = 256, THIN = 512 };
 
 /* Matrices of words (count,rows,columns), `row` and `each` bytes from one to the next, read `box` rows and `depth` columns at a
  * time; zeros past the edges. */
@@ -355,7 +377,9 @@ static bool launch_any(bm_cuda *c, const job *j) {
     if (j->p->M <= FEW) return bm_cuda_few(c, j);
     if (j->gate) return launch_tall<GATED>(c, j);
     if (j->end.act) return launch_tall<ACT>(c, j);
+    if (j->p->best) return launch_tall<KEYS>(c, j);
     const bool thin = j->p->N <= NARROWEST && 4 * blocks_of((size_t)j->p->M, 64) <= c->chip.multiProcessorCount;
+    if (thin && j->p->M <= THIN) return bm_cuda_few(c, j);
     if (thin) return launch<32, 1, 1, PLAIN>(c, j);         /* a block brings less a step */
     return j->p->N <= 128 ? launch<128, 1, 1, PLAIN>(c, j) : launch_tall<PLAIN>(c, j);
 }
@@ -397,7 +421,8 @@ void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
     bm_cuda_wide *w = c->wide;
     job j = { .p = p, .end = { .apart = p->M >= APART * p->X } };
     const bool narrow = p->N <= NARROWEST && p->N % 8 == 0 && p->ldy == (size_t)p->N;
-    const bool copied = narrow && p->M <= w->rows && !p->first && !p->to && !p->accumulate;    /* a Mamba layer's x, which dt reads */
+    /* A Mamba layer's x, which dt reads. */
+    const bool copied = narrow && p->M <= w->rows && !p->first && !p->to && !p->accumulate && !p->best;
     find_activations(c, &j);
     if (copied) j.end.copy = w->narrow, w->there = w->narrow, w->of = p->y, w->cols = p->N;
     run(c, &j);
@@ -419,9 +444,8 @@ void bm_cuda_product_norm(bm_cuda *c, const bm_product *p, const bm_op_norm *n) 
     find_activations(c, &j);
     run(c, &j);
 }
-void bm_cuda_normed_product(bm_cuda *c, const bm_op_norm *n, const bm_op_linear *a) {
-    const bm_product p = bm_cuda_product_of(a);
-    const job j = { .p = &p, .end = { .of = c->wide->squares, .eps = n->eps }, .x = c->wide->normed, .ldx = (size_t)p.K };
+void bm_cuda_normed_product(bm_cuda *c, const bm_op_norm *n, const bm_product *p) {
+    const job j = { .p = p, .end = { .of = c->wide->squares, .eps = n->eps }, .x = c->wide->normed, .ldx = (size_t)p->K };
     c->wide->of = NULL;
     run(c, &j);
 }

@@ -147,8 +147,9 @@ template <int TEXTS> __global__ void __launch_bounds__(CONV_THREADS)
 conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap weights, const share w, float *xdbl) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint8_t memory[];
-    __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES], sent;
-    uint8_t *stage = aligned(memory), *half = stage + w.stages * TILE;
+    __shared__ uint64_t barriers[2 * MOST_STAGES + 1];
+    uint64_t *full = anchored(barriers), *empty = full + MOST_STAGES, *sent = empty + MOST_STAGES;
+    uint8_t *stage = anchored(aligned(memory)), *half = stage + w.stages * TILE;
     float *desk = (float *)(stage + w.at);                  /* (TEXTS/RANKS,RANKS,X) of texts rank, rank + RANKS, ... */
     const int rank = rank_in_cluster(), all = a.I / DEPTH, begin = all * rank / RANKS, q0 = (int)blockIdx.x / RANKS * TEXTS;
     const part here = { rank, begin, all * (rank + 1) / RANKS - begin, q0, a.Q - q0 < TEXTS ? a.Q - q0 : TEXTS };
@@ -158,9 +159,9 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
             barrier_make(&full[s], 1);
             barrier_make(&empty[s], 4);
         }
-        barrier_make(&sent, 1);
+        barrier_make(sent, 1);
         barriers_made();
-        barrier_expect(&sent, 4 * TEXTS * w.X);
+        barrier_expect(sent, 4 * TEXTS * w.X);
         begin_weights(&weights, w, here, stage, full);
     }
     ask(a, here, o);
@@ -171,8 +172,8 @@ conv_x(const __grid_constant__ bm_op_conv a, const __grid_constant__ CUtensorMap
     convolve<TEXTS>(a, here, o, half);
     written();
     __syncthreads();
-    if ((int)threadIdx.x / 128 < w.tiles) multiply_x<TEXTS>(&weights, w, here, stage, half, full, empty, desk, &sent);
-    barrier_wait(&sent, 0);
+    if ((int)threadIdx.x / 128 < w.tiles) multiply_x<TEXTS>(&weights, w, here, stage, half, full, empty, desk, sent);
+    barrier_wait(sent, 0);
     for (int t = rank; t < here.texts; t += RANKS, desk += RANKS * w.X)
         for (int j = threadIdx.x; j < w.X; j += CONV_THREADS) {
             float v = desk[j];

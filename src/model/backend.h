@@ -133,6 +133,7 @@ typedef struct bm_op_loss {     /* loss (M) = -log softmax(logits)[target], sums
 typedef struct bm_op_best {     /* best (M) = column of the largest of the first V of logits (M,ld); ties: the lowest column */
     int M, V, ld; const float *logits;
     bm_token *best, *again;                     /* -1 where nothing is above -inf; NaN is not; again: the same, NULL: not wanted */
+    bool only;                                  /* nobody else reads logits: of operations recorded together they may stay unmade */
 } bm_op_best;
 
 typedef struct bm_op_adamw {    /* AdamW (arXiv 1711.05101), bias-corrected; n elements */

@@ -160,8 +160,8 @@ void bm_session_close(bm_session *s) {
 /* ---- head ------------------------------------------------------------------------------------------- */
 
 /* head_out: logits of n <= head_rows rows of the chunk; rows side by side share a norm.  head_best[turn], head_fed[turn] (n);
- * turn -1: not asked for. */
-static void head(bm_session *s, const wanted *w, int n, int turn) {
+ * turn -1: not asked for; only: nothing else is. */
+static void head(bm_session *s, const wanted *w, int n, int turn, bool only) {
     const bm_config *c = &s->m->config;
     const size_t D = (size_t)c->d_model;
     bm_backend *be = s->be;
@@ -175,7 +175,7 @@ static void head(bm_session *s, const wanted *w, int n, int turn) {
     be->linear(be, &(bm_op_linear){ .M = n, .ldx = c->d_model, .w = &s->m->w.head, .x = s->head_in, .bias = s->m->w.head_bias,
                                     .y = s->head_out, .arith = s->arith });
     if (turn >= 0) be->best(be, &(bm_op_best){ .M = n, .V = s->ids, .ld = c->n_vocab, .logits = s->head_out, .best = s->head_best[turn],
-                                               .again = s->head_fed[turn] });
+                                               .again = s->head_fed[turn], .only = only });
 }
 
 /* Scores of n rows of head_out, which follow one another in one text. */
@@ -262,7 +262,7 @@ static void step(bm_session *s, const void *owner, bm_token *token, int turn) {
     p.token = token;
     if (recordable(s) && s->be->replay(s->be, owner, p.M)) return;
     bm_forward_layers(&p);
-    head(s, s->wanted, p.M, turn);
+    head(s, s->wanted, p.M, turn, owner != s);     /* bm_forward's may want logits besides */
     if (recordable(s)) s->be->recorded(s->be);
 }
 
@@ -283,7 +283,7 @@ static bm_status compute(bm_session *s, int W) {
         bool best = false;
         n = W - at < s->head_rows ? W - at : s->head_rows;
         for (int i = 0; i < n; i++) best = best || w[at + i].f->in->want == BM_WANT_BEST;
-        head(s, w + at, n, best ? 0 : -1);
+        head(s, w + at, n, best ? 0 : -1, false);
         BM_TRY(hand_out(s, w + at, n));
     }
     return W ? BM_OK : be->sync(be);
