@@ -41,10 +41,10 @@ static void test_linear(void **state) {
  * leave to the others. */
 static void test_wide(void **state) {
     static const int rows[] = { 64, 65, 128, 129, 200, 330 }, size[][2] = { { 37, 72 }, { 130, 200 }, { 104, 2304 }, { 192, 64 },
-                                                                          { 391, 1152 }, { 128, 8 }, { 200, 68 } };
+                                                                          { 391, 1152 }, { 128, 8 }, { 200, 68 }, { 100, 136 } };
     (void)state;
     for (int i = 0; i < 6; i++)
-        for (int k = 0; k < 7; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
+        for (int k = 0; k < 8; k++) linear_in(BM_ARITH_NATIVE, BM_BF16, rows[i], size[k][0], size[k][1], (i + k) % 2, 1e-5);
     static const int large[][2] = { { 1500, 2304 }, { 2048, 1152 }, { 1408, 2304 }, { 2048, 4608 }, { 1400, 1152 },
                                     { 1024, 1152 } };      /* every size of tiles */
     for (int i = 0; i < 6; i++) linear_in(BM_ARITH_NATIVE, BM_BF16, large[i][0], large[i][1], 72, false, 1e-5);

@@ -505,7 +505,7 @@ template <int TYPE, int SLOTS, int END> static bool launch(bm_cuda *c, const job
     const uintptr_t lies = (uintptr_t)p.y | 4 * p.ldy | 4 * (uintptr_t)p.N;
     ending end = j->end;
     end.whole = lies % 16 == 0;
-    end.stored = end.whole && !p.bias && !p.first && !p.to && !p.scale && !p.accumulate && !end.copy;
+    end.stored = end.whole && p.M <= SLOTS && !p.bias && !p.first && !p.to && !p.scale && !p.accumulate && !end.copy;
     const int clusters = one ? tiles : (p.first ? 2 : 1) * all;
     p.from = j->from;
     const float *wrote = END == PLAIN && !end.sum ? p.y : NULL;
