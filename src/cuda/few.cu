@@ -420,7 +420,7 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
 #pragma unroll 1
         for (int k = w.begin; k < w.end; k++, last = now.stage, go_on<S::STAGES>(&now)) {
             const uint8_t *stage = r.stage + now.stage * S::BYTES;
-            const uint64_t weights = matrix(stage), x = matrix(stage + S::WEIGHTS);
+            const uint32_t weights = matrix(stage), x = matrix(stage + S::WEIGHTS);
             quad a[DEPTH / 16];
             barrier_wait(&r.full[now.stage], now.odd);
             if constexpr (TYPE == BM_F16) widen_halves(stage, row, a);

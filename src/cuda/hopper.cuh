@@ -158,9 +158,8 @@ INLINE void cluster_meet() {
     cluster_wait();
 }
 /* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
-INLINE uint64_t matrix(const void *p) {
-    return (uint64_t)(address(p) >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
+INLINE uint32_t matrix(const void *p) { return address(p) >> 4 | 1 << 16; }     /* the low half; the high one all have */
+INLINE uint64_t described(uint32_t low) { return (uint64_t)(1024 >> 4 | 1 << 30) << 32 | low; }
 #define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
 #define D8 "%0,%1,%2,%3,%4,%5,%6,%7"
@@ -175,15 +174,15 @@ INLINE uint64_t matrix(const void *p) {
                 "%92,%93,%94,%95"
 /* c (64,N) = x (64,16) w (N,16)^T, added to c or not; x in shared memory, or a lane's part of it. */
 #define MULTIPLY(N, HELD, D, X, W, ADD, ...)                                                                                    \
-    INLINE void multiply(float (&c)[HELD], uint64_t x, uint64_t w, int add) {                                                   \
+    INLINE void multiply(float (&c)[HELD], uint32_t x, uint32_t w, int add) {                                                   \
         asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "      \
-                     "{" D "}, " X ", " W ", p, 1, 1, 0, 0;}" : __VA_ARGS__ : "l"(x), "l"(w), "r"(add));                        \
+                     "{" D "}, " X ", " W ", p, 1, 1, 0, 0;}" : __VA_ARGS__ : "l"(described(x)), "l"(described(w)), "r"(add));  \
     }
 #define MULTIPLY_HELD(N, HELD, D, A, W, ADD, ...)                                                                               \
-    INLINE void multiply(float (&c)[HELD], const quad &x, uint64_t w, int add) {                                                \
+    INLINE void multiply(float (&c)[HELD], const quad &x, uint32_t w, int add) {                                                \
         asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "      \
                      "{" D "}, {" A "}, " W ", p, 1, 1, 0;}"                                                                    \
-                     : __VA_ARGS__ : "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]), "l"(w), "r"(add));                     \
+                     : __VA_ARGS__ : "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]), "l"(described(w)), "r"(add));          \
     }
 MULTIPLY(16, 8, D8, "%8", "%9", "%10", F4(0), F4(4))
 MULTIPLY(24, 12, D12, "%12", "%13", "%14", F4(0), F4(4), F4(8))

@@ -173,7 +173,7 @@ multiply_tiles(const bm_product &p, const ending &end, const ring &r, int rank) 
             const uint8_t *x = r.stage + now.stage * S::BYTES, *w = x + S::ROWS * LINE;
             barrier_wait(&r.full[now.stage], now.odd);
             if (any) {
-                const uint64_t mx = matrix(x + own * LINE), mw = matrix(w);
+                const uint32_t mx = matrix(x + own * LINE), mw = matrix(w);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                 for (int i = 0; i < DEPTH / 16; i++) multiply(c, mx + 2 * i, mw + 2 * i, k || i);

@@ -37,7 +37,8 @@ template <int TYPE> __device__ constexpr int row_step(int K) {
 template <int TYPE> __device__ static plan plan_of(const program &p, int stage) {
     const int b = (int)blockIdx.x, G = (int)gridDim.x;
     const int all = stage == INPUT ? p.I : stage == EXPERT ? p.F : stage == HEAD ? p.V : p.D;
-    const int unit = stage == INPUT || stage == EXPERT ? 2 : 1;
+    const bool pairs = stage == INPUT || stage == EXPERT;
+    const int unit = pairs ? 2 : 1;
     plan q;
     q.from = all / unit * b / G * unit;
     q.n = all / unit * (b + 1) / G * unit - q.from;
@@ -46,8 +47,9 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
     const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
     q.tiles = max(1, min(batch_of(stage), p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
+    const int under_way = p.most_X && pairs ? 2 * UNDER_WAY : UNDER_WAY;    /* memory rests until an expert is known */
     q.coming = stage == HEAD ? (unsigned)RING_TILES         /* no words to hold up */
-                             : (unsigned)max(1, min((int)RING_TILES, UNDER_WAY / (q.h * row_step<TYPE>(q.K))));
+                             : (unsigned)max(1, min((int)RING_TILES, under_way / (q.h * row_step<TYPE>(q.K))));
     return q;
 }
 

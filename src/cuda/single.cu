@@ -15,13 +15,13 @@ INLINE int place_of(int rows, int row, int k) {
     return (k / DEPTH * rows + row) * LINE + ((k % DEPTH / 8 ^ row % 8) << 4) + k % 8 * 2;
 }
 /* c (64,8) = w (64,16) x (8,16)^T, added to c or not. */
-INLINE void multiply(float (&c)[4], uint64_t w, uint64_t x, int add) {
+INLINE void multiply(float (&c)[4], uint32_t w, uint32_t x, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
-                 "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;}" : F4(0) : "l"(w), "l"(x), "r"(add));
+                 "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;}" : F4(0) : "l"(described(w)), "l"(described(x)), "r"(add));
 }
 /* 64 k more of c (64, 8, 16 or 24). */
 template <int ALL> INLINE void multiply_line(float (&c)[ALL], const uint8_t *w, const uint8_t *x, int add) {
-    const uint64_t weights = matrix(w), rows = matrix(x);
+    const uint32_t weights = matrix(w), rows = matrix(x);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < DEPTH / 16; i++) multiply(c, weights + 2 * i, rows + 2 * i, add || i);
