@@ -198,8 +198,8 @@ static void test_norm_between(void **state) {
 
 /* A product of whose rows only the largest of the first columns are wanted, recorded: those of its outputs, which stay unmade where there
  * are kernels for it.  Behind a product and a norm, too; rows of no numbers, of one column twice. */
-static void best_case(int T, int N, bm_dtype type, bool behind) {
-    enum { D = 192, LEFT_OUT = 3 };
+static void best_case(int T, int D, int N, bm_dtype type, bool behind) {
+    enum { LEFT_OUT = 3 };
     pair w = make_pair(type, N, D), out = make_pair(BM_BF16, D, D);
     twin x = random_twin((size_t)(T * D), 1), weight = random_twin(D, 1), y = empty_twin(x.n), normed = empty_twin(x.n), sum = empty_twin(x.n);
     twin bias = random_twin((size_t)N, 1), past = empty_twin(x.n), logits = empty_twin((size_t)T * (size_t)N);
@@ -244,10 +244,12 @@ static void test_best_alone(void **state) {
     (void)state;
     for (int i = 0; i < 9; i++) {
         const int rows = (int[]){ 3, 6, 17, 40, 64, 128, 129, 300, 1000 }[i];
-        best_case(rows, 1000, BM_BF16, false);
-        best_case(rows, 5003, BM_BF16, false);
-        best_case(rows, 1000, BM_BF16, true);
-        best_case(rows, 1000, BM_Q8_0, false);
+        best_case(rows, 192, 1000, BM_BF16, false);
+        best_case(rows, 192, 5003, BM_BF16, false);
+        best_case(rows, 192, 1003, BM_BF16, true);
+        best_case(rows, 192, 1000, BM_Q8_0, false);
+        best_case(rows, 768, 1000, BM_BF16, true);          /* blocks share k; those of more than 128 rows, too */
+        best_case(rows, 768, 200, BM_BF16, false);
     }
 }
 

@@ -19,7 +19,7 @@ static void law_close(law *w) {
     free(w->want);
     free(w->got);
 }
-/* On a GPU several kernels make native products, which sum in other orders: one up to 5 rows, another to 128, a third from there on.
+/* On a GPU several kernels make native products, which sum in other orders: one up to 5 rows, another to 128 (512), a third from there on.
  * Across them the law is a bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md). */
 static bool several_kernels(const law *w) {
     return w->type != BM_F32 && w->arith != BM_ARITH_F32 && !strncmp(test_device(), "cuda", 4);
@@ -288,6 +288,53 @@ static void ahead(law *w) {
     law_close(w);
 }
 
+/* The same of n texts side by side, of which a GPU may leave no logits; asked for once in between. */
+static void many(law *w, int n) {
+    enum { STEPS = 6, CHUNK = 256 };
+    law_open(w, 2, n, CHUNK);
+    bm_session *s;
+    bm_input *in = calloc((size_t)n, sizeof *in);
+    bm_token *next = calloc((size_t)n, sizeof *next);
+    int *slots = calloc((size_t)n, sizeof *slots);
+    assert_true(in && next && slots);
+    OK(bm_session_open(&s, w->r.m, &(bm_session_options){ .slots = n, .chunk = CHUNK, .arith = w->arith }));
+    for (int i = 0; i < n; i++) {
+        slots[i] = i;
+        next[i] = (5 + 13 * i) % w->r.V;
+        in[i] = (bm_input){ .slot = i, .tokens = &next[i], .n = 1, .want = BM_WANT_BEST };
+    }
+    OK(bm_forward(w->r.s, in, n));
+    OK(bm_forward(s, in, n));
+    for (int step = 0; step < STEPS; step++) {
+        if (step == STEPS / 2) {
+            OK(bm_forward(s, NULL, 0));
+            for (int i = 0; i < n; i++) assert_int_equal(bm_best(s, i), next[i] = bm_best(w->r.s, i));
+            for (int i = 0; i < n; i++) in[i].want = BM_WANT_LAST;
+            OK(bm_forward(w->r.s, in, n));
+            OK(bm_forward(s, in, n));
+            for (int i = 0; i < n; i++) {
+                assert_memory_equal(bm_logits(s, i), bm_logits(w->r.s, i), sizeof(float) * (size_t)w->r.V);
+                next[i] = largest(bm_logits(s, i), w->r.V);
+                in[i].want = BM_WANT_BEST;
+            }
+            OK(bm_forward(w->r.s, in, n));
+            OK(bm_forward(s, in, n));
+        }
+        OK(bm_next(s, slots, n));
+        for (int i = 0; i < n; i++) assert_int_equal(bm_best(s, i), next[i] = bm_best(w->r.s, i));
+        OK(bm_forward(w->r.s, in, n));
+    }
+    free(in);
+    free(next);
+    free(slots);
+    bm_session_close(s);
+    law_close(w);
+}
+static void many_texts(law *w) {
+    many(w, 8);
+    many(w, strncmp(test_device(), "cuda", 4) ? 64 : 130);      /* a CPU takes no more at once */
+}
+
 enum { EXPERTS = 4, ALL = 4 + 3 };     /* of the first MoE layer of a tiny model, and of both */
 
 /* The model again, with room for n experts. */
@@ -398,6 +445,7 @@ static void test_restored(void **state) { (void)state; every(restored); }
 static void test_score(void **state) { (void)state; every(score); }
 static void test_best(void **state) { (void)state; every(best); }
 static void test_ahead(void **state) { (void)state; every(ahead); }
+static void test_many(void **state) { (void)state; every(many_texts); }
 static void test_pages(void **state) { (void)state; every(pages); }
 
 /* A failing reader, a wrong id: the slot is empty, or untouched. */
@@ -437,7 +485,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_chunking), cmocka_unit_test(test_batch), cmocka_unit_test(test_restored),
         cmocka_unit_test(test_score),    cmocka_unit_test(test_best),  cmocka_unit_test(test_ahead),
-        cmocka_unit_test(test_pages),    cmocka_unit_test(test_oldest), cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_many),     cmocka_unit_test(test_pages), cmocka_unit_test(test_oldest),
+        cmocka_unit_test(test_failures),
     };
     return cmocka_run_group_tests_name("laws", tests, NULL, NULL);
 }

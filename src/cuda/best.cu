@@ -1,6 +1,6 @@
 /* best.cu - the largest logit of each row.  Room: cuda.
- * Of few rows several blocks have each, the last of which to end says what they found; of a product that nobody else reads it raises
- * keys of rows itself, and leaves no logits. */
+ * Of few rows several blocks have each, the last of which to end says what they found; a product that nothing else
+ * reads leaves keys of its rows instead of logits. */
 #include "cuda/cuda.h"
 
 enum { THREADS = 512, BLOCKS = 32, TOGETHER = 1024 };       /* at most: blocks of a row, of all rows that share */
@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(THREADS) best_of_keys(bm_op_best a, bm_cuda_ro
     tell(a, i, row[i].key);
     row[i].key = 0;
 }
-bool bm_cuda_best_alone(bm_cuda *c, bm_product *p, const bm_op_best *a) {
+bool bm_cuda_make_keys(bm_cuda *c, bm_product *p, const bm_op_best *a) {
     if (!a->only || a->logits != p->y || a->M != p->M || a->ld != p->N || p->accumulate) return false;
     if (a->M > BM_CUDA_BEST_ROWS || !bm_cuda_is_wide(c, p)) return false;
     p->best = c->rows;
     p->ids = a->V;
     return true;
 }
-void bm_cuda_best_tell(bm_cuda *c, const bm_op_best *a) {
+void bm_cuda_tell_keys(bm_cuda *c, const bm_op_best *a) {
     if (c->failed) return;
     bm_cuda_start(c, best_of_keys, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a, c->rows);
     bm_cuda_check(c, cudaGetLastError(), "best");

@@ -74,9 +74,9 @@ bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, 
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a);
 void bm_cuda_attention(bm_backend *b, const bm_op_attention *a);
 void bm_cuda_best(bm_backend *b, const bm_op_best *a);
-/* Whether p, whose y alone a->logits is, makes keys of its rows instead; then they are told. */
-bool bm_cuda_best_alone(bm_cuda *c, struct bm_product *p, const bm_op_best *a);
-void bm_cuda_best_tell(bm_cuda *c, const bm_op_best *a);
+/* Has p, whose y a->logits are, make keys of its rows instead, if nobody else reads them; false: not so.  Then what they tell. */
+bool bm_cuda_make_keys(bm_cuda *c, struct bm_product *p, const bm_op_best *a);
+void bm_cuda_tell_keys(bm_cuda *c, const bm_op_best *a);
 bm_status bm_cuda_bandwidth(bm_backend *b, size_t bytes, int repeats, double *out);
 bm_status bm_cuda_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
 

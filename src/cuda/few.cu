@@ -1,4 +1,5 @@
-/* few.cu - products of 6 to 128 rows with weights of bf16, f16, q8_0 or q4_0 on Hopper's tensor cores.  Room: cuda.
+/* few.cu - products of 6 to 128 rows, of a matrix with few rows up to 512, with weights of bf16, f16, q8_0 or q4_0 on Hopper's tensor
+ * cores.  Room: cuda.
  *
  * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes a tile, or where there
  * are many one after another: 64 rows of weights (or 32 of gate and 32 of up) and up to SLOTS rows of a group.  A warp has the copy
@@ -26,8 +27,9 @@ template <int TYPE, int SLOTS, int END> struct shape {
            STRIDE = PLAIN_ROWS ? DEPTH : ROW, SCALED = PLAIN_ROWS ? 0 : 2 * SCALES };
     enum { WEIGHTS = TALL * (ROW + SCALED), BYTES = WEIGHTS + SLOTS * LINE, STAGES = (ROOM - PAPER) / BYTES,
            SHARED = STAGES * BYTES + PAPER + 1024 };
-    /* steps behind them into the second cache while the kernel before works; of more rows, and of groups: slower */
-    enum { MORE = SLOTS <= 16 && END == PLAIN ? 8 : 0 };
+    /* Whether rows have targets; steps behind them into the second cache while the kernel before works: of more rows, and of groups,
+     * slower. */
+    enum { PLACED = END == PLAIN || END == KEYS, MORE = SLOTS <= 16 && PLACED ? 8 : 0 };
 };
 /* What the copy engine reads; scales: of the blocks of w and of gate. */
 typedef struct maps { CUtensorMap x, w, gate, w_scales, gate_scales; } maps;
@@ -214,11 +216,10 @@ template <int EACH> INLINE void raise_keys(const bm_product &p, const targets &t
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         const float4 v = biased(p, e, o.n, o.v[j], to.scale[o.i[j]]);
-        float top = -INFINITY;
-        int column = 0;
+        largest of = { -INFINITY };
 #pragma unroll
-        for (int i = 0; i < 4; i++) if (o.n + i < p.ids && (&v.x)[i] > top) top = (&v.x)[i], column = o.n + i;
-        const unsigned long long key = logit_key(top, column);
+        for (int i = 0; i < 4; i++) compare(p, &of, (&v.x)[i], o.n + i);
+        const unsigned long long key = logit_key(of.v, of.column);
         const unsigned order = (unsigned)(key >> 32), lanes = 0xffffu << threadIdx.x % 32 / 16 * 16;
         const unsigned most = __reduce_max_sync(lanes, order), low = __reduce_max_sync(lanes, order == most ? (unsigned)key : 0);
         if (o.there[j] && threadIdx.x % 16 == 0) atomicMax(&p.best[to.row[o.i[j]]].key, (unsigned long long)most << 32 | low);
@@ -403,7 +404,6 @@ template <int TYPE> __device__ static void widen_step(const uint8_t *stage, int 
 template <int TYPE, int SLOTS, int END> __device__ static void
 multiply_steps(const bm_product &p, const ending &end, const ring &r, const place &w, bool one, uint64_t *sent) {
     typedef shape<TYPE, SLOTS, END> S;
-    enum { PLACED = END == PLAIN || END == KEYS };
     __shared__ targets of_tile;
     targets &to = *anchored(&of_tile);
     const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
@@ -414,8 +414,8 @@ multiply_steps(const bm_product &p, const ending &end, const ring &r, const plac
     for (int t = w.cluster; find(p, false, &at, t, SLOTS, S::COLS); t += w.clusters) {
         int last = 0;
         residuals<SLOTS> beside;
-        if (PLACED && t > w.cluster) meet_of<MULTIPLIERS>();        /* what there was of them has been read */
-        if (PLACED && (t == w.cluster || !end.of)) find_targets(p, end, at, rows_of(at, SLOTS), to);
+        if (S::PLACED && t > w.cluster) meet_of<MULTIPLIERS>();        /* what there was of them has been read */
+        if (S::PLACED && (t == w.cluster || !end.of)) find_targets(p, end, at, rows_of(at, SLOTS), to);
         if (END == PLAIN && one) ask_first<SLOTS>(p, end, at, w, beside);
 #pragma unroll 1
         for (int k = w.begin; k < w.end; k++, last = now.stage, go_on<S::STAGES>(&now)) {

@@ -118,18 +118,18 @@ static int from_norm(bm_backend *b, const bm_cuda_op *o, int n) {
     const bool alone = n > 3 && o[3].kind == BM_CUDA_EXPERTS && !is_read(o + 4, n - 4, a->y);
     return bm_cuda_router(b, a, &o[1].linear, &o[2].route, alone ? &o[3].experts : NULL) ? 3 : 0;
 }
-/* Whether p, o's product, only serves for best tokens, and makes their keys. */
-static bool best_alone(bm_cuda *c, const bm_cuda_op *o, int n, bm_product *p) {
-    return are(o, n, BM_CUDA_LINEAR, BM_CUDA_BEST) && bm_cuda_best_alone(c, p, &o[1].best);
+/* Has p, o's product, make keys where it serves for nothing but best tokens. */
+static bool make_keys(bm_cuda *c, const bm_cuda_op *o, int n, bm_product *p) {
+    return are(o, n, BM_CUDA_LINEAR, BM_CUDA_BEST) && bm_cuda_make_keys(c, p, &o[1].best);
 }
 static int from_linear(bm_backend *b, const bm_cuda_op *o, int n) {
     bm_cuda *c = cuda_of(b);
     const bm_op_linear *a = &o[0].linear;
     bm_product p = bm_cuda_product_of(a);
     if (are(o, n, BM_CUDA_LINEAR, BM_CUDA_ROUTE)) return bm_cuda_router(b, NULL, a, &o[1].route, NULL) ? 2 : 0;
-    if (best_alone(c, o, n, &p)) {
+    if (make_keys(c, o, n, &p)) {
         bm_cuda_product(c, &p);
-        bm_cuda_best_tell(c, &o[1].best);
+        bm_cuda_tell_keys(c, &o[1].best);
         return 2;
     }
     if (n < 3 || o[2].kind != BM_CUDA_LINEAR) return 0;
@@ -137,11 +137,11 @@ static int from_linear(bm_backend *b, const bm_cuda_op *o, int n) {
     if (o[1].kind != BM_CUDA_NORM || is_read(o + 3, n - 3, o[1].norm.y)) return 0;
     if (!bm_cuda_norm_follows(c, &p, &o[1].norm, &o[2].linear)) return 0;
     bm_product next = bm_cuda_product_of(&o[2].linear);
-    const bool alone = best_alone(c, o + 2, n - 2, &next);
+    const bool keys = make_keys(c, o + 2, n - 2, &next);
     bm_cuda_product_norm(c, &p, &o[1].norm);
     bm_cuda_normed_product(c, &o[1].norm, &next);
-    if (alone) bm_cuda_best_tell(c, &o[3].best);
-    return alone ? 4 : 3;
+    if (keys) bm_cuda_tell_keys(c, &o[3].best);
+    return keys ? 4 : 3;
 }
 static int joined(bm_backend *b, const bm_cuda_op *o, int n) {
     if (o->kind == BM_CUDA_NORM) return from_norm(b, o, n);

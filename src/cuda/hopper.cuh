@@ -5,7 +5,7 @@
 #include "cuda/steps.cuh"
 #include <cudaTypedefs.h>
 
-enum { LEAST = 6, FEW = 128 };              /* rows from which on there are these kernels; to which few.cu's */
+enum { LEAST = 6, FEW = 128 };              /* rows from which on there are these kernels; to which few.cu's, whatever the matrix */
 enum { DEPTH = 64, LINE = 128 };            /* columns of k in a stage, and their bytes */
 enum { SCALES = 8, STEPS = 4 };             /* scales of quants brought at once, the least that can be; steps that they are for */
 
@@ -86,6 +86,11 @@ INLINE float2 biased(const bm_product &p, int e, int n, float x, float y, float 
     }
     return make_float2(__fmul_rn(x, scale), __fmul_rn(y, scale));
 }
+/* The largest output so far of the first p.ids columns, the lowest of equal ones; NaN never is. */
+typedef struct largest { float v; int column; } largest;
+INLINE void compare(const bm_product &p, largest *of, float v, int n) {
+    if (n < p.ids && v > of->v) *of = { v, n };
+}
 /* act(gate) up of two columns, or act(gate), gate then being up itself.  What is known of all of them is decided outside: a branch at
  * each element keeps one from being made beside the other. */
 template <int END, bool GELU> INLINE uint32_t hidden(const bm_product &p, const ending &end, int e, int n, float2 gate, float2 up) {
@@ -158,7 +163,7 @@ INLINE void cluster_meet() {
     cluster_wait();
 }
 /* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
-INLINE uint32_t matrix(const void *p) { return address(p) >> 4 | 1 << 16; }     /* the low half; the high one all have */
+INLINE uint32_t matrix(const void *p) { return address(p) >> 4 | 1 << 16; }     /* the low half: addresses have 18 bits */
 INLINE uint64_t described(uint32_t low) { return (uint64_t)(1024 >> 4 | 1 << 30) << 32 | low; }
 #define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)

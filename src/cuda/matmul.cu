@@ -4,7 +4,7 @@
  * threads have the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
  * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: apart, the second cache
  * would bound large products.  An output sums its k in order, 16 at a time, whatever rows are beside it.
- * Up to 128 rows, of few columns to 512: few.cu; other chips, types and fewer rows: gemm.cu. */
+ * Up to 128 rows, of one matrix with few to 512: few.cu; other chips, types and fewer rows: gemm.cu. */
 #include "cuda/hopper.cuh"
 #include <limits.h>
 #include <stdlib.h>
@@ -143,16 +143,15 @@ template <int BN> __device__ static void raise_keys(const bm_product &p, const t
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int i = row0 + lane / 4 + 8 * h;
-        float top = -INFINITY;
-        int column = 0;
+        largest of = { -INFINITY };
 #pragma unroll
         for (int j = 0; j < BN / 8; j++) {
             const int n = col0 + 8 * j + 2 * (lane % 4);
             const float2 v = biased(p, at.e, n, c[4 * j + 2 * h], c[4 * j + 2 * h + 1], 1);
-            if (n < p.ids && v.x > top) top = v.x, column = n;
-            if (n + 1 < p.ids && v.y > top) top = v.y, column = n + 1;
+            compare(p, &of, v.x, n);
+            compare(p, &of, v.y, n + 1);
         }
-        unsigned long long key = logit_key(top, column);
+        unsigned long long key = logit_key(of.v, of.column);
         for (int d = 2; d; d /= 2) key = max(key, __shfl_xor_sync(~0u, key, d));
         if (lane % 4 == 0 && i < at.end) atomicMax(&p.best[i].key, key);
     }
@@ -377,9 +376,9 @@ static bool launch_any(bm_cuda *c, const job *j) {
     if (j->p->M <= FEW) return bm_cuda_few(c, j);
     if (j->gate) return launch_tall<GATED>(c, j);
     if (j->end.act) return launch_tall<ACT>(c, j);
-    if (j->p->best) return launch_tall<KEYS>(c, j);
     const bool thin = j->p->N <= NARROWEST && 4 * blocks_of((size_t)j->p->M, 64) <= c->chip.multiProcessorCount;
-    if (thin && j->p->M <= THIN) return bm_cuda_few(c, j);
+    if (thin && j->p->M <= THIN && !j->p->first) return bm_cuda_few(c, j);
+    if (j->p->best) return launch_tall<KEYS>(c, j);
     if (thin) return launch<32, 1, 1, PLAIN>(c, j);         /* a block brings less a step */
     return j->p->N <= 128 ? launch<128, 1, 1, PLAIN>(c, j) : launch_tall<PLAIN>(c, j);
 }

@@ -47,7 +47,7 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
     const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
     q.tiles = max(1, min(batch_of(stage), p.ring / 2 / (q.h * row_step<TYPE>(q.K))));
-    const int under_way = p.most_X && pairs ? 2 * UNDER_WAY : UNDER_WAY;    /* memory rests until an expert is known */
+    const int under_way = p.most_X && pairs ? 2 * UNDER_WAY : UNDER_WAY;    /* with a router memory rests until it has chosen */
     q.coming = stage == HEAD ? (unsigned)RING_TILES         /* no words to hold up */
                              : (unsigned)max(1, min((int)RING_TILES, under_way / (q.h * row_step<TYPE>(q.K))));
     return q;

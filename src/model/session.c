@@ -257,12 +257,13 @@ static int pack(bm_session *s, feed *f, int n) {
 
 /* A token of each sequence, all of them wanted, is the same operations over the same memory every time. */
 static bool recordable(const bm_session *s) { return s->be->replay && !s->pass.profile && !s->pass.experts; }
-static void step(bm_session *s, const void *owner, bm_token *token, int turn) {
+/* only: of the owner's steps best tokens alone are wanted. */
+static void step(bm_session *s, const void *owner, bm_token *token, int turn, bool only) {
     bm_pass p = s->pass;
     p.token = token;
     if (recordable(s) && s->be->replay(s->be, owner, p.M)) return;
     bm_forward_layers(&p);
-    head(s, s->wanted, p.M, turn, owner != s);     /* bm_forward's may want logits besides */
+    head(s, s->wanted, p.M, turn, only);
     if (recordable(s)) s->be->recorded(s->be);
 }
 
@@ -272,7 +273,7 @@ static bm_status compute(bm_session *s, int W) {
     const wanted *w = s->wanted;
     bm_backend *be = s->be;
     if (recordable(s) && p->M == p->Q && W == p->M && W <= s->head_rows && !w->f->nll) {
-        step(s, s, p->token, 0);
+        step(s, s, p->token, 0, false);
         return hand_out(s, w, W);
     }
     if (recordable(s)) be->replay(be, NULL, p->M);
@@ -386,7 +387,7 @@ static bool same_texts(const bm_session *s, const int *slots, int n) {
 static void next_step(bm_session *s, const void *owner, bm_token *token, int turn) {
     s->turn = turn;
     s->ahead = true;
-    step(s, owner, token, turn);
+    step(s, owner, token, turn, owner != s);       /* steps of s are bm_forward's, too */
     if (s->be->mark) s->be->mark(s->be, turn);
 }
 /* A step of n texts whose best tokens are known. */
