@@ -523,7 +523,7 @@ template <int SLOTS> static bool launch_type(bm_cuda *c, const job *j) {
     if (type == BM_F16) return launch_end<BM_F16, SLOTS>(c, j);
     return type == BM_Q8_0 ? launch_end<BM_Q8_0, SLOTS>(c, j) : launch_end<BM_Q4_0, SLOTS>(c, j);
 }
-/* Slots for most groups; of larger ones weights are read more than once. */
+/* Slots for most groups; of larger ones weights are read more than once.  More than FEW rows have few columns: more blocks. */
 bool bm_cuda_few(bm_cuda *c, const job *j) {
     const int M = j->p->M, most = M / j->p->X * 3 / 2 + 4, rows = j->p->first && most < M ? most : M;
     if (rows <= 16) return launch_type<16>(c, j);
