@@ -19,11 +19,10 @@ static void law_close(law *w) {
     free(w->want);
     free(w->got);
 }
+static bool on_gpu(void) { return !strncmp(test_device(), "cuda", 4); }
 /* On a GPU several kernels make native products, which sum in other orders: one up to 5 rows, another to 128 (512), a third from there on.
  * Across them the law is a bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md). */
-static bool several_kernels(const law *w) {
-    return w->type != BM_F32 && w->arith != BM_ARITH_F32 && !strncmp(test_device(), "cuda", 4);
-}
+static bool several_kernels(const law *w) { return w->type != BM_F32 && w->arith != BM_ARITH_F32 && on_gpu(); }
 static void near(const law *w, const char *what) {
     const size_t n = T * (size_t)w->r.V;
     double peak = 0, most = 0;
@@ -332,7 +331,7 @@ static void many(law *w, int n) {
 }
 static void many_texts(law *w) {
     many(w, 8);
-    many(w, strncmp(test_device(), "cuda", 4) ? 64 : 130);      /* a CPU takes no more at once */
+    many(w, on_gpu() ? 130 : 64);       /* a CPU takes no more at once */
 }
 
 enum { EXPERTS = 4, ALL = 4 + 3 };     /* of the first MoE layer of a tiny model, and of both */

@@ -5,12 +5,6 @@
 
 enum { THREADS = 512, BLOCKS = 32, TOGETHER = 1024 };       /* at most: blocks of a row, of all rows that share */
 
-__device__ static unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
-__device__ static void tell(const bm_op_best &a, int i, unsigned long long key) {
-    a.best[i] = key_column(key);
-    if (a.again) a.again[i] = key_column(key);
-}
-
 /* Row blockIdx.y, of which block blockIdx.x takes every gridDim.x-th piece; between: what blocks of a row share, zeros
  * before and after. */
 __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, bm_cuda_row *between) {
@@ -22,15 +16,15 @@ __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, b
 #pragma unroll 4
     for (int k = first; k < fours; k += all) {
         const float4 v = ((const float4 *)l)[k];
-        key = larger(key, larger(larger(logit_key(v.x, 4 * k), logit_key(v.y, 4 * k + 1)),
-                                 larger(logit_key(v.z, 4 * k + 2), logit_key(v.w, 4 * k + 3))));
+        key = max(key, max(max(logit_key(v.x, 4 * k), logit_key(v.y, 4 * k + 1)),
+                           max(logit_key(v.z, 4 * k + 2), logit_key(v.w, 4 * k + 3))));
     }
-    for (int k = 4 * fours + first; k < a.V; k += all) key = larger(key, logit_key(l[k], k));
-    for (int d = 16; d; d /= 2) key = larger(key, __shfl_xor_sync(~0u, key, d));
+    for (int k = 4 * fours + first; k < a.V; k += all) key = max(key, logit_key(l[k], k));
+    key = largest_key<32>(key);
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = key;
     __syncthreads();
     if (threadIdx.x) return;
-    for (int i = 1; i < THREADS / 32; i++) key = larger(key, part[i]);
+    for (int i = 1; i < THREADS / 32; i++) key = max(key, part[i]);
     if (gridDim.x > 1) {
         bm_cuda_row *r = between + blockIdx.y;
         atomicMax(&r->key, key);
@@ -39,7 +33,7 @@ __global__ void __launch_bounds__(THREADS) best_of(bm_op_best a, bool aligned, b
         key = atomicExch(&r->key, 0);
         r->blocks = 0;
     }
-    tell(a, blockIdx.y, key);
+    tell_key(key, a.best, a.again, blockIdx.y);
 }
 
 /* Of keys that a product raised. */
@@ -47,7 +41,7 @@ __global__ void __launch_bounds__(THREADS) best_of_keys(bm_op_best a, bm_cuda_ro
     const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
     after_previous();
     if (i >= a.M) return;
-    tell(a, i, row[i].key);
+    tell_key(row[i].key, a.best, a.again, i);
     row[i].key = 0;
 }
 bool bm_cuda_make_keys(bm_cuda *c, bm_product *p, const bm_op_best *a) {

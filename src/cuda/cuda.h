@@ -74,9 +74,6 @@ bool bm_cuda_dt_scan(bm_backend *b, const bm_op_linear *l, const bm_op_scan *a, 
 void bm_cuda_loss(bm_backend *b, const bm_op_loss *a);
 void bm_cuda_attention(bm_backend *b, const bm_op_attention *a);
 void bm_cuda_best(bm_backend *b, const bm_op_best *a);
-/* Has p, whose y a->logits are, make keys of its rows instead, if nobody else reads them; false: not so.  Then what they tell. */
-bool bm_cuda_make_keys(bm_cuda *c, struct bm_product *p, const bm_op_best *a);
-void bm_cuda_tell_keys(bm_cuda *c, const bm_op_best *a);
 bm_status bm_cuda_bandwidth(bm_backend *b, size_t bytes, int repeats, double *out);
 bm_status bm_cuda_peak(bm_backend *b, bm_arith arith, bm_dtype type, double *out);
 
@@ -100,6 +97,9 @@ typedef struct bm_product {
 } bm_product;
 bm_product bm_cuda_product_of(const bm_op_linear *a);
 void bm_cuda_product(bm_cuda *c, const bm_product *p);
+/* Has p, whose y a->logits are, make keys of its rows instead, if nobody else reads them; false: not so.  Then what they tell. */
+bool bm_cuda_make_keys(bm_cuda *c, bm_product *p, const bm_op_best *a);
+void bm_cuda_tell_keys(bm_cuda *c, const bm_op_best *a);
 
 /* What `rounded` is in an arithmetic. */
 static inline bool bm_cuda_rounds(bm_arith arith, bm_dtype type) { return arith == BM_ARITH_NATIVE && type != BM_F32; }
@@ -210,6 +210,16 @@ __device__ inline unsigned long long logit_key(float v, int column) {
     return v > -INFINITY ? (unsigned long long)order << 32 | (unsigned)~column : 0;
 }
 __device__ inline bm_token key_column(unsigned long long key) { return key ? (bm_token)~(unsigned)key : -1; }
+/* Of LANES neighbours. */
+template <int LANES> __device__ inline unsigned long long largest_key(unsigned long long key) {
+    for (int d = LANES / 2; d; d /= 2) key = max(key, __shfl_xor_sync(~0u, key, d));
+    return key;
+}
+/* The column of row i; again may be NULL. */
+__device__ inline void tell_key(unsigned long long key, bm_token *best, bm_token *again, int i) {
+    best[i] = key_column(key);
+    if (again) again[i] = key_column(key);
+}
 
 #pragma GCC visibility pop
 #endif

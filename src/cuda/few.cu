@@ -451,7 +451,7 @@ few(const __grid_constant__ bm_product p, const ending end, int box, bool known,
     extern __shared__ uint8_t memory[];
     __shared__ uint64_t barriers[2 * S::STAGES + 1];
     uint64_t *full = anchored(barriers), *empty = full + S::STAGES, *sent = empty + S::STAGES;
-    const ring r = { anchored(memory + (1024 - address(memory) % 1024) % 1024), full, empty };
+    const ring r = { anchored(aligned(memory)), full, empty };
     const place here = place_of(p.K);
     if (threadIdx.x == MULTIPLIERS) {
         look_up(&m.x);

@@ -125,8 +125,8 @@ static bool make_keys(bm_cuda *c, const bm_cuda_op *o, int n, bm_product *p) {
 static int from_linear(bm_backend *b, const bm_cuda_op *o, int n) {
     bm_cuda *c = cuda_of(b);
     const bm_op_linear *a = &o[0].linear;
-    bm_product p = bm_cuda_product_of(a);
     if (are(o, n, BM_CUDA_LINEAR, BM_CUDA_ROUTE)) return bm_cuda_router(b, NULL, a, &o[1].route, NULL) ? 2 : 0;
+    bm_product p = bm_cuda_product_of(a);
     if (make_keys(c, o, n, &p)) {
         bm_cuda_product(c, &p);
         bm_cuda_tell_keys(c, &o[1].best);

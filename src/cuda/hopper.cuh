@@ -162,8 +162,10 @@ INLINE void cluster_meet() {
     cluster_arrive();
     cluster_wait();
 }
-/* Rows of 128 bytes in the swizzle of 128 bytes, eight rows 1,024 bytes apart (PTX: asynchronous warpgroup matrices). */
-INLINE uint32_t matrix(const void *p) { return address(p) >> 4 | 1 << 16; }     /* the low half: addresses have 18 bits */
+/* Rows of 128 bytes in the swizzle of 128 bytes, which wants to begin at a multiple of 1,024 as the eighth row after it does (PTX:
+ * asynchronous warpgroup matrices): the descriptor's low half, of an address of 18 bits; the whole, whose high half all have. */
+INLINE uint8_t *aligned(uint8_t *p) { return p + (1024 - address(p) % 1024) % 1024; }
+INLINE uint32_t matrix(const void *p) { return address(p) >> 4 | 1 << 16; }
 INLINE uint64_t described(uint32_t low) { return (uint64_t)(1024 >> 4 | 1 << 30) << 32 | low; }
 #define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)

@@ -151,8 +151,7 @@ template <int BN> __device__ static void raise_keys(const bm_product &p, const t
             compare(p, &of, v.x, n);
             compare(p, &of, v.y, n + 1);
         }
-        unsigned long long key = logit_key(of.v, of.column);
-        for (int d = 2; d; d /= 2) key = max(key, __shfl_xor_sync(~0u, key, d));
+        const unsigned long long key = largest_key<4>(logit_key(of.v, of.column));
         if (lane % 4 == 0 && i < at.end) atomicMax(&p.best[i].key, key);
     }
 }

@@ -461,8 +461,7 @@ INLINE void best_end(const program &p, const unsigned long long *top) {
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
         const int m = tid() / GROUP + i * (THREADS / GROUP);
-        unsigned long long key = top[i];
-        for (int d = 16; d; d /= 2) key = max(key, __shfl_xor_sync(~0u, key, d));
+        const unsigned long long key = largest_key<32>(top[i]);
         if (lane_of() == 0 && m < p.M) atomicMax(p.key + m, key);
     }
     __threadfence();
@@ -470,11 +469,7 @@ INLINE void best_end(const program &p, const unsigned long long *top) {
     if (tid() == 0) before = atomicAdd(p.ended, 1);
     meet();
     if (before + 1 < gridDim.x) return;
-    if (tid() < p.M) {
-        const bm_token best = key_column(atomicExch(p.key + tid(), 0));
-        p.best[tid()] = best;
-        if (p.again) p.again[tid()] = best;
-    }
+    if (tid() < p.M) tell_key(atomicExch(p.key + tid(), 0), p.best, p.again, tid());
     if (tid() == 0) *p.ended = 0;
 }
 
