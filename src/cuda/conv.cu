@@ -59,10 +59,11 @@ __global__ void __launch_bounds__(THREADS) single4(bm_op_conv a, uint16_t *half)
     float4 x[4], w[4], s = a.bias ? *(const float4 *)(a.bias + c) : make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int k = 0; k < 4; k++) w[k] = *(const float4 *)(a.weight + (size_t)k * a.I + c);
-    previous_done();
     float *state = a.state + (size_t)a.slot[q] * a.stride + c;
 #pragma unroll
-    for (int k = 0; k < 4; k++) x[k] = *(const float4 *)(k < 3 ? state + (size_t)k * a.I : a.x + (size_t)q * a.ldx + c);
+    for (int k = 0; k < 3; k++) x[k] = __ldcg((const float4 *)(state + (size_t)k * a.I));   /* as the scan reads its own (scan.cu) */
+    previous_done();
+    x[3] = *(const float4 *)(a.x + (size_t)q * a.ldx + c);
 #pragma unroll
     for (int k = 0; k < 4; k++) s = conv_step(s, w[k], x[k]);
 #pragma unroll

@@ -126,9 +126,10 @@ bool bm_cuda_narrow_takes(const bm_product *p);
 void bm_cuda_narrow_product(bm_cuda *c, const bm_product *p);
 /* Where a kernel that writes x (M,cols) puts it as bf16 too, for the product that reads x next; NULL: not wanted. */
 uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols);
-/* Whether that product takes those; whether rows it gathers fit behind them. */
+/* Whether that product takes those; whether rows it gathers fit behind them; where a kernel puts all of them in the order of groups. */
 bool bm_cuda_takes_rounded(const bm_cuda *c, const bm_op_linear *next, const float *x, int M, int cols);
 bool bm_cuda_gathers(const bm_cuda *c, const bm_product *p);
+uint16_t *bm_cuda_grouped(bm_cuda *c, int M, int cols);
 size_t bm_cuda_reserving(bm_backend *b, int rows, int cols);
 bm_status bm_cuda_reserve(bm_backend *b, int rows, int cols);
 size_t bm_cuda_reserved(bm_backend *b);

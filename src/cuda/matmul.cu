@@ -19,7 +19,7 @@ struct bm_cuda_wide {
     uint16_t *half; size_t room;                /* activations as bf16, and how many fit: rows by widest */
     int rows, widest;
     const float *of; int cols;                  /* whose rows are there, until a product has read them; else NULL */
-    const uint16_t *there;
+    const uint16_t *there; bool grouped;        /* grouped: in the order of groups */
 };
 
 /* A tile is 64 GROUPS rows by BN columns of w.  CTAS blocks make tiles beside each other and share their rows of x. */
@@ -255,7 +255,7 @@ uint16_t *bm_cuda_rounded(bm_cuda *c, const float *x, int M, int cols) {
     const bool wanted = M >= LEAST && (size_t)M * cols <= w->room;
     w->of = wanted ? x : NULL;
     w->cols = cols;
-    w->there = w->half;
+    w->there = w->half, w->grouped = false;
     return wanted ? w->half : NULL;
 }
 
@@ -268,8 +268,8 @@ static void find_activations(bm_cuda *c, job *j) {
     const bool near = !p->from || (p->M <= FEW && p->M <= APIECE * p->X);       /* else gathering them first is faster */
     const bool there = w->of == p->x && p->ldx == (size_t)w->cols;
     w->of = NULL;
-    if (there && near) {
-        j->x = w->there, j->ldx = p->ldx, j->from = p->from;
+    if (there && (near || w->grouped)) {
+        j->x = w->there, j->ldx = p->ldx, j->from = w->grouped ? NULL : p->from;
         return;
     }
     const bool aligned = ((uintptr_t)p->x | 4 * p->ldx) % 16 == 0;
@@ -279,6 +279,11 @@ static void find_activations(bm_cuda *c, job *j) {
     bm_cuda_start(c, round_rows, blocks, ROUNDERS, 0, *p, aligned, gathers ? w->half : NULL, to);
     j->x = to;
 }
+uint16_t *bm_cuda_grouped(bm_cuda *c, int M, int cols) {
+    bm_cuda_wide *w = c->wide;
+    w->grouped = true;
+    return (uint16_t *)(w->there = w->half + (size_t)M * cols);
+}
 bool bm_cuda_gathers(const bm_cuda *c, const bm_product *p) {
     return p->from && p->M > FEW && 2 * (size_t)p->M * p->K <= c->wide->room;
 }
@@ -287,7 +292,7 @@ bool bm_cuda_gathers(const bm_cuda *c, const bm_product *p) {
 
 /* Rows of a group from which weights are not read once more for its end alone; on average, to which nearly all fit 192.  Columns, and
  * rows of so many, for which few.cu's clusters, which share k, are more blocks. */
-enum { APART = 512, SMALL = 160, NARROWEST = 256, THIN = 512 };
+enum { APART = 512, SMALL = 160, NARROWEST = 256, THIN = 1024 };
 
 /* Matrices of words (count,rows,columns), `row` and `each` bytes from one to the next, read `box` rows and `depth` columns at a
  * time; zeros past the edges. */

@@ -97,6 +97,19 @@ INLINE void copy_row(uint8_t *to, const uint8_t *from, int bytes, uint64_t *b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  :: "r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)), "l"(passing()) : "memory");
 }
+/* Up to 16 bytes at a time, many; in, there when the barrier says so, and out again, read when no more than LEFT of a thread's groups are
+ * left, written once none is. */
+INLINE void copy_in(float *to, const float *from, int bytes, uint64_t *b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)) : "memory");
+}
+INLINE void copy_out(float *to, const float *from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(to), "r"(address(from)), "r"(bytes) : "memory");
+}
+INLINE void copies_read() { asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+INLINE void copies_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/* What threads wrote to shared memory is there for the copy engine, and for wgmma, when they have met. */
+INLINE void written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /* Four bytes, eight; there after words_wait(). */
 INLINE void copy_half_word(uint32_t *to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(address(to)), "l"(from));

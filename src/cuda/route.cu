@@ -87,11 +87,12 @@ __device__ static void group_rows(const bm_op_route &a, int choice, int own) {
         __syncwarp();
     }
 }
-/* Up to SORTERS rows are chosen for by their threads before. */
-__global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a) {
+/* Up to SORTERS rows are chosen for by their threads before, unless they are `chosen`. */
+__global__ void __launch_bounds__(SORTERS) group_few(bm_op_route a, bool chosen) {
     after_previous();
     const int i = (int)threadIdx.x, choice = (int)blockIdx.x;
-    group_rows(a, choice, a.M <= SORTERS && i < a.M ? choose_row(a, a.logits + (size_t)i * a.X, i, choice) : -1);
+    const int32_t *expert = a.expert + (size_t)choice * a.M;
+    group_rows(a, choice, a.M > SORTERS || i >= a.M ? -1 : chosen ? expert[i] : choose_row(a, a.logits + (size_t)i * a.X, i, choice));
 }
 
 /* Of a row to be normed, what a thread needs besides x. */
@@ -224,11 +225,11 @@ route_rows(bm_op_norm n, bool early, uint16_t *half, bm_op_linear l, const float
     group_rows(a, 0, (int)threadIdx.x < a.M ? __ldcg(a.expert + threadIdx.x) : -1);
 }
 
-/* Many rows, a warp one after another: norm and logits, each as by route_rows; then the choice, if wanted, a lane a row.  Shared
+/* Many rows, a warp one after another: norm, logits and choice, as by route_rows.  Shared
  * memory: weights by expert, half of eight k, and k / 8; the norm's; of each warp x and residual of the next row, and y of this. */
 enum { LEAST_WARPS = 4, MOST_WARPS = 12 };
 __global__ void __launch_bounds__(32 * MOST_WARPS, 1)
-norm_routes(const bm_op_norm n, uint16_t *half, const bm_op_linear l, const float4 *w, const bm_op_route a, bool chooses) {
+norm_routes(const bm_op_norm n, uint16_t *half, const bm_op_linear l, const float4 *w, const bm_op_route a) {
     extern __shared__ float4 memory[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = (int)blockDim.x / 32, eights = n.D / 8, fours = n.D / 4, X = a.X;
     const int first = (int)blockIdx.x * warps + warp, apart = (int)gridDim.x * warps;
@@ -257,14 +258,67 @@ norm_routes(const bm_op_norm n, uint16_t *half, const bm_op_linear l, const floa
 #pragma unroll
                 for (int h = 0; h < 2; h++) sum[e] = dot_four(memory[(2 * (e < X ? e : 0) + h) * eights + k], v[h], sum[e]);
         }
+        float *logit = (float *)y;
+        __syncwarp();
 #pragma unroll
         for (int e = 0; e < ROUTED; e++) {
             const float v = warp_sum(sum[e]);
-            if (lane == e && e < X) l.y[(size_t)i * X + e] = v + (l.bias ? l.bias[e] : 0);
+            if (lane == e && e < X) l.y[(size_t)i * X + e] = logit[e] = v + (l.bias ? l.bias[e] : 0);
         }
         __syncwarp();
+        const int best = warp_largest(logit, X);
+        if (!lane) {
+            a.expert[i] = best;
+            a.gate[i] = gate_best(a.rule == BM_ROUTE_SOFTMAX, logit, X, best);
+        }
     }
-    for (int i = first + lane * apart; chooses && i < a.M; i += 32 * apart) choose_row(a, l.y + (size_t)i * X, i, 0);
+}
+
+/* Groups of up to SORTERS rows, each of one of ROUTED experts at most, and the rows (D) themselves in their order; a block moves MOVED. */
+enum { MOVERS = 256, MOVED = 8, PASSES = SORTERS / MOVERS };
+__global__ void __launch_bounds__(MOVERS) group_moves(bm_op_route a, const uint16_t *half, int D, uint16_t *to) {
+    __shared__ int all[MOVERS / 32][ROUTED], before[MOVERS / 32][ROUTED], place[MOVED];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i0 = (int)blockIdx.x * MOVED, rows = min((int)MOVED, a.M - i0);
+    const int eights = D / 8;
+    int expert[PASSES];
+    uint4 v[MOVED];
+    after_previous();
+#pragma unroll
+    for (int j = 0; j < PASSES; j++) {
+        const int i = j * MOVERS + (int)threadIdx.x;
+        expert[j] = i < a.M ? a.expert[i] : -1;
+    }
+    const int own = warp == 0 && lane < rows ? a.expert[i0 + lane] : -1;
+#pragma unroll
+    for (int r = 0; r < MOVED; r++)
+        if (r < rows && (int)threadIdx.x < eights) v[r] = ((const uint4 *)half)[(size_t)(i0 + r) * eights + threadIdx.x];
+#pragma unroll
+    for (int e = 0; e < ROUTED; e++) {
+        int n = 0, m = 0;
+#pragma unroll
+        for (int j = 0; j < PASSES; j++) {
+            n += __popc(__ballot_sync(~0u, expert[j] == e));
+            m += __popc(__ballot_sync(~0u, expert[j] == e && j * MOVERS + (int)threadIdx.x < i0));
+        }
+        if (!lane) all[warp][e] = n, before[warp][e] = m;
+    }
+    __syncthreads();
+    if (!warp) {
+        int n = 0, m = 0, first = 0;
+        for (int w = 0; lane < ROUTED && w < MOVERS / 32; w++) n += all[w][lane], m += before[w][lane];
+        for (int e = 0; e < ROUTED; e++) {
+            const int of = __shfl_sync(~0u, n, e);
+            if (e < lane) first += of;
+        }
+        if (!blockIdx.x && lane <= a.X) a.first[lane] = first;
+        const unsigned same = __match_any_sync(~0u, own);
+        const int at = __shfl_sync(~0u, first + m, max(own, 0)) + __popc(same & ((1u << lane) - 1));
+        if (own >= 0) a.order[place[lane] = at] = i0 + lane;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < MOVED; r++)
+        if (r < rows && (int)threadIdx.x < eights) ((uint4 *)to)[(size_t)place[r] * eights + threadIdx.x] = v[r];
 }
 
 /* Any number: a warp counts and places the rows of an expert, in order. */
@@ -299,7 +353,7 @@ __global__ void __launch_bounds__(SORTERS) group(bm_op_route a) {
 static void route(bm_cuda *c, const bm_op_route *a, bool chosen) {
     const bool few = a->X <= 32, at_once = few && a->M <= SORTERS;
     if (!at_once && !chosen) bm_cuda_start(c, choose, blocks_of((size_t)a->M, THREADS), THREADS, 0, *a);
-    if (few) bm_cuda_start(c, group_few, a->k, at_once ? 32 * blocks_of((size_t)a->M, 32) : SORTERS, 0, *a);
+    if (few) bm_cuda_start(c, group_few, a->k, at_once ? 32 * blocks_of((size_t)a->M, 32) : SORTERS, 0, *a, chosen);
     else bm_cuda_start(c, group, a->k, SORTERS, 0, *a);
     bm_cuda_check(c, cudaGetLastError(), "routing");
 }
@@ -318,10 +372,10 @@ static bool route_many(bm_cuda *c, const bm_op_norm *n, uint16_t *half, const bm
     bm_op_norm rounded = *n;
     if (e && e->x == n->y && bm_cuda_experts_gather(c, e)) rounded.y = NULL;
     cudaFuncSetAttribute(norm_routes, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    bm_cuda_start(c, norm_routes, wanted < blocks ? wanted : blocks, 32 * warps, shared, rounded, half, *l, (const float4 *)l->w->data, *a,
-                  a->M > SORTERS);
-    route(c, a, true);
-    return true;
+    bm_cuda_start(c, norm_routes, wanted < blocks ? wanted : blocks, 32 * warps, shared, rounded, half, *l, (const float4 *)l->w->data, *a);
+    if (rounded.y || a->M > SORTERS) route(c, a, true);
+    else bm_cuda_start(c, group_moves, blocks_of((size_t)a->M, MOVED), MOVERS, 0, *a, half, n->D, bm_cuda_grouped(c, a->M, n->D));
+    return bm_cuda_check(c, cudaGetLastError(), "routing");
 }
 bool bm_cuda_router(bm_backend *b, const bm_op_norm *n, const bm_op_linear *l, const bm_op_route *a, const bm_op_experts *e) {
     bm_cuda *c = cuda_of(b);

@@ -2,6 +2,7 @@
  * long_rows, N <= 16: eight lanes a channel, a pair of states each.  A second warp makes d and d u of each 16 steps before, a third
  *   sums C h after, by way of shared memory.
  * single_rows, N <= 16, one row a sequence: a thread for one or two channels, the same arithmetic and so the same bits.
+ * many_rows, N 16, the same of many sequences on Hopper: states come into shared memory and leave it by its copy engine.
  * wide_rows, N > 16: a thread for each channel, states where they are kept, sums over N in order. */
 #include "cuda/steps.cuh"
 
@@ -215,22 +216,45 @@ template <int EACH> __device__ static void read_state(const bm_op_scan &a, int q
 #pragma unroll
     for (int n = 0; n < N16; n++) h[n] = read<EACH>(state + (size_t)n * a.I, c < a.I && n < a.N);
 }
-/* States 2 m and 2 m + 1 of a step moved on and written; the sum of both C h by channel. */
-template <int EACH> __device__ static channels<EACH>
-step_pair(const bm_op_scan &a, float *state, int m, const channels<EACH> (&h)[N16], const channels<EACH> *rate, channels<EACH> d,
-          channels<EACH> du, const float *B, const float *C) {
-    channels<EACH> v[2], sum;
+/* A step of a row: what of it lies where, B and C (N16) in shared memory. */
+template <int EACH> struct row { channels<EACH> dt, u, z; const float *B, *C; };
+/* Its outputs; states h, whose rates are `rate`, moved on by two at a time, n and n + 1, for `leave(n, both)`. */
+template <int EACH, class H, class RATE, class LEAVE> __device__ __forceinline__ static channels<EACH>
+step_row(const row<EACH> &x, const channels<EACH> &bias, const channels<EACH> &D, H h, RATE rate, LEAVE leave) {
+    channels<EACH> d, du, p[LANES / 2], y;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int n = 2 * m + i;
-        const channels<EACH> r = rate[n * WIDTH];
+    for (int k = 0; k < EACH; k++) d.v[k] = softplus(x.dt.v[k] + bias.v[k]), du.v[k] = d.v[k] * x.u.v[k];
 #pragma unroll
-        for (int k = 0; k < EACH; k++) v[i].v[k] = scan_state(h[n].v[k], d.v[k], r.v[k], du.v[k], B[n]);
-        if (n < a.N) *(channels<EACH> *)(state + (size_t)n * a.I) = v[i];
+    for (int m = 0; m < LANES; m++) {
+        const int n = 2 * m;
+        channels<EACH> v[2] = { h(n), h(n + 1) };
+        const channels<EACH> r[2] = { rate(n), rate(n + 1) };
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) v[i].v[k] = scan_state(v[i].v[k], d.v[k], r[i].v[k], du.v[k], x.B[n + i]);
+            const float sum = scan_pair(x.C[n], v[0].v[k], x.C[n + 1], v[1].v[k]);
+            p[m % 4].v[k] = m < 4 ? sum : __fadd_rn(p[m % 4].v[k], sum);
+        }
+        leave(n, v);
     }
 #pragma unroll
-    for (int k = 0; k < EACH; k++) sum.v[k] = scan_pair(C[2 * m], v[0].v[k], C[2 * m + 1], v[1].v[k]);
-    return sum;
+    for (int k = 0; k < EACH; k++)
+        y.v[k] = scan_out(scan_fold(p[0].v[k], p[1].v[k], p[2].v[k], p[3].v[k]), D.v[k], x.u.v[k], x.z.v[k]);
+    return y;
+}
+/* Of a.y and half those that there are. */
+template <int EACH> __device__ static void put_row(const bm_op_scan &a, uint16_t *half, size_t at, const channels<EACH> &y) {
+    if (a.y) *(channels<EACH> *)(a.y + at) = y;
+    if (!half) return;
+    if constexpr (EACH == 2) *(uint32_t *)(half + at) = halves(y.v[0], y.v[1]);
+    else half[at] = (uint16_t)halves(y.v[0], 0);
+}
+template <int EACH> __device__ static channels<EACH> read_rate(const bm_op_scan &a, int n, int c, bool there) {
+    channels<EACH> A = read<EACH>(a.A + (size_t)n * a.I + c, there && n < a.N);
+#pragma unroll
+    for (int k = 0; k < EACH; k++) A.v[k] = scan_rate(A.v[k]);
+    return A;
 }
 template <int EACH> __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_rows(bm_op_scan a, int some, uint16_t *half) {
     next_may_start();
@@ -242,20 +266,14 @@ template <int EACH> __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_row
     channels<EACH> h[N16];
     read_state(a, q0, c, h);        /* nobody has written to states since the token before: bm_cuda_embed */
 #pragma unroll
-    for (int n = 0; n < N16; n++) {
-        channels<EACH> A = read<EACH>(a.A + (size_t)n * a.I + c, there && n < a.N);
-#pragma unroll
-        for (int k = 0; k < EACH; k++) A.v[k] = scan_rate(A.v[k]);
-        rate[n][threadIdx.x] = A;
-    }
+    for (int n = 0; n < N16; n++) rate[n][threadIdx.x] = read_rate<EACH>(a, n, c, there);
     previous_done();
 #pragma unroll 1
     for (int q = q0; q < q1; q++) {
         const size_t at = (size_t)q * a.I + c;
         float *state = state_of(a, q) + c, (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
         if (q > q0) read_state(a, q, c, h);
-        const channels<EACH> u = read<EACH>(a.u + at, there), z = read<EACH>(a.z + (size_t)q * a.ldz + c, there);
-        channels<EACH> d = read<EACH>(a.dt + at, there), du, p[LANES / 2], y;
+        const row<EACH> x = { read<EACH>(a.dt + at, there), read<EACH>(a.u + at, there), read<EACH>(a.z + (size_t)q * a.ldz + c, there), b, w };
         if (threadIdx.x < N16) {
             const int n = threadIdx.x;
             b[n] = n < a.N ? a.B[(size_t)q * a.ldbc + n] : 0;
@@ -263,22 +281,113 @@ template <int EACH> __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_row
         }
         __syncthreads();
         if (!there) continue;
+        put_row(a, half, at, step_row<EACH>(x, bias, D, [&](int n) { return h[n]; }, [&](int n) { return rate[n][threadIdx.x]; },
+                                            [&](int n, const channels<EACH> (&v)[2]) {
 #pragma unroll
-        for (int k = 0; k < EACH; k++) d.v[k] = softplus(d.v[k] + bias.v[k]), du.v[k] = d.v[k] * u.v[k];
-#pragma unroll
-        for (int m = 0; m < LANES; m++) {
-            const channels<EACH> sum = step_pair(a, state, m, h, &rate[0][threadIdx.x], d, du, b, w);
-#pragma unroll
-            for (int k = 0; k < EACH; k++) p[m % 4].v[k] = m < 4 ? sum.v[k] : __fadd_rn(p[m % 4].v[k], sum.v[k]);
-        }
-#pragma unroll
-        for (int k = 0; k < EACH; k++)
-            y.v[k] = scan_out(scan_fold(p[0].v[k], p[1].v[k], p[2].v[k], p[3].v[k]), D.v[k], u.v[k], z.v[k]);
-        if (a.y) *(channels<EACH> *)(a.y + at) = y;
-        if (!half) continue;
-        if constexpr (EACH == 2) *(uint32_t *)(half + at) = halves(y.v[0], y.v[1]);
-        else half[at] = (uint16_t)halves(y.v[0], 0);
+            for (int i = 0; i < 2; i++) if (n + i < a.N) *(channels<EACH> *)(state + (size_t)(n + i) * a.I) = v[i];
+        }));
     }
+}
+
+/* Blocks that stay, each for the channels of its threads, two neighbours, of every `apart`-th sequence: one warp has the copy engine bring
+ * rows into a ring of stages and states back out of it, the others step. */
+enum { STEPPERS = 128, FLOW = 2 * STEPPERS, LARGE = 512 };
+typedef struct __align__(128) stage { float h[N16][FLOW], dt[FLOW], u[FLOW], z[FLOW], B[N16], C[N16]; } stage;
+typedef struct stages { stage *at; uint64_t *full, *done; } stages;
+/* Of a block: `wide` channels from c0 on, of n sequences. */
+typedef struct part { int c0, wide, first, apart, n; } part;
+
+#if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
+/* Of the block's i-th sequence: states, a lane a row of them; then what the kernels before this one make, by the lanes behind. */
+template <int STAGES> INLINE void bring_states(const bm_op_scan &a, const part &p, const stages &r, int i) {
+    const int lane = threadIdx.x % 32;
+    uint64_t *full = &r.full[i % STAGES];
+    if (lane == 0) barrier_expect(full, 4 * ((N16 + 3) * p.wide + 2 * N16));
+    __syncwarp();
+    if (lane < N16) copy_in(r.at[i % STAGES].h[lane], state_of(a, p.first + i * p.apart) + (size_t)lane * a.I + p.c0, 4 * p.wide, full);
+}
+template <int STAGES> INLINE void bring_rows(const bm_op_scan &a, const part &p, const stages &r, int i) {
+    stage *to = &r.at[i % STAGES];
+    const size_t q = (size_t)(p.first + i * p.apart);
+    const int which = threadIdx.x % 32 - N16;
+    uint64_t *full = &r.full[i % STAGES];
+    if (which == 0) copy_in(to->dt, a.dt + q * a.I + p.c0, 4 * p.wide, full);
+    if (which == 1) copy_in(to->u, a.u + q * a.I + p.c0, 4 * p.wide, full);
+    if (which == 2) copy_in(to->z, a.z + q * a.ldz + p.c0, 4 * p.wide, full);
+    if (which == 3) copy_in(to->B, a.B + q * a.ldbc, 4 * N16, full);
+    if (which == 4) copy_in(to->C, a.C + q * a.ldbc, 4 * N16, full);
+}
+template <int STAGES> INLINE void copy_rows(const bm_op_scan &a, const part &p, const stages &r) {
+    const int lane = threadIdx.x % 32, begin = min(p.n, STAGES);
+#pragma unroll 1
+    for (int i = 0; i < begin; i++) bring_states<STAGES>(a, p, r, i);       /* as single_rows reads its first */
+    previous_done();
+#pragma unroll 1
+    for (int i = 0; i < begin; i++) bring_rows<STAGES>(a, p, r, i);
+#pragma unroll 1
+    for (int i = 0; i < p.n; i++) {
+        float *state = state_of(a, p.first + i * p.apart) + (size_t)lane * a.I + p.c0;
+        barrier_wait(&r.done[i % STAGES], i / STAGES);
+        if (lane < N16) copy_out(state, r.at[i % STAGES].h[lane], 4 * p.wide);
+        copies_read();
+        if (i + STAGES >= p.n) continue;
+        bring_states<STAGES>(a, p, r, i + STAGES);
+        bring_rows<STAGES>(a, p, r, i + STAGES);
+    }
+    copies_written();
+}
+template <int STAGES> INLINE void step_rows(const bm_op_scan &a, const part &p, const stages &r, uint16_t *half) {
+    const int own = 2 * (int)threadIdx.x, c = p.c0 + own;
+    const bool there = own < p.wide;
+    const channels<2> bias = read<2>(a.dt_bias + c, there), D = read<2>(a.D + c, there);
+    channels<2> rate[N16];
+#pragma unroll
+    for (int n = 0; n < N16; n++) rate[n] = read_rate<2>(a, n, c, there);
+#pragma unroll 1
+    for (int i = 0; i < p.n; i++) {
+        stage &s = r.at[i % STAGES];
+        barrier_wait(&r.full[i % STAGES], i / STAGES);
+        if (there) {
+            const row<2> x = { read<2>(&s.dt[own], true), read<2>(&s.u[own], true), read<2>(&s.z[own], true), s.B, s.C };
+            put_row(a, half, (size_t)(p.first + i * p.apart) * a.I + c,
+                    step_row<2>(x, bias, D, [&](int n) { return read<2>(&s.h[n][own], true); }, [&](int n) { return rate[n]; },
+                                [&](int n, const channels<2> (&v)[2]) {
+                *(channels<2> *)&s.h[n][own] = v[0], *(channels<2> *)&s.h[n + 1][own] = v[1];
+            }));
+        }
+        written();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(&r.done[i % STAGES]);
+    }
+}
+#endif
+template <int STAGES, int PER> __global__ void __launch_bounds__(STEPPERS + 32, PER)
+many_rows(const __grid_constant__ bm_op_scan a, int apart, uint16_t *half) {
+#if !defined __CUDA_ARCH__ || __CUDA_ARCH__ >= 900
+    __shared__ uint64_t full[STAGES], done[STAGES];
+    uint8_t *memory = shared_memory();
+    const stages r = { (stage *)memory, full, done };
+    const int tiles = (int)gridDim.x / apart, c0 = (int)blockIdx.x % tiles * FLOW, first = (int)blockIdx.x / tiles;
+    const part p = { c0, min(a.I - c0, (int)FLOW), first, apart, (a.Q - first + apart - 1) / apart };
+    if (!threadIdx.x) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_make(&full[s], 1);
+            barrier_make(&done[s], STEPPERS / 32);
+        }
+        barriers_made();
+    }
+    next_may_start();
+    __syncthreads();
+    if (threadIdx.x < STEPPERS) step_rows<STAGES>(a, p, r, half);
+    else copy_rows<STAGES>(a, p, r);
+#endif
+}
+/* PER blocks a processor: three begin sooner; two, with more stages, bring more. */
+template <int STAGES, int PER> static void start_many(bm_cuda *c, const bm_op_scan *a, uint16_t *half) {
+    const int tiles = blocks_of((size_t)a->I, FLOW), most = PER * c->chip.multiProcessorCount / tiles, apart = most < a->Q ? most : a->Q;
+    const int shared = STAGES * (int)sizeof(stage);
+    cudaFuncSetAttribute(many_rows<STAGES, PER>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    bm_cuda_start(c, many_rows<STAGES, PER>, tiles * apart, STEPPERS + 32, shared, *a, apart, half);
 }
 
 __global__ void __launch_bounds__(WIDTH) wide_rows(bm_op_scan a) {
@@ -308,8 +417,14 @@ static void scan(bm_cuda *c, const bm_op_scan *a, uint16_t *half) {
     const bool states = ((uintptr_t)a->B | (uintptr_t)a->C) % 16 == 0 && (a->N | a->ldbc) % 4 == 0;
     const uintptr_t of_pairs = of_rows | (uintptr_t)a->A | (uintptr_t)a->D | (uintptr_t)a->dt_bias | (uintptr_t)a->state;
     const bool pairs = of_pairs % 8 == 0 && (a->I | a->ldz | (int)(a->stride % 2)) % 2 == 0;
+    const uintptr_t of_fours = of_pairs | (uintptr_t)a->B | (uintptr_t)a->C | (uintptr_t)(4 * a->stride);
+    const bool fours = of_fours % 16 == 0 && (a->I | a->ldz | a->ldbc) % 4 == 0 && a->I <= FLOW * c->chip.multiProcessorCount;
     const int blocks = blocks_of((size_t)a->I, WIDTH), some = a->Q <= FEW ? 1 : SOME, groups = blocks_of((size_t)a->Q, some);
     if (wide) bm_cuda_start(c, wide_rows, dim3(blocks, a->Q), WIDTH, 0, *a);
+    else if (single && fours && a->N == N16 && a->Q > FEW && c->chip.major == 9) {
+        if (a->Q > LARGE) start_many<5, 2>(c, a, half);
+        else start_many<3, 3>(c, a, half);
+    }
     else if (single && pairs) bm_cuda_start(c, single_rows<2>, dim3(blocks_of((size_t)a->I, 2 * WIDTH), groups), WIDTH, 0, *a, some, half);
     else if (single) bm_cuda_start(c, single_rows<1>, dim3(blocks, groups), WIDTH, 0, *a, some, half);
     else {

@@ -28,8 +28,6 @@ template <int ALL> INLINE void multiply_line(float (&c)[ALL], const uint8_t *w, 
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 INLINE void multiplied(void) { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-/* What threads wrote to shared memory is there for wgmma when they have met. */
-INLINE void written(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
 /* ---- convolution and x ---------------------------------------------------------------------------------------------- */
