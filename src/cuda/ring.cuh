@@ -18,12 +18,12 @@ typedef bm_cuda_layer layer;
 typedef bm_cuda_program program;
 typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
-/* A block's rows of a stage that has a product: n from `from` on, of one matrix or of each of two; h rows are a tile, tiles are
- * multiplied together, `coming` are on their way at most. */
-typedef struct plan { int from, n, spans, K, h, tiles; unsigned coming; } plan;
+/* A block's rows of a stage that has a product: n of one matrix or of each of two, `most` of them a group, groups `apart` from `from` on;
+ * h rows are a tile, tiles are multiplied together, `coming` are on their way at most. */
+typedef struct plan { int from, n, most, apart, spans, K, h, tiles; unsigned coming; } plan;
 
-/* Tiles multiplied together, at most: of these a block seldom has two. */
-__device__ constexpr int batch_of(int stage) { return stage == OUTPUT || stage == DOWN ? 1 : 2; }
+/* Tiles multiplied together, at most: of out and down a block seldom has two, of the head each is waited for. */
+__device__ constexpr int batch_of(int stage) { return stage == INPUT || stage == EXPERT ? 2 : 1; }
 /* Matrices whose rows go together, their columns. */
 INLINE int spans_of(const program &p, int stage) { return stage == INPUT || (stage == EXPERT && p.gated) ? 2 : 1; }
 INLINE int columns_of(const program &p, int stage) { return stage == OUTPUT ? p.I : stage == DOWN ? p.F : p.D; }
@@ -33,16 +33,24 @@ INLINE int columns_of(const program &p, int stage) { return stage == OUTPUT ? p.
 template <int TYPE> __device__ constexpr int row_step(int K) {
     return PLAIN<TYPE> ? 2 * K + 16 : TYPE == BM_Q8_0 ? (row_bytes<TYPE>(K) + 31) / 32 * 32 | 32 : row_bytes<TYPE>(K) | 16;
 }
-/* Rows in units that stay together, as evenly as can be. */
+/* Rows in units that stay together, as evenly as can be; of the head in groups that go to blocks in turn, so that all read near each
+ * other: memory gives more then. */
 template <int TYPE> __device__ static plan plan_of(const program &p, int stage) {
     const int b = (int)blockIdx.x, G = (int)gridDim.x;
     const int all = stage == INPUT ? p.I : stage == EXPERT ? p.F : stage == HEAD ? p.V : p.D;
     const bool pairs = stage == INPUT || stage == EXPERT;
     const int unit = pairs ? 2 : 1;
     plan q;
-    q.from = all / unit * b / G * unit;
-    q.n = all / unit * (b + 1) / G * unit - q.from;
     q.spans = spans_of(p, stage);
+    q.most = GROUP / q.spans;
+    q.apart = stage == HEAD ? q.most * G : q.most;
+    q.from = stage == HEAD ? q.most * b : all / unit * b / G * unit;
+    if (stage != HEAD) q.n = all / unit * (b + 1) / G * unit - q.from;
+    else if (q.from >= all) q.n = 0;
+    else {
+        const int whole = (all - 1 - q.from) / q.apart;
+        q.n = whole * q.most + min(q.most, all - q.from - whole * q.apart);
+    }
     q.K = columns_of(p, stage);
     const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
     q.h = tiles ? (rows + tiles - 1) / tiles : 1;
@@ -103,10 +111,10 @@ INLINE int place(const program &p, ring *r, copier *c, int h, int step) {
  * makes 16 KB more of code, and a token 3% longer. */
 template <int TYPE> __device__ __noinline__ static void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c,
                                                                    const uint8_t *const *a, const uint8_t *const *b, unsigned chosen) {
-    const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
+    const int bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
 #pragma unroll 1
-    for (int g = 0; g < q.n; g += most) {
-        const int n = min(most, q.n - g), rows = n * q.spans;
+    for (int g = 0, from = q.from; g < q.n; g += q.most, from += q.apart) {
+        const int n = min(q.most, q.n - g), rows = n * q.spans;
 #pragma unroll 1
         for (unsigned left = chosen; left; left &= left - 1) {
             const int x = __ffs(left) - 1;
@@ -122,9 +130,8 @@ template <int TYPE> __device__ __noinline__ static void copy_stage(const program
                 const int needs = (lane_of() + 1) * step + (lane_of() < tile.y ? 0 : tile.w - h * step);
                 for (bool there = lane_of() >= h;;) {
                     if (!there && needs <= p.ring - c->used) {
-                        const uint8_t *from = row < n ? a[x] + (size_t)(q.from + g + row) * bytes
-                                                      : b[x] + (size_t)(q.from + g + row - n) * bytes;
-                        copy_row(memory + row_at(tile, lane_of(), step), from, bytes, &r->full[i]);
+                        const uint8_t *at = row < n ? a[x] + (size_t)(from + row) * bytes : b[x] + (size_t)(from + row - n) * bytes;
+                        copy_row(memory + row_at(tile, lane_of(), step), at, bytes, &r->full[i]);
                         there = true;
                     }
                     if (__all_sync(~0u, there)) break;

@@ -104,12 +104,6 @@ template <int TYPE> INLINE void embed(const program &p, const shared &s, const p
         tell(p.stream + (size_t)m * p.D + k, in_turn(x, turn));
     }
 }
-INLINE float over_warps(const float *red) {
-    float v = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) v += red[w];
-    return v;
-}
 /* The stream into s.f and, times a norm's weights, bf16, into s.x. */
 INLINE void stream_hear(const program &p, const shared &s, const float *weight, unsigned turn) {
     const int D = p.D;
@@ -136,46 +130,65 @@ INLINE void stream_hear(const program &p, const shared &s, const float *weight, 
 /* The root of each text's norm, (M), by a warp that does nothing else: the others multiply meanwhile. */
 template <int MOST> __device__ __noinline__ static void roots(const program &p, block_data *b, const float *f) {
 #pragma unroll 1
-    for (int l = 0; l <= p.L; l++) {
+    for (int l = 0; l < p.L; l++) {
         meet_of<ALSO_ROOTS, HEARD>();
-        const float eps = l < p.L ? b->kept[l % 2].eps : p.last_eps;
 #pragma unroll 1
         for (int m = 0; m < (MOST == 1 ? 1 : p.M); m++) {
             float square = 0;
 #pragma unroll 4
             for (int k = 4 * lane_of(); k < p.D; k += 128) square += norm_squares(*(const float4 *)(f + m * p.D + k));
             square = warp_sum(square);
-            if (lane_of() == 0) b->root[m] = norm_scale(square * inverse_fast((float)p.D), eps);
+            if (lane_of() == 0) b->root[m] = norm_scale(square * inverse_fast((float)p.D), b->kept[l % 2].eps);
         }
         arrive_of<ALSO_ROOTS, ROOTED>();
     }
 }
-/* The mean of row m of s.f; behind the warps' parts of it in s.part are then those of the squares of what is left. */
-INLINE float mean_of(const shared &s, int m, int D) {
-    float total = 0, square = 0;
-    for (int k = tid(); k < D; k += THREADS) total += s.f[m * D + k];
-    total = warp_sum(total);
-    if (lane_of() == 0) s.part[warp_of()] = total;
+/* Of all threads that multiply; red (WARPS). */
+INLINE float sum_of_all(float v, float *red) {
+    v = warp_sum(v);
+    if (lane_of() == 0) red[warp_of()] = v;
     meet();
-    const float mean = over_warps(s.part) / (float)D;
-    for (int k = tid(); k < D; k += THREADS) square = fmaf(s.f[m * D + k] - mean, s.f[m * D + k] - mean, square);
-    square = warp_sum(square);
-    if (lane_of() == 0) s.part[WARPS + warp_of()] = square;
-    meet();
-    return mean;
+    v = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v += red[w];
+    return v;
 }
-/* The last norm, of what stream_hear left in s.f as it is. */
-INLINE void last_norm(const program &p, const shared &s) {
+/* The stream through the last norm into s.x. */
+INLINE void last_hear(const program &p, const shared &s, unsigned turn) {
     const int D = p.D;
-    meet_of<ALSO_ROOTS, ROOTED>();
+    float4 w[FOURS], b[FOURS];
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+        const int k = tid() + i * THREADS;
+        w[i] = b[i] = make_float4(0, 0, 0, 0);
+        if (k < D / 4) w[i] = __ldg((const float4 *)p.last_norm + k);
+        if (k < D / 4 && p.last_bias) b[i] = __ldg((const float4 *)p.last_bias + k);
+    }
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
-        const float mean = p.centered ? mean_of(s, m, D) : 0;
-        const float r = p.centered ? norm_scale(over_warps(s.part + WARPS) * inverse_fast((float)D), p.last_eps) : s.b->root[m];
-        for (int k = tid(); k < D / 2; k += THREADS) {
-            const float2 f = *(const float2 *)(s.f + m * D + 2 * k), w = __ldg((const float2 *)p.last_norm + k);
-            const float2 b = p.last_bias ? __ldg((const float2 *)p.last_bias + k) : make_float2(0, 0);
-            *(uint32_t *)(s.x + m * p.ldx + pair_at(s, k)) = halves(norm_out(f.x - mean, r, w.x, b.x), norm_out(f.y - mean, r, w.y, b.y));
+        float *red = s.part + m % 2 * 2 * WARPS, total = 0, mean = 0, square = 0;
+        uint4 v[FOURS];
+        float4 x[FOURS];
+        hear(v, p.stream + (size_t)m * D, D / 4, turn);
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+            x[i] = make_float4(of_turn(v[i].x), of_turn(v[i].y), of_turn(v[i].z), of_turn(v[i].w));
+            if (tid() + i * THREADS < D / 4) total += x[i].x + x[i].y + (x[i].z + x[i].w);
+        }
+        if (p.centered) mean = sum_of_all(total, red) / (float)D;
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+            x[i] = make_float4(x[i].x - mean, x[i].y - mean, x[i].z - mean, x[i].w - mean);
+            if (tid() + i * THREADS < D / 4) square += norm_squares(x[i]);
+        }
+        const float r = norm_scale(sum_of_all(square, red + WARPS) * inverse_fast((float)D), p.last_eps);
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+            const int k = tid() + i * THREADS;
+            if (k >= D / 4) break;
+            uint8_t *to = s.x + m * p.ldx;
+            *(uint32_t *)(to + pair_at(s, 2 * k)) = halves(norm_out(x[i].x, r, w[i].x, b[i].x), norm_out(x[i].y, r, w[i].y, b[i].y));
+            *(uint32_t *)(to + pair_at(s, 2 * k + 1)) = halves(norm_out(x[i].z, r, w[i].z, b[i].z), norm_out(x[i].w, r, w[i].w, b[i].w));
         }
     }
     meet();
@@ -444,8 +457,8 @@ INLINE unsigned choose(const program &p, const shared &s, const layer &a, unsign
 }
 
 /* One hidden unit f of slot m, of the expert it chose. */
-INLINE float expert_end(const program &p, const layer &a, const plan &q, const chosen *k, int m, int f, float first, float second) {
-    const size_t bias = (size_t)k->expert[m] * p.F + q.from + f;
+INLINE float expert_end(const program &p, const layer &a, const chosen *k, int m, int f, float first, float second) {
+    const size_t bias = (size_t)k->expert[m] * p.F + f;
     if (p.gated && a.gate_bias) first += a.gate_bias[bias];
     if (!p.gated && a.up_bias) first += a.up_bias[bias];
     if (p.gated && a.up_bias) second += a.up_bias[bias];
@@ -482,16 +495,17 @@ typedef struct state {
     uint32_t x;                         /* where this lane reads activations */
 } state;
 
-/* Row `row` of a group of n rows that begins at g, of slot m: what it becomes and who hears of it. */
+/* Row `row` of a group of n rows, the block's g-th and the matrix's from-th the first of them, of slot m: what it becomes and who
+ * hears of it. */
 template <int STAGE> INLINE void row_end(const program &p, const shared &s, const layer &a, const plan &q, state &t,
-                                         unsigned long long *top, int g, int n, int m, int row) {
+                                         unsigned long long *top, int g, int from, int n, int m, int row) {
     const bool mine = row < n;
-    const int at = q.from + g + row;
+    const int at = from + row;
     float v = mine ? made(s.part, s.M, row, m) : 0;
     if (STAGE == INPUT || STAGE == EXPERT) {
         const float r = s.b->root[m], second = mine && q.spans == 2 ? __fmul_rn(made(s.part, s.M, n + row, m), r) : 0;
         v = __fmul_rn(v, r);
-        if (STAGE == EXPERT && mine) v = expert_end(p, a, q, &s.b->k, m, g + row, v, second);
+        if (STAGE == EXPERT && mine) v = expert_end(p, a, &s.b->k, m, at, v, second);
         if (STAGE == INPUT && mine) {
             v = convolve(p, s, a, q, m, g + row, v);
             s.u[m * q.n + g + row] = v;
@@ -518,8 +532,8 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
 
 /* Tiles of a stage, of one expert, that nobody needs; the next one. */
 __device__ __noinline__ static unsigned release(const plan &q, ring *r, unsigned tile) {
-    const int most = q.spans == 2 ? GROUP / 2 : GROUP, rest = q.n % most * q.spans;
-    for (int n = q.n / most * ((most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h; n; n--, tile++) {
+    const int rest = q.n % q.most * q.spans;
+    for (int n = q.n / q.most * ((q.most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h; n; n--, tile++) {
         barrier_wait(&r->full[tile % RING_TILES], tile / RING_TILES);
         if (lane_of() == 0) barrier_arrive(&r->empty[tile % RING_TILES]);
     }
@@ -534,11 +548,11 @@ template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shar
     plan q = t.plans[STAGE];
     q.spans = spans_of(p, STAGE);       /* which the compiler knows */
     q.K = columns_of(p, STAGE);
-    const int most = q.spans == 2 ? GROUP / 2 : GROUP;
+    const int most = GROUP / q.spans;
     t.number++;
     if (STAGE == OUTPUT || STAGE == DOWN) t.turn ^= 1;
 #pragma unroll 1
-    for (int g = 0; g < q.n; g += most) {
+    for (int g = 0, from = q.from; g < q.n; g += most, from += q.apart) {
         const int n = min(most, q.n - g), rows = n * q.spans;
         unsigned left = experts ? t.experts : 1;
         bool more = false;
@@ -562,7 +576,7 @@ template <int TYPE, int STAGE> INLINE void rows_end(const program &p, const shar
 #pragma unroll
         for (int i = 0; i < (s.M == 1 ? 1 : ROUNDS); i++) {
             const int m = tid() / GROUP + i * (THREADS / GROUP);
-            if (m < s.M) row_end<STAGE>(p, s, a, q, t, &t.top[i], g, n, m, row);
+            if (m < s.M) row_end<STAGE>(p, s, a, q, t, &t.top[i], g, from, n, m, row);
         }
         if (g + most < q.n) meet();
     }
@@ -635,8 +649,7 @@ template <int TYPE, int MOST> __device__ static void work(const program &p, bloc
         words_wait();
         meet();
     }
-    stream_hear(p, s, p.last_norm, t.turn);
-    last_norm(p, s);
+    last_hear(p, s, t.turn);
     rows_end<TYPE, HEAD>(p, s, b->kept[0], t);
     best_end(p, t.top);
     if (blockIdx.x) return;
