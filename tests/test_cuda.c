@@ -197,7 +197,7 @@ static const int32_t start[Q + 1] = { 0, 9, 9, M }, slot[Q] = { 2, 1, 0 };
 /* M rows of Q sequences of `slots` slots, whose states lie `gap` floats apart. */
 typedef struct ragged { int M, Q, slots, gap; const int32_t *start, *slot; } ragged;
 static void conv_scan(ragged r, int I, int N, int K, bool biased) {
-    const int ld = 2 * N + 3;
+    const int ld = 2 * N + 4 - r.gap % 2;
     const size_t stride = (size_t)I * (size_t)(N + K) + (size_t)r.gap, n = (size_t)r.M * (size_t)I, from = (size_t)(K * I);
     int32_t *s = put_ints(r.start, (size_t)r.Q + 1), *l = put_ints(r.slot, (size_t)r.Q);
     twin xz = random_twin(2 * n, 1), w = random_twin((size_t)(K * I), 1), bias = random_twin((size_t)I, 1), u = empty_twin(n);
@@ -225,17 +225,21 @@ static void conv_scan(ragged r, int I, int N, int K, bool biased) {
     end(&xz); end(&w); end(&bias); end(&u); end(&h); end(&dt); end(&A); end(&D); end(&bc); end(&y);
 }
 static void test_conv_scan(void **state) {
-    static const struct { int I, N, K; } size[] = { { 33, 16, 4 }, { 64, 1, 2 }, { 20, 40, 3 }, { 300, 7, 4 } };
-    enum { MANY = 131 };
-    int32_t first[MANY + 1], own[MANY];
+    static const struct { int I, N, K; } size[] = { { 33, 16, 4 }, { 64, 1, 2 }, { 20, 40, 3 }, { 300, 7, 4 }, { 300, 16, 4 },
+                                                    { 1028, 16, 4 } };
+    enum { MANY = 131, HALF = 512, MORE = 1400 };
+    int32_t first[MORE + 1], own[MORE];
     (void)state;
-    for (int i = 0; i <= MANY; i++) first[i] = i;
-    for (int i = 0; i < MANY; i++) own[i] = MANY - 1 - i;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i <= MORE; i++) first[i] = i;
+    for (int i = 0; i < MORE; i++) own[i] = MORE - 1 - i;
+    for (int i = 0; i < 6; i++) {
         conv_scan((ragged){ M, Q, SLOTS, 5, start, slot }, size[i].I, size[i].N, size[i].K, i % 2);
-        for (int gap = 4; gap < 6; gap++)       /* a row each: two channels a thread, one */
-            conv_scan((ragged){ MANY, MANY, MANY, gap, first, own }, size[i].I, size[i].N, size[i].K, gap % 2);
+        for (int gap = 4; gap < 6; gap++)       /* a row each: by the copy engine or two channels a thread, one */
+            conv_scan((ragged){ MANY, MANY, MANY, gap, first, own + MORE - MANY }, size[i].I, size[i].N, size[i].K, gap % 2);
     }
+    /* A ring of stages goes round and round. */
+    conv_scan((ragged){ HALF, HALF, HALF, 4, first, own + MORE - HALF }, 2304, 16, 4, false);
+    conv_scan((ragged){ MORE, MORE, MORE, 4, first, own }, 304, 16, 4, true);
 }
 
 /* quants: F32: gate and up are bf16, down is that or f32, by arith. */

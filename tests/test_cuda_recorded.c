@@ -323,7 +323,7 @@ static void gathered_case(int T, bool gated) {
 }
 static void test_gathered(void **state) {
     (void)state;
-    for (int i = 0; i < 3; i++) for (int gated = 0; gated < 2; gated++) gathered_case((int[]){ 100, 129, 1030 }[i], gated);
+    for (int i = 0; i < 4; i++) for (int gated = 0; gated < 2; gated++) gathered_case((int[]){ 100, 129, 1000, 1030 }[i], gated);
 }
 
 /* A whole token by one kernel (token.cu): the same bits alone and beside others, near what the same text gives at once, and
@@ -373,7 +373,7 @@ static void next_of(bm_model *m, int n) {
     bm_session_close(by);
 }
 static void token_of(bm_dtype type) {
-    bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 6, .n_vocab = 200, .d_model = 64, .d_inner = 128, .d_state = 16, .d_conv = 4,
+    bm_config c = { .family = BM_BLACKMAMBA, .n_layers = 6, .n_vocab = 3300, .d_model = 64, .d_inner = 128, .d_state = 16, .d_conv = 4,
                     .dt_rank = 4, .max_len = 64, .activation = BM_GELU, .final_norm = BM_LAYERNORM, .norm_eps = 1e-5f, .gated = true,
                     .conv_bias = true, .tied_head = true, .top_k = 1 };
     const char *path = scratch_path("token.gguf");

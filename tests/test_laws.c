@@ -20,7 +20,7 @@ static void law_close(law *w) {
     free(w->got);
 }
 static bool on_gpu(void) { return !strncmp(test_device(), "cuda", 4); }
-/* On a GPU several kernels make native products, which sum in other orders: one up to 5 rows, another to 128 (512), a third from there on.
+/* On a GPU several kernels make native products, which sum in other orders: one up to 5 rows, another to 128 (1,024), a third from there on.
  * Across them the law is a bound, a rounding to bf16 in each of 12 products (docs/NUMERICS.md). */
 static bool several_kernels(const law *w) { return w->type != BM_F32 && w->arith != BM_ARITH_F32 && on_gpu(); }
 static void near(const law *w, const char *what) {

@@ -13,7 +13,7 @@ const char *scratch_path(const char *name);
 
 bool bm_cuda_check(bm_cuda *, cudaError_t e, const char *) { return e == cudaSuccess; }     /* program.cu's; nobody calls it here */
 
-enum { TEXTS = 3, TOKENS = 2, V = 100 };
+enum { TEXTS = 3, TOKENS = 2, V = 300 };
 static void fails(const char *what) {
     fprintf(stderr, "test_token: %s\n", what);
     exit(1);

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(THREADS) single4(bm_op_conv a, uint16_t *half)
     for (int k = 0; k < 4; k++) w[k] = *(const float4 *)(a.weight + (size_t)k * a.I + c);
     float *state = a.state + (size_t)a.slot[q] * a.stride + c;
 #pragma unroll
-    for (int k = 0; k < 3; k++) x[k] = __ldcg((const float4 *)(state + (size_t)k * a.I));   /* as the scan reads its own (scan.cu) */
+    for (int k = 0; k < 3; k++) x[k] = __ldcg((const float4 *)(state + (size_t)k * a.I));   /* nobody has written since the token before */
     previous_done();
     x[3] = *(const float4 *)(a.x + (size_t)q * a.ldx + c);
 #pragma unroll

@@ -1,4 +1,4 @@
-/* few.cu - products of 6 to 128 rows, of a matrix with few rows up to 512, with weights of bf16, f16, q8_0 or q4_0 on Hopper's tensor
+/* few.cu - products of 6 to 128 rows, of a matrix with few rows up to 1,024, with weights of bf16, f16, q8_0 or q4_0 on Hopper's tensor
  * cores.  Room: cuda.
  *
  * What they cost is their weights' way from memory, so copies of weights are always under way.  A block takes a tile, or where there

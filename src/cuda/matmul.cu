@@ -4,7 +4,7 @@
  * threads have the copy engine bring 64 columns of k of activations and weights at a time into a ring of stages, and warpgroups
  * of 64 rows each multiply them (wgmma).  Two blocks side by side bring half of their rows each, for both: apart, the second cache
  * would bound large products.  An output sums its k in order, 16 at a time, whatever rows are beside it.
- * Up to 128 rows, of one matrix with few to 512: few.cu; other chips, types and fewer rows: gemm.cu. */
+ * Up to 128 rows, of one matrix with few columns up to 1,024: few.cu; other chips, types and fewer rows: gemm.cu. */
 #include "cuda/hopper.cuh"
 #include <limits.h>
 #include <stdlib.h>
@@ -427,7 +427,7 @@ void bm_cuda_wide_product(bm_cuda *c, const bm_product *p) {
     /* A Mamba layer's x, which dt reads. */
     const bool copied = narrow && p->M <= w->rows && !p->first && !p->to && !p->accumulate && !p->best;
     find_activations(c, &j);
-    if (copied) j.end.copy = w->narrow, w->there = w->narrow, w->of = p->y, w->cols = p->N;
+    if (copied) j.end.copy = w->narrow, w->there = w->narrow, w->grouped = false, w->of = p->y, w->cols = p->N;
     run(c, &j);
 }
 bool bm_cuda_takes_rounded(const bm_cuda *c, const bm_op_linear *next, const float *x, int M, int cols) {

@@ -97,8 +97,8 @@ INLINE void copy_row(uint8_t *to, const uint8_t *from, int bytes, uint64_t *b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  :: "r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)), "l"(passing()) : "memory");
 }
-/* Up to 16 bytes at a time, many; in, there when the barrier says so, and out again, read when no more than LEFT of a thread's groups are
- * left, written once none is. */
+/* Multiples of 16 bytes that stay in the second-level cache as others do; and back: what a thread copied out is read from shared memory
+ * after copies_read(), written after copies_written(). */
 INLINE void copy_in(float *to, const float *from, int bytes, uint64_t *b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)) : "memory");

@@ -225,8 +225,8 @@ route_rows(bm_op_norm n, bool early, uint16_t *half, bm_op_linear l, const float
     group_rows(a, 0, (int)threadIdx.x < a.M ? __ldcg(a.expert + threadIdx.x) : -1);
 }
 
-/* Many rows, a warp one after another: norm, logits and choice, as by route_rows.  Shared
- * memory: weights by expert, half of eight k, and k / 8; the norm's; of each warp x and residual of the next row, and y of this. */
+/* Many rows, a warp one after another: norm, logits and choice, as by route_rows.  Shared memory: weights by expert, half of eight k,
+ * and k / 8; the norm's; of each warp x and residual of the next row, and y of this, then its logits. */
 enum { LEAST_WARPS = 4, MOST_WARPS = 12 };
 __global__ void __launch_bounds__(32 * MOST_WARPS, 1)
 norm_routes(const bm_op_norm n, uint16_t *half, const bm_op_linear l, const float4 *w, const bm_op_route a) {

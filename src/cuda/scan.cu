@@ -273,7 +273,8 @@ template <int EACH> __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_row
         const size_t at = (size_t)q * a.I + c;
         float *state = state_of(a, q) + c, (&b)[N16] = B[q % 2], (&w)[N16] = C[q % 2];
         if (q > q0) read_state(a, q, c, h);
-        const row<EACH> x = { read<EACH>(a.dt + at, there), read<EACH>(a.u + at, there), read<EACH>(a.z + (size_t)q * a.ldz + c, there), b, w };
+        const row<EACH> x = { read<EACH>(a.dt + at, there), read<EACH>(a.u + at, there), read<EACH>(a.z + (size_t)q * a.ldz + c, there),
+                              b, w };
         if (threadIdx.x < N16) {
             const int n = threadIdx.x;
             b[n] = n < a.N ? a.B[(size_t)q * a.ldbc + n] : 0;

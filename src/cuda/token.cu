@@ -127,7 +127,7 @@ INLINE void stream_hear(const program &p, const shared &s, const float *weight, 
     }
     meet_of<ALSO_ROOTS, HEARD>();
 }
-/* The root of each text's norm, (M), by a warp that does nothing else: the others multiply meanwhile. */
+/* The root of each text's norm before a layer, (M), by a warp that does nothing else: the others multiply meanwhile. */
 template <int MOST> __device__ __noinline__ static void roots(const program &p, block_data *b, const float *f) {
 #pragma unroll 1
     for (int l = 0; l < p.L; l++) {
