@@ -18,9 +18,9 @@ typedef bm_cuda_layer layer;
 typedef bm_cuda_program program;
 typedef enum kind { INPUT, OUTPUT, EXPERT, DOWN, HEAD, KINDS } kind;
 
-/* A block's rows of a stage that has a product: n of one matrix or of each of two, `most` of them a group, groups `apart` from `from` on;
- * h rows are a tile, tiles are multiplied together, `coming` are on their way at most. */
-typedef struct plan { int from, n, most, apart, spans, K, h, tiles; unsigned coming; } plan;
+/* A block's rows of a stage that has a product: n of one matrix or of each of two, in groups of as many as GROUP takes of both, `apart`
+ * from `from` on; h rows are a tile, tiles are multiplied together, `coming` are on their way at most. */
+typedef struct plan { int from, n, apart, spans, K, h, tiles; unsigned coming; } plan;
 
 /* Tiles multiplied together, at most: of out and down a block seldom has two, of the head each is waited for. */
 __device__ constexpr int batch_of(int stage) { return stage == INPUT || stage == EXPERT ? 2 : 1; }
@@ -42,14 +42,12 @@ template <int TYPE> __device__ static plan plan_of(const program &p, int stage) 
     const int unit = pairs ? 2 : 1;
     plan q;
     q.spans = spans_of(p, stage);
-    q.most = GROUP / q.spans;
-    q.apart = stage == HEAD ? q.most * G : q.most;
-    q.from = stage == HEAD ? q.most * b : all / unit * b / G * unit;
-    if (stage != HEAD) q.n = all / unit * (b + 1) / G * unit - q.from;
-    else if (q.from >= all) q.n = 0;
-    else {
-        const int whole = (all - 1 - q.from) / q.apart;
-        q.n = whole * q.most + min(q.most, all - q.from - whole * q.apart);
+    if (stage == HEAD) {
+        q.from = GROUP * b, q.apart = GROUP * G;
+        q.n = all / q.apart * GROUP + max(0, min((int)GROUP, all % q.apart - q.from));
+    } else {
+        q.from = all / unit * b / G * unit, q.apart = GROUP / q.spans;
+        q.n = all / unit * (b + 1) / G * unit - q.from;
     }
     q.K = columns_of(p, stage);
     const int rows = min(q.n * q.spans, GROUP), most = min(16, p.ring / 2 / row_step<TYPE>(q.K)), tiles = (rows + most - 1) / most;
@@ -111,10 +109,10 @@ INLINE int place(const program &p, ring *r, copier *c, int h, int step) {
  * makes 16 KB more of code, and a token 3% longer. */
 template <int TYPE> __device__ __noinline__ static void copy_stage(const program &p, const plan &q, ring *r, uint8_t *memory, copier *c,
                                                                    const uint8_t *const *a, const uint8_t *const *b, unsigned chosen) {
-    const int bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
+    const int most = GROUP / q.spans, bytes = row_bytes<TYPE>(q.K), step = row_step<TYPE>(q.K);
 #pragma unroll 1
-    for (int g = 0, from = q.from; g < q.n; g += q.most, from += q.apart) {
-        const int n = min(q.most, q.n - g), rows = n * q.spans;
+    for (int g = 0, from = q.from; g < q.n; g += most, from += q.apart) {
+        const int n = min(most, q.n - g), rows = n * q.spans;
 #pragma unroll 1
         for (unsigned left = chosen; left; left &= left - 1) {
             const int x = __ffs(left) - 1;

@@ -292,7 +292,7 @@ template <int EACH> __global__ void __launch_bounds__(WIDTH, AT_ONCE) single_row
 
 /* Blocks that stay, each for the channels of its threads, two neighbours, of every `apart`-th sequence: one warp has the copy engine bring
  * rows into a ring of stages and states back out of it, the others step. */
-enum { STEPPERS = 128, FLOW = 2 * STEPPERS, LARGE = 512 };
+enum { STEPPERS = 128, FLOW = 2 * STEPPERS, LARGE = 512 };      /* threads that step, their channels; sequences that are very many */
 typedef struct __align__(128) stage { float h[N16][FLOW], dt[FLOW], u[FLOW], z[FLOW], B[N16], C[N16]; } stage;
 typedef struct stages { stage *at; uint64_t *full, *done; } stages;
 /* Of a block: `wide` channels from c0 on, of n sequences. */
@@ -419,13 +419,12 @@ static void scan(bm_cuda *c, const bm_op_scan *a, uint16_t *half) {
     const uintptr_t of_pairs = of_rows | (uintptr_t)a->A | (uintptr_t)a->D | (uintptr_t)a->dt_bias | (uintptr_t)a->state;
     const bool pairs = of_pairs % 8 == 0 && (a->I | a->ldz | (int)(a->stride % 2)) % 2 == 0;
     const uintptr_t of_fours = of_pairs | (uintptr_t)a->B | (uintptr_t)a->C | (uintptr_t)(4 * a->stride);
-    const bool fours = of_fours % 16 == 0 && (a->I | a->ldz | a->ldbc) % 4 == 0 && a->I <= FLOW * c->chip.multiProcessorCount;
+    const bool fours = of_fours % 16 == 0 && (a->I | a->ldz | a->ldbc) % 4 == 0;
+    const bool many = single && fours && a->N == N16 && a->Q > FEW && a->I <= FLOW * c->chip.multiProcessorCount && c->chip.major == 9;
     const int blocks = blocks_of((size_t)a->I, WIDTH), some = a->Q <= FEW ? 1 : SOME, groups = blocks_of((size_t)a->Q, some);
     if (wide) bm_cuda_start(c, wide_rows, dim3(blocks, a->Q), WIDTH, 0, *a);
-    else if (single && fours && a->N == N16 && a->Q > FEW && c->chip.major == 9) {
-        if (a->Q > LARGE) start_many<5, 2>(c, a, half);
-        else start_many<3, 3>(c, a, half);
-    }
+    else if (many && a->Q > LARGE) start_many<5, 2>(c, a, half);
+    else if (many) start_many<3, 3>(c, a, half);
     else if (single && pairs) bm_cuda_start(c, single_rows<2>, dim3(blocks_of((size_t)a->I, 2 * WIDTH), groups), WIDTH, 0, *a, some, half);
     else if (single) bm_cuda_start(c, single_rows<1>, dim3(blocks, groups), WIDTH, 0, *a, some, half);
     else {

@@ -90,9 +90,21 @@ INLINE void hear_rows(const program &p, const shared &s, const uint2 *from, int 
     meet();
 }
 
-/* A float of the stream, told; heard. */
+/* A float of the stream, told; four, heard. */
 INLINE uint32_t in_turn(float x, unsigned turn) { return (__float_as_uint(x) & ~1u) | turn; }
 INLINE float of_turn(uint32_t v) { return __uint_as_float(v & ~1u); }
+INLINE float4 of_turn(const uint4 &v) { return make_float4(of_turn(v.x), of_turn(v.y), of_turn(v.z), of_turn(v.w)); }
+/* A thread's fours of D floats, zeros past them. */
+INLINE void read_fours(float4 (&v)[FOURS], const float *from, int D) {
+#pragma unroll
+    for (int i = 0; i < FOURS; i++)
+        v[i] = tid() + i * THREADS < D / 4 ? __ldg((const float4 *)from + tid() + i * THREADS) : make_float4(0, 0, 0, 0);
+}
+/* The k-th four of row m of activations. */
+INLINE void put_four(const program &p, const shared &s, int m, int k, const float4 &v) {
+    *(uint32_t *)(s.x + m * p.ldx + pair_at(s, 2 * k)) = halves(v.x, v.y);
+    *(uint32_t *)(s.x + m * p.ldx + pair_at(s, 2 * k + 1)) = halves(v.z, v.w);
+}
 /* The block's part of the stream before the first layer: of the rows of the table that are `token`'s (M). */
 template <int TYPE> INLINE void embed(const program &p, const shared &s, const plan &q, const bm_token *token, unsigned turn) {
     for (int i = tid(); i < s.M * q.n; i += THREADS) {
@@ -108,9 +120,7 @@ template <int TYPE> INLINE void embed(const program &p, const shared &s, const p
 INLINE void stream_hear(const program &p, const shared &s, const float *weight, unsigned turn) {
     const int D = p.D;
     float4 w[FOURS];
-#pragma unroll
-    for (int i = 0; i < FOURS; i++)
-        w[i] = tid() + i * THREADS < D / 4 ? __ldg((const float4 *)weight + tid() + i * THREADS) : make_float4(0, 0, 0, 0);
+    read_fours(w, weight, D);
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
         uint4 v[FOURS];
@@ -119,10 +129,10 @@ INLINE void stream_hear(const program &p, const shared &s, const float *weight, 
         for (int i = 0; i < FOURS; i++) {
             const int k = tid() + i * THREADS;
             if (k >= D / 4) break;
-            const float4 x = make_float4(of_turn(v[i].x), of_turn(v[i].y), of_turn(v[i].z), of_turn(v[i].w));
+            const float4 x = of_turn(v[i]);
             *(float4 *)(s.f + m * D + 4 * k) = x;
-            *(uint32_t *)(s.x + m * p.ldx + pair_at(s, 2 * k)) = halves(__fmul_rn(x.x, w[i].x), __fmul_rn(x.y, w[i].y));
-            *(uint32_t *)(s.x + m * p.ldx + pair_at(s, 2 * k + 1)) = halves(__fmul_rn(x.z, w[i].z), __fmul_rn(x.w, w[i].w));
+            put_four(p, s, m, k, make_float4(__fmul_rn(x.x, w[i].x), __fmul_rn(x.y, w[i].y), __fmul_rn(x.z, w[i].z),
+                                             __fmul_rn(x.w, w[i].w)));
         }
     }
     meet_of<ALSO_ROOTS, HEARD>();
@@ -157,13 +167,8 @@ INLINE float sum_of_all(float v, float *red) {
 INLINE void last_hear(const program &p, const shared &s, unsigned turn) {
     const int D = p.D;
     float4 w[FOURS], b[FOURS];
-#pragma unroll
-    for (int i = 0; i < FOURS; i++) {
-        const int k = tid() + i * THREADS;
-        w[i] = b[i] = make_float4(0, 0, 0, 0);
-        if (k < D / 4) w[i] = __ldg((const float4 *)p.last_norm + k);
-        if (k < D / 4 && p.last_bias) b[i] = __ldg((const float4 *)p.last_bias + k);
-    }
+    read_fours(w, p.last_norm, D);
+    read_fours(b, p.last_bias, p.last_bias ? D : 0);
 #pragma unroll 1
     for (int m = 0; m < s.M; m++) {
         float *red = s.part + m % 2 * 2 * WARPS, total = 0, mean = 0, square = 0;
@@ -172,7 +177,7 @@ INLINE void last_hear(const program &p, const shared &s, unsigned turn) {
         hear(v, p.stream + (size_t)m * D, D / 4, turn);
 #pragma unroll
         for (int i = 0; i < FOURS; i++) {
-            x[i] = make_float4(of_turn(v[i].x), of_turn(v[i].y), of_turn(v[i].z), of_turn(v[i].w));
+            x[i] = of_turn(v[i]);
             if (tid() + i * THREADS < D / 4) total += x[i].x + x[i].y + (x[i].z + x[i].w);
         }
         if (p.centered) mean = sum_of_all(total, red) / (float)D;
@@ -186,9 +191,8 @@ INLINE void last_hear(const program &p, const shared &s, unsigned turn) {
         for (int i = 0; i < FOURS; i++) {
             const int k = tid() + i * THREADS;
             if (k >= D / 4) break;
-            uint8_t *to = s.x + m * p.ldx;
-            *(uint32_t *)(to + pair_at(s, 2 * k)) = halves(norm_out(x[i].x, r, w[i].x, b[i].x), norm_out(x[i].y, r, w[i].y, b[i].y));
-            *(uint32_t *)(to + pair_at(s, 2 * k + 1)) = halves(norm_out(x[i].z, r, w[i].z, b[i].z), norm_out(x[i].w, r, w[i].w, b[i].w));
+            put_four(p, s, m, k, make_float4(norm_out(x[i].x, r, w[i].x, b[i].x), norm_out(x[i].y, r, w[i].y, b[i].y),
+                                             norm_out(x[i].z, r, w[i].z, b[i].z), norm_out(x[i].w, r, w[i].w, b[i].w)));
         }
     }
     meet();
@@ -532,8 +536,8 @@ template <int STAGE> INLINE void row_end(const program &p, const shared &s, cons
 
 /* Tiles of a stage, of one expert, that nobody needs; the next one. */
 __device__ __noinline__ static unsigned release(const plan &q, ring *r, unsigned tile) {
-    const int rest = q.n % q.most * q.spans;
-    for (int n = q.n / q.most * ((q.most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h; n; n--, tile++) {
+    const int most = GROUP / q.spans, rest = q.n % most * q.spans;
+    for (int n = q.n / most * ((most * q.spans + q.h - 1) / q.h) + (rest + q.h - 1) / q.h; n; n--, tile++) {
         barrier_wait(&r->full[tile % RING_TILES], tile / RING_TILES);
         if (lane_of() == 0) barrier_arrive(&r->empty[tile % RING_TILES]);
     }
